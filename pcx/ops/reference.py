@@ -1,0 +1,80 @@
+"""Plain torch forms of every operation: the oracle of the tests and the backend that runs anywhere."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    prefix_index: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    bias: Tensor | None = None,
+    prefix_bias: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`pcx.prefix_attention` by concatenation; arguments are taken as checked.
+
+    `prefix_bias`, broadcastable to [B, H, N, m] and added to the prefix's logits, is what the scores
+    that differentiate by a prompt's attention logit need and what the public operation leaves out.
+    """
+    batch = q.shape[0]
+    keys = torch.cat([_per_sample(prefix_k, prefix_index, batch), k], dim=-2)  # [B, H, m+S, d]
+    values = torch.cat([_per_sample(prefix_v, prefix_index, batch), v], dim=-2)  # [B, H, m+S, dv]
+    mask = _joint_bias(q, k, prefix_k.shape[-2], prefix_index, prefix_lengths, bias, prefix_bias)
+    if not return_lse:
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    logits = (q @ keys.transpose(-2, -1)).float() * scale  # [B, H, N, m+S]
+    if q.dtype == torch.float64:
+        logits = (q @ keys.transpose(-2, -1)) * scale
+    if mask is not None:
+        logits = logits + mask
+    lse = logits.logsumexp(dim=-1)  # [B, H, N]
+    return (logits - lse[..., None]).exp().to(v.dtype) @ values, lse
+
+
+def _per_sample(prefix: Tensor, index: Tensor | None, batch: int) -> Tensor:
+    if index is not None:
+        return prefix.index_select(0, index)
+    return prefix.expand(batch, *prefix.shape[-3:])
+
+
+def _joint_bias(
+    q: Tensor,
+    k: Tensor,
+    m: int,
+    index: Tensor | None,
+    lengths: Tensor | None,
+    bias: Tensor | None,
+    prefix_bias: Tensor | None,
+) -> Tensor | None:
+    """One additive bias over [prefix; own] keys, or None where there is nothing to add."""
+    if bias is None and prefix_bias is None and lengths is None:
+        return None
+    own = _additive(bias, q.dtype) if bias is not None else q.new_zeros(1, 1, 1, k.shape[-2])
+    front = prefix_bias if prefix_bias is not None else q.new_zeros(1, 1, 1, m)
+    if lengths is not None:
+        per_sample = lengths if index is None else lengths[index]
+        absent = torch.arange(m, device=q.device) >= per_sample[:, None]  # [B, m]
+        front = front.masked_fill(absent[:, None, None], -math.inf)
+    own = own.expand(*own.shape[:-1], k.shape[-2])
+    shape = torch.broadcast_shapes(own.shape[:-1], front.shape[:-1])
+    return torch.cat([front.expand(*shape, m), own.expand(*shape, k.shape[-2])], dim=-1)
+
+
+def _additive(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
+    if bias.dtype != torch.bool:
+        return bias
+    return torch.zeros_like(bias, dtype=dtype).masked_fill(~bias, -math.inf)

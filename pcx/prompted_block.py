@@ -1,0 +1,228 @@
+"""A transformer block with prompts: folded into its attention, or concatenated as published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcx import seam
+from pcx.ops import prefix_attention, reference
+
+PATHS = ("folded", "concat")
+
+
+@dataclass
+class Observer:
+    """What scoring needs from inside one block's attention, for the length of one forward."""
+
+    gate: Tensor | None = None  # [B, m] added to the prompts' attention logits
+    cls_attention: list[Tensor] = field(default_factory=list)  # [B, m], one item per attention call
+    watch_cls: bool = False
+
+
+class PromptedBlock(nn.Module):
+    """Runs a frozen block on [prefix tokens, prompts, patch tokens].
+
+    Args:
+        block: the backbone's block.
+        index: its place, which is its prompts' place in `prompts`.
+        prompts: the owner's list, per layer [m, D], or [2, m, H*d] of kind "prefix". Anything that
+            swaps a tensor in the list for one with a set dimension in front ([G, m, D]) gets one set
+            of prompts per sample (G = B) or per group of B/G neighbours.
+        kind: "deep", "shallow" or "prefix".
+        dropout: share of prompt elements dropped in training.
+        dropout_groups: prompt-dropout masks per batch, None for one per sample.
+        calls: attention calls the block makes.
+        head_dims: (H, d, dv) of them.
+        prefix_tokens: tokens before the prompts.
+        read_tokens: of the last block, the tokens to compute, None for all.
+        last: whether this is the last block.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        index: int,
+        prompts: nn.ParameterList,
+        *,
+        kind: str,
+        dropout: float,
+        dropout_groups: int | None,
+        calls: int,
+        head_dims: tuple[int, int, int],
+        prefix_tokens: int,
+        read_tokens: int | None,
+        last: bool,
+    ):
+        super().__init__()
+        self.block = block
+        self.index = index
+        self.kind = kind
+        self.dropout = dropout
+        self.dropout_groups = dropout_groups
+        self.calls = calls
+        self.head_dims = head_dims
+        self.prefix_tokens = prefix_tokens
+        self.read_tokens = read_tokens
+        self.last = last
+        self.path = "folded"
+        self.checkpoint = False
+        self.observer: Observer | None = None
+        self._owner = (prompts,)  # in a tuple, so that the list is registered once, by the owner
+        self._positions = tuple(
+            (module, module.num_prefix_tokens)
+            for module in block.modules()
+            if hasattr(module, "num_prefix_tokens")
+        )
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        form = self._concat if self.path == "concat" else self._folded
+        if self.checkpoint and torch.is_grad_enabled():
+            return torch.utils.checkpoint.checkpoint(form, x, *args, use_reentrant=False, **kwargs)
+        return form(x, *args, **kwargs)
+
+    def set_path(self, path: str, width: int) -> None:
+        """Switches the form; `width` prompts stand among the tokens in the concatenating one."""
+        self.path = path
+        for module, base in self._positions:  # rotations start behind the prompts
+            module.num_prefix_tokens = base + (width if path == "concat" else 0)
+
+    def prompt_sets(self, batch: int) -> Tensor:
+        """This step's prompts after dropout: [m, D] ([2, m, D]), or with G sets in front."""
+        prompts = self._owner[0][self.index]
+        if not (self.training and self.dropout and prompts.numel()):
+            return prompts
+        groups = min(self.dropout_groups or batch, batch)
+        return F.dropout(prompts.expand(groups, *prompts.shape), self.dropout)
+
+    # Folded: prompts act through their keys and values alone, computed once for the batch.
+
+    def _folded(self, x: Tensor, *args, **kwargs) -> Tensor:
+        prompts = self.prompt_sets(x.shape[0])
+        full = None
+        if self.read_tokens is not None and self.last:
+            full = seam.capture(self.block, self.calls, x, *args, **kwargs)
+            x, args, kwargs = x[:, : self.read_tokens], (), {}
+        elif prompts.shape[-2] == 0:
+            return self.block(x, *args, **kwargs)
+        prefixes = self._prefixes(prompts)
+        sets = self._sets(prompts, x.shape[0])
+
+        def attend(n: int, call: seam.Call) -> Tensor:
+            if full is not None:  # the read tokens' queries over every token's keys and values
+                call = _read_rows(call, full[n])
+            return self._attend(call, *prefixes[n], sets)
+
+        return seam.run(self.block, self.calls, attend, x, *args, **kwargs)
+
+    def _prefixes(self, prompts: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of the prompts for each attention call: [H, m, d] or [G, H, m, d]."""
+        if self.kind == "prefix":
+            heads = self.head_dims[0]
+            keys, values = prompts.unflatten(-1, (heads, -1)).transpose(-3, -2).unbind(-4)
+            return [(keys, values)]
+        tokens = prompts if prompts.dim() == 3 else prompts[None]
+        calls = seam.capture(self.block, self.calls, tokens)
+        if prompts.dim() == 3:
+            return [(call.k, call.v) for call in calls]
+        return [(call.k[0], call.v[0]) for call in calls]
+
+    def _sets(self, prompts: Tensor, batch: int) -> Tensor | None:
+        """The set of each sample, None for one set for all."""
+        if prompts.dim() == (4 if self.kind == "prefix" else 3):
+            return torch.arange(batch, device=prompts.device) * prompts.shape[0] // max(batch, 1)
+        return None
+
+    def _attend(self, call: seam.Call, key: Tensor, value: Tensor, sets: Tensor | None) -> Tensor:
+        key, value = key.to(call.k.dtype), value.to(call.v.dtype)
+        arguments = dict(prefix_index=sets, bias=call.bias, scale=call.scale)
+        if self.observer is None:
+            return prefix_attention(call.q, call.k, call.v, key, value, **arguments)
+        if self.observer.watch_cls:
+            self._watch_cls(call, key, sets)
+        gate = self.observer.gate
+        return reference.prefix_attention(
+            call.q,
+            call.k,
+            call.v,
+            key,
+            value,
+            prefix_bias=None if gate is None else gate[:, None, None],
+            **arguments,
+        )
+
+    def _watch_cls(self, call: seam.Call, key: Tensor, sets: Tensor | None) -> None:
+        m = key.shape[-2]
+        keys = key[sets] if sets is not None else key.expand(call.q.shape[0], *key.shape)
+        self._record(call, torch.cat([keys, call.k], -2), slice(0, m), skip=m)
+
+    def _record(self, call: seam.Call, keys: Tensor, columns: slice, skip: int) -> None:
+        scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
+        logits = (call.q[:, :, :1] @ keys.transpose(-2, -1)).float() * scale  # [B, H, 1, m+S]
+        if call.bias is not None:
+            logits = logits + _pad(reference._additive(call.bias, logits.dtype), 0, skip)[..., :1, :]
+        weights = logits.softmax(-1)[..., 0, columns].mean(1)  # [B, m], mean over heads
+        self.observer.cls_attention.append(weights.detach())
+
+    # Concatenated: the published form, prompts as tokens between [CLS] and the patches.
+
+    def _concat(self, x: Tensor, *args, **kwargs) -> Tensor:
+        first = self.index == 0
+        prompts = self.prompt_sets(x.shape[0]) if first or self.kind == "deep" else None
+        start = self.prefix_tokens
+        if prompts is not None:
+            sets = self._sets(prompts, x.shape[0])
+            tokens = prompts[sets] if sets is not None else prompts.expand(x.shape[0], *prompts.shape)
+            x = torch.cat([x[:, :start], tokens.to(x.dtype), x[:, start:]], 1)
+        width = self._owner[0][0 if self.kind == "shallow" else self.index].shape[-2]
+
+        def attend(_: int, call: seam.Call) -> Tensor:
+            return self._attend_among(call, start, width)
+
+        x = seam.run(self.block, self.calls, attend, x, *args, **kwargs)
+        if self.kind == "deep" or self.last:
+            x = torch.cat([x[:, :start], x[:, start + width :]], 1)
+        return x
+
+    def _attend_among(self, call: seam.Call, start: int, width: int) -> Tensor:
+        bias = call.bias if call.bias is None else _widened(call.bias, start, width, call.q.shape[-2])
+        call = seam.Call(call.q, call.k, call.v, bias, call.scale)
+        if self.observer is not None:
+            if self.observer.watch_cls:
+                self._record(call, call.k, slice(start, start + width), skip=0)
+            if self.observer.gate is not None:
+                after = call.k.shape[-2] - start - width
+                gate = F.pad(self.observer.gate, (start, after))[:, None, None]  # [B, 1, 1, N+m]
+                bias = gate if bias is None else reference._additive(bias, call.q.dtype) + gate
+        if bias is not None and bias.is_floating_point():
+            bias = bias.to(call.q.dtype)
+        return F.scaled_dot_product_attention(
+            call.q, call.k, call.v, attn_mask=bias, scale=call.scale
+        )
+
+
+def _read_rows(call: seam.Call, full: seam.Call) -> seam.Call:
+    bias = full.bias
+    if bias is not None and bias.shape[-2] > 1:
+        bias = bias[..., : call.q.shape[-2], :]
+    return seam.Call(call.q, full.k, full.v, bias, call.scale)
+
+
+def _pad(bias: Tensor, start: int, width: int) -> Tensor:
+    """Puts `width` columns that change nothing at `start` of the last dimension."""
+    if bias.shape[-1] == 1 or width == 0:
+        return bias
+    neutral = bias.new_full((*bias.shape[:-1], width), bias.dtype == torch.bool)
+    return torch.cat([bias[..., :start], neutral, bias[..., start:]], -1)
+
+
+def _widened(bias: Tensor, start: int, width: int, tokens: int) -> Tensor:
+    """A bias made for the tokens without prompts, neutral on the prompts' rows and columns."""
+    if bias.shape[-1] != tokens:
+        bias = _pad(bias, start, width)
+    if bias.shape[-2] not in (1, tokens):
+        bias = _pad(bias.transpose(-2, -1), start, width).transpose(-2, -1)
+    return bias
