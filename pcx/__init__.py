@@ -1,0 +1,28 @@
+"""pcx: Visual Prompt Tuning of vision transformers, exact and fast, and Prompt Condensation."""
+
+from pcx.condense import Condensation, condense
+from pcx.cost import token_cost
+from pcx.evaluate import evaluate
+from pcx.fit import NonFiniteLoss, fit
+from pcx.ops import prefix_attention
+from pcx.save import load, save
+from pcx.score import score
+from pcx.select import select
+from pcx.vpt import VPT
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "VPT",
+    "Condensation",
+    "NonFiniteLoss",
+    "condense",
+    "evaluate",
+    "fit",
+    "load",
+    "prefix_attention",
+    "save",
+    "score",
+    "select",
+    "token_cost",
+]

@@ -54,7 +54,14 @@ def dissect(backbone: nn.Module) -> Anatomy:
         found = find(backbone)
         _fuse(backbone)
         shapes = [_probed(block, found["dim"]) for block in backbone.get_submodule(found["blocks"])]
-    except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (
+            AssertionError,
+            AttributeError,
+            KeyError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+        ) as error:
         raise ValueError(
             f"backbone: {family} is not supported: {error}. Supported: {SUPPORTED}"
         ) from error
@@ -107,6 +114,13 @@ def _timm_read(backbone: nn.Module) -> int | None:
 
 
 def _hugging_face(backbone: nn.Module) -> dict:
+    heads = tuple(
+        name
+        for name in ("classifier", "cls_classifier", "distillation_classifier")
+        if isinstance(getattr(backbone, name, None), nn.Linear)
+    )
+    if not heads:
+        raise ValueError("it has no linear classifier: use its ...ForImageClassification class")
     body_name = backbone.base_model_prefix
     body = getattr(backbone, body_name)
     for blocks in ("layers", "encoder.layer", "encoder.layers", "layer"):
@@ -117,13 +131,6 @@ def _hugging_face(backbone: nn.Module) -> dict:
         break
     else:
         raise ValueError("its list of layers was not found")
-    heads = tuple(
-        name
-        for name in ("classifier", "cls_classifier", "distillation_classifier")
-        if isinstance(getattr(backbone, name, None), nn.Linear)
-    )
-    if not heads:
-        raise ValueError("it has no linear classifier: use its ...ForImageClassification class")
     config = backbone.config
     patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
     return {

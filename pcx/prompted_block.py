@@ -33,7 +33,6 @@ class PromptedBlock(nn.Module):
             swaps a tensor in the list for one with a set dimension in front ([G, m, D]) gets one set
             of prompts per sample (G = B) or per group of B/G neighbours.
         kind: "deep", "shallow" or "prefix".
-        dropout: share of prompt elements dropped in training.
         dropout_groups: prompt-dropout masks per batch, None for one per sample.
         calls: attention calls the block makes.
         head_dims: (H, d, dv) of them.
@@ -49,7 +48,6 @@ class PromptedBlock(nn.Module):
         prompts: nn.ParameterList,
         *,
         kind: str,
-        dropout: float,
         dropout_groups: int | None,
         calls: int,
         head_dims: tuple[int, int, int],
@@ -61,7 +59,7 @@ class PromptedBlock(nn.Module):
         self.block = block
         self.index = index
         self.kind = kind
-        self.dropout = dropout
+        self.dropout = 0.0  # share of prompt elements dropped in training
         self.dropout_groups = dropout_groups
         self.calls = calls
         self.head_dims = head_dims
@@ -108,12 +106,16 @@ class PromptedBlock(nn.Module):
             x, args, kwargs = x[:, : self.read_tokens], (), {}
         elif prompts.shape[-2] == 0:
             return self.block(x, *args, **kwargs)
-        prefixes = self._prefixes(prompts)
+        prefixes = self._prefixes(prompts) if prompts.shape[-2] else None
         sets = self._sets(prompts, x.shape[0])
 
         def attend(n: int, call: seam.Call) -> Tensor:
             if full is not None:  # the read tokens' queries over every token's keys and values
                 call = _read_rows(call, full[n])
+            if prefixes is None:
+                return F.scaled_dot_product_attention(
+                    call.q, call.k, call.v, attn_mask=call.bias, scale=call.scale
+                )
             return self._attend(call, *prefixes[n], sets)
 
         return seam.run(self.block, self.calls, attend, x, *args, **kwargs)
@@ -163,7 +165,9 @@ class PromptedBlock(nn.Module):
         scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
         logits = (call.q[:, :, :1] @ keys.transpose(-2, -1)).float() * scale  # [B, H, 1, m+S]
         if call.bias is not None:
-            logits = logits + _pad(reference._additive(call.bias, logits.dtype), 0, skip)[..., :1, :]
+            logits = (
+                logits + _pad(reference._additive(call.bias, logits.dtype), 0, skip)[..., :1, :]
+            )
         weights = logits.softmax(-1)[..., 0, columns].mean(1)  # [B, m], mean over heads
         self.observer.cls_attention.append(weights.detach())
 
@@ -175,7 +179,9 @@ class PromptedBlock(nn.Module):
         start = self.prefix_tokens
         if prompts is not None:
             sets = self._sets(prompts, x.shape[0])
-            tokens = prompts[sets] if sets is not None else prompts.expand(x.shape[0], *prompts.shape)
+            tokens = (
+                prompts[sets] if sets is not None else prompts.expand(x.shape[0], *prompts.shape)
+            )
             x = torch.cat([x[:, :start], tokens.to(x.dtype), x[:, start:]], 1)
         width = self._owner[0][0 if self.kind == "shallow" else self.index].shape[-2]
 
@@ -188,7 +194,9 @@ class PromptedBlock(nn.Module):
         return x
 
     def _attend_among(self, call: seam.Call, start: int, width: int) -> Tensor:
-        bias = call.bias if call.bias is None else _widened(call.bias, start, width, call.q.shape[-2])
+        bias = (
+            call.bias if call.bias is None else _widened(call.bias, start, width, call.q.shape[-2])
+        )
         call = seam.Call(call.q, call.k, call.v, bias, call.scale)
         if self.observer is not None:
             if self.observer.watch_cls:

@@ -35,18 +35,19 @@ Attend = Callable[[int, Call], Tensor]
 
 
 class intercept(TorchFunctionMode):  # noqa: N801, used as `with intercept(...)`
-    """Hands the nth attention call made inside it to `attend(n, call)`."""
+    """Hands the nth attention call made inside it to `attend(n, call)`, and counts them in `seen`."""
 
-    def __init__(self, attend: Attend):
+    def __init__(self, attend: Attend, seen: list[int]):
         super().__init__()
         self.attend = attend
-        self.seen: list[None] = []  # a list to append to: setting an attribute breaks fullgraph
+        self.seen = seen  # the caller's list: a compiled graph may not set or read our attributes
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
-        self.seen.append(None)
-        return self.attend(len(self.seen) - 1, _call(*args, **(kwargs or {})))
+        number = len(self.seen)
+        self.seen.append(number)
+        return self.attend(number, _call(*args, **(kwargs or {})))
 
 
 def _call(
@@ -60,9 +61,13 @@ def _call(
     enable_gqa: bool = False,
 ) -> Call:
     if dropout_p:
-        raise ValueError(f"dropout_p: {dropout_p} in a block's attention; prompts need it at 0 (eval mode)")
+        raise ValueError(
+            f"dropout_p: {dropout_p} in a block's attention; prompts need it at 0 (eval mode)"
+        )
     if is_causal:
-        raise ValueError("is_causal: prompts have no place in a causal order; use bidirectional attention")
+        raise ValueError(
+            "is_causal: prompts have no place in a causal order; use bidirectional attention"
+        )
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
@@ -80,11 +85,12 @@ def run(block: nn.Module, expected: int, attend: Attend, x: Tensor, *args, **kwa
         MissedCall: the block made another number of fused attention calls than expected, so that
             prompts would silently have been left out.
     """
-    with intercept(attend) as mode:
+    seen: list[int] = []
+    with intercept(attend, seen):
         out = block(x, *args, **kwargs)
-    if len(mode.seen) != expected:
+    if len(seen) != expected:
         raise MissedCall(
-            f"{type(block).__name__} made {len(mode.seen)} calls of F.scaled_dot_product_attention "
+            f"{type(block).__name__} made {len(seen)} calls of F.scaled_dot_product_attention "
             f"where {expected} were expected: turn its fused attention on (fused_attn=True, "
             "attn_implementation='sdpa'); nn.MultiheadAttention and hand-written attention have none"
         )
@@ -136,7 +142,7 @@ def probe(block: nn.Module, dim: int) -> list[Call]:
         calls.append(call)
         return call.empty_output().fill_(float("nan"))
 
-    with intercept(poison):
+    with intercept(poison, []):
         block(tokens)
     if not calls:
         raise ValueError(

@@ -70,17 +70,16 @@ class VPT(nn.Module):
         super().__init__()
         _check_choice("kind", kind, KINDS)
         _check_choice("head_init", head_init, HEAD_INITS)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: {dropout}, expected 0 <= dropout < 1")
         if dropout_groups is not None and dropout_groups < 1:
             raise ValueError(f"dropout_groups: {dropout_groups}, expected at least 1, or None")
         if isinstance(backbone, VPT):
             raise ValueError("backbone: already a VPT; give the backbone it was built on")
         self.kind = kind
-        self.dropout = dropout
         self.dropout_groups = dropout_groups
+        self.read_only = read_only
         self.trained_lr: float | None = None  # recorded by fit, read by condense
-        self.backbone = _tree_over_same_tensors(backbone)
+        self.condensation = None  # recorded by condense
+        self.backbone = _tree_over_same_tensors(backbone).eval()
         self.anatomy = dissect(self.backbone)
         if num_classes is not None:
             _set_head_size(self.backbone, num_classes)
@@ -90,7 +89,8 @@ class VPT(nn.Module):
         self._own_heads(head_init)
         counts = self._counts_per_layer(num_prompts)
         self.prompts = nn.ParameterList(self._initial(m) for m in counts)
-        self._wrap_blocks(read_only)
+        self._wrap_blocks()
+        self.set_dropout(dropout)
         self.path = path or ("concat" if kind == "shallow" else "folded")
         self.train(backbone.training)
 
@@ -101,7 +101,7 @@ class VPT(nn.Module):
 
     @property
     def path(self) -> str:
-        """"folded" or "concat"; both compute the same function."""
+        """ "folded" or "concat"; both compute the same function."""
         return self._path
 
     @path.setter
@@ -146,6 +146,14 @@ class VPT(nn.Module):
         """Recomputes each block in the backward pass instead of keeping its activations."""
         for layer in self.layers:
             layer.checkpoint = enable
+
+    def set_dropout(self, dropout: float) -> None:
+        """Changes the share of prompt elements dropped in training."""
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: {dropout}, expected 0 <= dropout < 1")
+        self.dropout = dropout
+        for layer in self.layers:
+            layer.dropout = dropout
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that training changes, by name: prompts and head."""
@@ -197,7 +205,9 @@ class VPT(nn.Module):
             if set(self.anatomy.calls) != {1} or dk != dv:
                 raise ValueError("kind: 'prefix' needs one attention call per block with d = dv")
             shape = (2, m, heads * dk)
-        return _prompt_parameter(torch.empty(shape, device=like.device, dtype=like.dtype).uniform_(-bound, bound))
+        return _prompt_parameter(
+            torch.empty(shape, device=like.device, dtype=like.dtype).uniform_(-bound, bound)
+        )
 
     def _own_heads(self, init: str) -> None:
         for head in self.heads:
@@ -208,7 +218,7 @@ class VPT(nn.Module):
                 if head.bias is not None:
                     nn.init.constant_(head.bias, -math.log(99))
 
-    def _wrap_blocks(self, read_only: bool) -> None:
+    def _wrap_blocks(self) -> None:
         blocks = self.backbone.get_submodule(self.anatomy.blocks)
         depth = len(blocks)
         for i in range(depth):
@@ -220,12 +230,11 @@ class VPT(nn.Module):
                 i,
                 self.prompts,
                 kind=self.kind,
-                dropout=self.dropout,
                 dropout_groups=self.dropout_groups,
                 calls=self.anatomy.calls[i],
                 head_dims=self.anatomy.heads_dims[i],
                 prefix_tokens=self.anatomy.prefix_tokens,
-                read_tokens=self.anatomy.read_tokens if read_only else None,
+                read_tokens=self.anatomy.read_tokens if self.read_only else None,
                 last=i == depth - 1,
             )
             blocks[i].checkpoint = checkpoint
@@ -239,7 +248,9 @@ def _tree_over_same_tensors(backbone: nn.Module) -> nn.Module:
 
 def _set_head_size(backbone: nn.Module, num_classes: int) -> None:
     if not hasattr(backbone, "reset_classifier"):
-        raise ValueError("num_classes: only timm backbones can be given a new head; set the model's own")
+        raise ValueError(
+            "num_classes: only timm backbones can be given a new head; set the model's own"
+        )
     backbone.reset_classifier(num_classes)
 
 

@@ -1,0 +1,84 @@
+"""Tasks: images and labels by name, as a backbone expects them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
+
+from pcx.tasks import listed
+from pcx.tasks.digits import NUM_CLASSES as DIGITS_CLASSES
+from pcx.tasks.digits import digits
+from pcx.tasks.images import MemoryImages
+from pcx.tasks.sprites import NUM_CLASSES as SPRITES_CLASSES
+from pcx.tasks.sprites import sprites
+
+NAMES = (
+    "digits, sprites:count|ori|loc, vtab:<name>, fgvc:<name>, or what timm.data.create_dataset reads"
+)
+
+
+@dataclass
+class Task:
+    """A task's splits: "train" and "val" to choose settings, "trainval" to train, "test" to report."""
+
+    name: str
+    num_classes: int
+    splits: dict[str, Dataset]
+
+    def loader(
+        self, split: str, batch_size: int = 64, *, num_workers: int = 0, drop_last: bool = False
+    ) -> DataLoader:
+        """A loader of one split, shuffled where it is for training."""
+        if split not in self.splits:
+            raise ValueError(f"split: got {split!r}, expected one of {sorted(self.splits)}")
+        return DataLoader(
+            self.splits[split],
+            batch_size=batch_size,
+            shuffle=split.startswith("train"),
+            num_workers=num_workers,
+            drop_last=drop_last,
+        )
+
+
+def load_task(name: str, config: dict, *, root: str | os.PathLike | None = None) -> Task:
+    """Loads a task by name, its images as the backbone expects them.
+
+    Args:
+        name: "digits" (real scans), "sprites:count", "sprites:ori", "sprites:loc" (rendered),
+            "vtab:<name>", "fgvc:<name>" (on disk under root), or any name that
+            `timm.data.create_dataset` understands, such as "torch/cifar10" or "hfds/...".
+        config: the backbone's, from `pcx.data.data_config(model)`.
+        root: folder of data sets on disk; "data" by default.
+
+    Raises:
+        ValueError: no such task, or a malformed list; names file and line.
+        FileNotFoundError: a folder or file is missing; names it and what was expected.
+    """
+    family, _, detail = name.partition(":")
+    if name == "digits":
+        return _in_memory(name, DIGITS_CLASSES, digits(), config)
+    if family == "sprites":
+        if detail not in SPRITES_CLASSES:
+            raise ValueError(f"name: {name!r}, expected sprites:{'|'.join(SPRITES_CLASSES)}")
+        return _in_memory(name, SPRITES_CLASSES[detail], sprites(detail), config)
+    folder = Path("data" if root is None else root)
+    if family == "vtab":
+        splits, classes = listed.vtab(detail, folder, config)
+    elif family == "fgvc":
+        splits, classes = listed.fgvc(detail, folder, config)
+    elif "/" in name or root is not None:
+        splits, classes = listed.from_timm(name, folder, config)
+    else:
+        raise ValueError(f"name: {name!r}, expected one of: {NAMES}")
+    return Task(name, classes, splits)
+
+
+def _in_memory(name: str, classes: int, splits: dict, config: dict) -> Task:
+    sets: dict[str, Dataset] = {
+        split: MemoryImages(images, labels, config) for split, (images, labels) in splits.items()
+    }
+    sets["trainval"] = ConcatDataset([sets["train"], sets["val"]])
+    return Task(name, classes, sets)

@@ -1,0 +1,185 @@
+"""The command line: pcx demo | train | condense | eval."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import timm
+import typer
+from rich.console import Console
+from torch import nn
+
+from pcx import demo as demo_module
+from pcx.backbones import NAME, scenes_vit
+from pcx.condense import condense as condense_model
+from pcx.condense import standard_error
+from pcx.data import data_config
+from pcx.evaluate import evaluate
+from pcx.fit import fit
+from pcx.save import load, save
+from pcx.tasks import load_task
+from pcx.vpt import VPT
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+
+Backbone = Annotated[str, typer.Option(help=f"a timm model name, or {NAME}, the embedded one")]
+TaskName = Annotated[
+    str, typer.Option("--task", help="digits, sprites:..., vtab:..., fgvc:..., or timm's name")
+]
+Root = Annotated[Path | None, typer.Option(help="folder of data sets on disk")]
+Amp = Annotated[str, typer.Option(help="no, bf16 or fp16")]
+ModelFile = Annotated[Path, typer.Argument(help="a file that pcx train or condense wrote")]
+
+
+def new_backbone(name: str, num_classes: int) -> nn.Module:
+    """The embedded backbone or a pretrained one of timm."""
+    if name == NAME:
+        return scenes_vit(num_classes)
+    if not timm.is_model(name):
+        raise ValueError(f"--backbone: timm knows no {name!r}; see timm.list_models()")
+    return timm.create_model(name, pretrained=True, num_classes=num_classes)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for results")] = Path("runs/demo"),
+    seed: int = 0,
+) -> None:
+    """VPT and Prompt Condensation on data in the package; minutes on two CPU cores."""
+    demo_module.demo(out, seed=seed)
+
+
+@app.command()
+def train(
+    task: TaskName,
+    out: Annotated[Path, typer.Option(help="file for prompts and head (.safetensors)")],
+    backbone: Backbone = NAME,
+    prompts: Annotated[int, typer.Option(help="per layer; 0 is a linear probe")] = 20,
+    kind: str = "deep",
+    dropout: float = 0.0,
+    epochs: int = 100,
+    lr: Annotated[float | None, typer.Option(help="the learning rate itself")] = None,
+    base_lr: Annotated[float | None, typer.Option(help="scaled by batch / 256")] = None,
+    weight_decay: float = 1e-3,
+    batch_size: int = 64,
+    split: Annotated[str, typer.Option(help="train, to choose settings by val, or trainval")] = "train",
+    head_init: Annotated[str, typer.Option(help="published or keep")] = "published",
+    clip_grad: float | None = None,
+    root: Root = None,
+    amp: Amp = "no",
+    seed: int = 0,
+    workers: int = 0,
+    resume: Annotated[bool, typer.Option(help="continue from the run's checkpoint")] = False,
+) -> None:
+    """Trains prompts and head on a task."""
+    config = data_config(new_backbone(backbone, 0))
+    data = load_task(task, config, root=root)
+    model = VPT(
+        new_backbone(backbone, data.num_classes),
+        prompts,
+        kind=kind,
+        dropout=dropout,
+        head_init=head_init,
+    )
+    fit(
+        model,
+        data.loader(split, batch_size, num_workers=workers),
+        epochs=epochs,
+        lr=lr,
+        base_lr=base_lr,
+        val_loader=data.loader("val", batch_size, num_workers=workers) if split == "train" else None,
+        weight_decay=weight_decay,
+        clip_grad=clip_grad,
+        amp=amp,
+        seed=seed,
+        checkpoint_dir=out.with_suffix(""),
+        resume=resume,
+    )
+    save(model, out)
+    Console().print(f"wrote {out}")
+    _say_accuracy(model, data, batch_size, amp)
+
+
+@app.command()
+def condense(
+    model: ModelFile,
+    task: TaskName,
+    out: Annotated[Path, typer.Option(help="file for the condensed model")],
+    keep: Annotated[str, typer.Option(help="a fraction, a count, or auto")] = "0.3",
+    backbone: Backbone = NAME,
+    method: str = "taylor",
+    scope: str = "global",
+    epochs: int = 20,
+    lr: Annotated[float | None, typer.Option(help="a tenth of the training's by default")] = None,
+    batch_size: int = 64,
+    split: str = "train",
+    clip_grad: float | None = None,
+    root: Root = None,
+    amp: Amp = "no",
+    seed: int = 0,
+    workers: int = 0,
+) -> None:
+    """Scores, selects and fine-tunes (Prompt Condensation, Algorithm 1)."""
+    whole = load(model, new_backbone(backbone, 0))
+    data = load_task(task, data_config(whole), root=root)
+    small = condense_model(
+        whole,
+        data.loader(split, batch_size, num_workers=workers),
+        _keep(keep),
+        method=method,
+        scope=scope,
+        epochs=epochs,
+        lr=lr,
+        val_loader=data.loader("val", batch_size, num_workers=workers),
+        clip_grad=clip_grad,
+        amp=amp,
+        seed=seed,
+    )
+    save(small, out)
+    Console().print(f"kept {small.counts} of {whole.counts}; wrote {out}")
+    _say_accuracy(small, data, batch_size, amp)
+
+
+@app.command("eval")
+def eval_(
+    model: ModelFile,
+    task: TaskName,
+    backbone: Backbone = NAME,
+    split: str = "test",
+    batch_size: int = 64,
+    root: Root = None,
+    amp: Amp = "no",
+    workers: int = 0,
+) -> None:
+    """Accuracy of a saved model on a split."""
+    loaded = load(model, new_backbone(backbone, 0))
+    data = load_task(task, data_config(loaded), root=root)
+    _say_accuracy(loaded, data, batch_size, amp, split, workers)
+
+
+def _keep(text: str) -> float | int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text) if text.isdigit() else float(text)
+    except ValueError:
+        raise ValueError(f"--keep: {text!r}, expected a fraction, a count or auto") from None
+
+
+def _say_accuracy(model, data, batch_size, amp, split="test", workers=0) -> None:
+    found = evaluate(model, data.loader(split, batch_size, num_workers=workers), amp=amp)
+    Console().print(
+        f"{data.name} {split}: {found['accuracy']:.2f} ± {standard_error(found):.2f}% "
+        f"on {found['samples']} images, loss {found['loss']:.4f}"
+    )
+
+
+def main() -> None:
+    """Runs the command line; a wrong argument or file ends in one line, not in a traceback."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        Console(stderr=True).print(f"pcx: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(1)

@@ -1,0 +1,101 @@
+"""What a backbone expects of its images, and reading each sample of a loader once."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import timm.data
+from torch import nn
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
+
+_RANDOM = ("Random", "AutoAugment", "RandAugment", "AugMix", "TrivialAugment", "Jitter", "Mix")
+
+
+def data_config(model: nn.Module) -> dict:
+    """The images a backbone was trained on: input_size (C, H, W), mean, std, interpolation, crop_pct.
+
+    Read from timm's configuration of the model; a model that carries none gets mean and std 0.5, the
+    default of Hugging Face's ViT processors.
+    """
+    backbone = getattr(model, "backbone", model)
+    if hasattr(backbone, "pretrained_cfg"):
+        return timm.data.resolve_model_data_config(backbone)
+    size = getattr(getattr(backbone, "config", None), "image_size", 224)
+    half = (0.5, 0.5, 0.5)
+    return {
+        "input_size": (3, size, size),
+        "mean": half,
+        "std": half,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+    }
+
+
+@dataclass(frozen=True)
+class PlainLoader:
+    """A loader that yields each sample once, unshuffled, and what was done to get there."""
+
+    loader: object
+    description: str
+
+
+def plain_loader(loader, config: dict) -> PlainLoader:
+    """Rebuilds a training loader so that each sample comes once, in order, without augmentation.
+
+    Shuffling, `drop_last` and random transforms are taken away from a `DataLoader` over a map-style
+    data set; a transform with random parts is replaced by the data set's own `eval_transform`, or else
+    by timm's evaluation transform for `config`. Anything else is read as it is, and the description
+    says so.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return PlainLoader(
+            loader, "the loader as given (not a DataLoader over a map-style data set)"
+        )
+    if loader.batch_sampler is None or not isinstance(
+        loader.sampler, RandomSampler | SequentialSampler
+    ):
+        return PlainLoader(loader, f"the order of {type(loader.sampler).__name__} as given")
+    dataset, transform = _without_augmentation(loader.dataset, config)
+    plain = DataLoader(
+        dataset,
+        batch_size=loader.batch_size,
+        shuffle=False,
+        drop_last=False,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
+    return PlainLoader(plain, f"{len(dataset)} samples in order, {transform}")
+
+
+def _without_augmentation(dataset: Dataset, config: dict) -> tuple[Dataset, str]:
+    if isinstance(dataset, Subset):
+        inner, what = _without_augmentation(dataset.dataset, config)
+        return Subset(inner, dataset.indices), what
+    transform = getattr(dataset, "transform", None)
+    if transform is None or not _is_random(transform):
+        return dataset, "transform as given"
+    plain = copy.copy(dataset)
+    if getattr(dataset, "eval_transform", None) is not None:
+        plain.transform = dataset.eval_transform
+        return plain, "with the data set's evaluation transform"
+    plain.transform = timm.data.create_transform(**config, is_training=False)
+    return plain, "with timm's evaluation transform in place of the random one"
+
+
+def _is_random(transform) -> bool:
+    parts = getattr(transform, "transforms", None)
+    if isinstance(parts, list | tuple):
+        return any(_is_random(part) for part in parts)
+    return any(word in type(transform).__name__ for word in _RANDOM)

@@ -1,0 +1,380 @@
+"""Training of what is trainable in a model: prompts and head."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+
+from pcx.data import data_config
+from pcx.evaluate import (
+    Criterion,
+    evaluate_prepared,
+    gathered,
+    new_accelerator,
+    per_sample_loss,
+)
+
+CHECK_EVERY = 10  # steps between looks at the loss: a look at every step would stall a GPU
+LAST = "last.pt"
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run's result depends on, besides model and data; a resumed run must have the same."""
+
+    epochs: int
+    lr: float
+    weight_decay: float
+    momentum: float
+    opt: str
+    warmup_epochs: float
+    clip_grad: float | None
+    seed: int
+
+
+def fit(
+    model: nn.Module,
+    loader,
+    *,
+    epochs: int,
+    lr: float | None = None,
+    base_lr: float | None = None,
+    val_loader=None,
+    weight_decay: float = 1e-3,
+    momentum: float = 0.9,
+    opt: str = "sgd",
+    warmup_epochs: float | None = None,
+    clip_grad: float | None = None,
+    criterion: Criterion | None = None,
+    amp: str = "no",
+    seed: int = 0,
+    checkpoint_dir: str | os.PathLike | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> list[dict]:
+    """Trains prompts and head as the VPT paper does (Appendix, Table 6).
+
+    SGD with momentum, weight decay on prompts and head weight but not on the head's bias, linear
+    warm-up, then cosine to zero, cross-entropy. The schedule moves with every update.
+
+    Args:
+        model: a `pcx.VPT`, or any module some of whose parameters require gradients.
+        loader: yields (images, labels), images as the backbone expects them.
+        epochs: passes over the loader.
+        lr: the learning rate itself.
+        base_lr: instead of lr, scaled by batch / 256 as in the paper.
+        val_loader: evaluated after each epoch.
+        weight_decay, momentum, opt: as timm's optimiser factory takes them.
+        warmup_epochs: a tenth of the epochs by default (the paper's 10 of 100).
+        clip_grad: largest gradient norm, None for no clipping.
+        criterion: (logits, labels) -> one loss per sample [B]; cross-entropy by default.
+        amp: "no", "bf16" or "fp16".
+        seed: Python's, NumPy's and torch's generators are seeded from it before each epoch, so that a
+            resumed run continues as the whole one would have gone.
+        checkpoint_dir: folder for `last.pt`, written whole or not at all after every epoch.
+        resume: continue from that file, where it exists.
+        progress: show a bar and the run's facts.
+
+    Returns:
+        One dict per epoch: epoch, loss, accuracy (percent), samples, lr, seconds, and val_loss,
+        val_accuracy where there is a val_loader.
+
+    Raises:
+        ValueError: an argument does not fit, or the checkpoint is of another run.
+        NonFiniteLoss: the loss became NaN or infinite; the model is back at the start of that epoch
+            and the last checkpoint stays.
+    """
+    accelerator = new_accelerator(amp, seed)
+    names = _trainable(model)
+    recipe = Recipe(
+        epochs=_positive("epochs", epochs),
+        lr=_learning_rate(lr, base_lr, loader, accelerator),
+        weight_decay=weight_decay,
+        momentum=momentum,
+        opt=opt,
+        warmup_epochs=epochs / 10 if warmup_epochs is None else warmup_epochs,
+        clip_grad=clip_grad,
+        seed=seed,
+    )
+    if not 0 <= recipe.warmup_epochs < epochs:
+        raise ValueError(f"warmup_epochs: {warmup_epochs}, expected 0 or more and under {epochs}")
+    console = Console(quiet=not (progress and accelerator.is_main_process))
+    _say_facts(console, model, names, recipe, loader, accelerator)
+    optimizer = create_optimizer_v2(
+        model, opt=opt, lr=recipe.lr, weight_decay=weight_decay, momentum=momentum
+    )
+    updates = _updates(loader, accelerator)
+    scheduler = _schedule(optimizer, recipe, updates)
+    run = _Run(
+        accelerator, model, names, optimizer, loader, val_loader, scheduler, recipe, criterion
+    )
+    file = None if checkpoint_dir is None else Path(checkpoint_dir) / LAST
+    if resume:
+        if file is None:
+            raise ValueError("resume: needs checkpoint_dir")
+        if file.exists():
+            run.restore(file)
+            console.print(f"resumed {file} after epoch {len(run.history)}")
+    with _bar(console, epochs) as bar:
+        task = bar.add_task("training", total=epochs, completed=len(run.history), note="")
+        while len(run.history) < epochs:
+            row = run.epoch()
+            if file is not None and accelerator.is_main_process:
+                run.save(file)
+            bar.update(task, advance=1, note=_note(row))
+    if hasattr(model, "trained_lr"):
+        model.trained_lr = recipe.lr
+    return run.history
+
+
+class _Run:
+    """The state of one training run between epochs."""
+
+    def __init__(
+        self, accelerator, model, names, optimizer, loader, val_loader, scheduler, recipe, criterion
+    ):
+        self.accelerator: Accelerator = accelerator
+        self.plain = model
+        self.names = names
+        self.generators = _generators(loader)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.loader = accelerator.prepare(loader)
+        self.val_loader = None if val_loader is None else accelerator.prepare(val_loader)
+        self.scheduler, self.recipe, self.criterion = scheduler, recipe, criterion
+        self.history: list[dict] = []
+        self.updates = 0
+
+    def epoch(self) -> dict:
+        start, number = time.perf_counter(), len(self.history)
+        good = {k: v.detach().clone() for k, v in self._parameters().items()}
+        _seed_everything(self.recipe.seed, number, self.accelerator.process_index)
+        if hasattr(self.loader, "set_epoch"):
+            self.loader.set_epoch(number)
+        self.model.train()
+        try:
+            row = {"epoch": number + 1, **self._pass(number)}
+        except NonFiniteLoss:
+            with torch.no_grad():
+                for name, parameter in self._parameters().items():
+                    parameter.copy_(good[name])
+            raise
+        if self.val_loader is not None:
+            found = evaluate_prepared(self.accelerator, self.model, self.val_loader, self.criterion)
+            row |= {"val_loss": found["loss"], "val_accuracy": found["accuracy"]}
+        row["seconds"] = time.perf_counter() - start
+        self.history.append(row)
+        return row
+
+    def _pass(self, number: int) -> dict:
+        totals = torch.zeros(3, dtype=torch.float64)  # loss, correct, samples
+        recent: list[Tensor] = []
+        lr = 0.0
+        for step, (images, labels) in enumerate(self.loader):
+            self.scheduler.step_update(self.updates)
+            lr = self.optimizer.param_groups[0]["lr"]
+            logits = self.model(images)
+            losses = per_sample_loss(logits, labels, self.criterion)
+            self.optimizer.zero_grad()
+            self.accelerator.backward(losses.mean())
+            if self.recipe.clip_grad is not None:
+                self.accelerator.clip_grad_norm_(self._parameters().values(), self.recipe.clip_grad)
+            self.optimizer.step()
+            self.updates += 1
+            hits = logits.detach().argmax(-1) == labels
+            losses, hits = gathered(self.accelerator, losses.detach(), hits)
+            recent.append(torch.stack([losses.double().sum(), hits.sum(), _count(losses)]))
+            if (step + 1) % CHECK_EVERY == 0:
+                totals += self._checked(recent, number, step)
+                recent = []
+        if recent:
+            totals += self._checked(recent, number, step)
+        loss, correct, samples = totals.tolist()
+        if not samples:
+            raise ValueError("loader: it yielded no sample")
+        return {
+            "loss": loss / samples,
+            "accuracy": 100 * correct / samples,
+            "samples": int(samples),
+            "lr": lr,
+        }
+
+    def _checked(self, recent: list[Tensor], number: int, step: int) -> Tensor:
+        rows = torch.stack(recent).cpu()
+        bad = (~rows[:, 0].isfinite()).nonzero()
+        if len(bad):
+            at = step + 1 - len(recent) + int(bad[0])
+            raise NonFiniteLoss(
+                f"loss: {rows[bad[0], 0].item()} in epoch {number + 1}, step {at + 1}: lower lr (now "
+                f"{self.recipe.lr:g}; try {self.recipe.lr / 10:g}), or set clip_grad=1.0. The model is "
+                "back at the start of the epoch"
+            )
+        return rows.sum(0)
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        parameters = dict(self.plain.named_parameters())
+        return {name: parameters[name] for name in self.names}
+
+    def save(self, file: Path) -> None:
+        """Writes the whole state beside the old file, then puts it in its place."""
+        state = {
+            "pcx_fit": 1,
+            "recipe": asdict(self.recipe),
+            "parameters": {k: v.detach().cpu() for k, v in self._parameters().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history,
+            "updates": self.updates,
+            "generators": [g.get_state() for g in self.generators],
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.part")
+        torch.save(state, part)
+        os.replace(part, file)
+
+    def restore(self, file: Path) -> None:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            fits = state["pcx_fit"] == 1
+        except Exception as error:
+            raise ValueError(
+                f"checkpoint_dir: {file} is not a checkpoint of pcx.fit ({error})"
+            ) from error
+        mine, theirs = asdict(self.recipe), state["recipe"]
+        differ = [k for k in mine if mine[k] != theirs.get(k)]
+        shapes = {k: tuple(v.shape) for k, v in self._parameters().items()}
+        if (
+            differ
+            or not fits
+            or shapes != {k: tuple(v.shape) for k, v in state["parameters"].items()}
+        ):
+            what = (
+                ", ".join(f"{k} {theirs.get(k)} (now {mine[k]})" for k in differ)
+                or "its parameters"
+            )
+            raise ValueError(
+                f"resume: {file} is of another run: {what}. Use the same arguments and model, or "
+                "another checkpoint_dir"
+            )
+        with torch.no_grad():
+            for name, parameter in self._parameters().items():
+                parameter.copy_(state["parameters"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for generator, saved in zip(self.generators, state["generators"], strict=True):
+            generator.set_state(saved)
+        self.history, self.updates = state["history"], state["updates"]
+
+
+def _generators(loader) -> list[torch.Generator]:
+    """The loader's own random generators, whose states belong to a checkpoint."""
+    holders = [loader, getattr(loader, "sampler", None)]
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return [g for i, g in enumerate(found) if isinstance(g, torch.Generator) and g not in found[:i]]
+
+
+def _seed_everything(seed: int, epoch: int, process: int) -> None:
+    mixed = np.random.SeedSequence([seed, epoch, process]).generate_state(1)[0]
+    random.seed(int(mixed))
+    np.random.seed(int(mixed))
+    torch.manual_seed(int(mixed))
+
+
+def _trainable(model: nn.Module) -> list[str]:
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not names:
+        raise ValueError("model: no parameter requires a gradient (no prompts and no head?)")
+    return names
+
+
+def _learning_rate(lr, base_lr, loader, accelerator: Accelerator) -> float:
+    if (lr is None) == (base_lr is None):
+        raise ValueError(f"lr: give lr or base_lr, one of them; got lr={lr}, base_lr={base_lr}")
+    if lr is None:
+        batch = getattr(loader, "batch_size", None)
+        if batch is None:
+            raise ValueError("base_lr: the loader has no batch_size to scale it by; give lr")
+        lr = base_lr * batch * accelerator.num_processes / 256
+    if not (lr > 0 and math.isfinite(lr)):
+        raise ValueError(f"lr: {lr}, expected a positive number")
+    return float(lr)
+
+
+def _positive(name: str, value: int) -> int:
+    if int(value) != value or value < 1:
+        raise ValueError(f"{name}: {value}, expected a whole number of at least 1")
+    return int(value)
+
+
+def _updates(loader, accelerator: Accelerator) -> int:
+    try:
+        return max(1, math.ceil(len(loader) / accelerator.num_processes))
+    except TypeError:
+        raise ValueError("loader: it has no length, which the schedule needs") from None
+
+
+def _schedule(optimizer, recipe: Recipe, updates: int):
+    warmup = recipe.warmup_epochs
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=recipe.epochs - warmup,
+        warmup_epochs=warmup,
+        warmup_prefix=True,
+        warmup_lr=recipe.lr / max(1, warmup * updates),
+        step_on_epochs=False,
+        updates_per_epoch=updates,
+    )
+    return scheduler
+
+
+def _count(losses: Tensor) -> Tensor:
+    return torch.tensor(len(losses), dtype=torch.float64, device=losses.device)
+
+
+def _say_facts(console: Console, model, names, recipe: Recipe, loader, accelerator) -> None:
+    parameters = dict(model.named_parameters())
+    trained = sum(parameters[n].numel() for n in names)
+    total = sum(p.numel() for p in parameters.values())
+    config = data_config(model)
+    console.print(
+        f"training {trained:,} of {total:,} parameters ({100 * trained / total:.2f}%), "
+        f"lr {recipe.lr:g}, {recipe.epochs} epochs, on {accelerator.device}"
+    )
+    console.print(
+        f"the backbone expects images of {'x'.join(map(str, config['input_size']))} normalised by "
+        f"mean {tuple(config['mean'])} and std {tuple(config['std'])}"
+    )
+
+
+def _bar(console: Console, epochs: int) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=console.quiet,
+    )
+
+
+def _note(row: dict) -> str:
+    note = f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.1f}%"
+    if "val_accuracy" in row:
+        note += f"  validation {row['val_accuracy']:.1f}%"
+    return note

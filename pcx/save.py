@@ -1,0 +1,141 @@
+"""Saving prompts and head, without the backbone, and putting them back onto it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pcx.vpt import VPT
+
+FORMAT = "1"
+
+
+def save(model: VPT, path: str | os.PathLike) -> None:
+    """Writes a VPT's prompts and head with its configuration to one safetensors file.
+
+    The backbone is recorded by name and by a fingerprint of its weights. The file appears whole or
+    not at all.
+
+    Args:
+        model: a VPT.
+        path: the file; folders are made.
+    """
+    path = Path(path)
+    config = {
+        "kind": model.kind,
+        "counts": model.counts,
+        "dropout": model.dropout,
+        "dropout_groups": model.dropout_groups,
+        "path": model.path,
+        "read_only": model.read_only,
+        "trained_lr": model.trained_lr,
+        "backbone": backbone_name(model.backbone),
+        "fingerprint": fingerprint(model),
+    }
+    tensors = {name: t.detach().cpu().contiguous() for name, t in _own(model).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    save_file(tensors, part, metadata={"pcx": FORMAT, "config": json.dumps(config)})
+    os.replace(part, path)
+
+
+def load(path: str | os.PathLike, backbone: nn.Module) -> VPT:
+    """Reads what `pcx.save` wrote, onto the same backbone.
+
+    Args:
+        path: the file.
+        backbone: the backbone it was trained on, with any head; convert dtype or device afterwards.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated or not of pcx, or the backbone is another one.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path: no file {path}")
+    config, tensors = _read(path)
+    heads = {name: t for name, t in tensors.items() if name.startswith("backbone.")}
+    classes = next((t.shape[0] for name, t in heads.items() if name.endswith(".weight")), 0)
+    model = VPT(
+        backbone,
+        config["counts"],
+        kind=config["kind"],
+        dropout=config["dropout"],
+        dropout_groups=config["dropout_groups"],
+        path=config["path"],
+        read_only=config["read_only"],
+        num_classes=classes if hasattr(backbone, "reset_classifier") else None,
+    )
+    _check_backbone(path, config, model)
+    own = _own(model)
+    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in tensors.items()}:
+        raise ValueError(
+            f"path: {path} holds tensors that do not fit its configuration; save it anew"
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+    model.trained_lr = config["trained_lr"]
+    return model
+
+
+def backbone_name(backbone: nn.Module) -> str:
+    """timm's architecture and tag, or the name of the class."""
+    config = getattr(backbone, "pretrained_cfg", None) or {}
+    name = config.get("architecture") or type(backbone).__name__
+    return f"{name}.{config['tag']}" if config.get("tag") else name
+
+
+def fingerprint(model: VPT) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the frozen weights."""
+    own, marker = _own(model), f"{model.anatomy.blocks}."
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if name in own:
+            continue
+        if name.startswith(f"backbone.{marker}"):  # as the backbone names it, without our wrapper
+            name = name.replace(".block.", ".", 1)
+        tensor = parameter.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _own(model: VPT) -> dict[str, Tensor]:
+    heads = tuple(f"backbone.{name}." for name in model.anatomy.heads)
+    return {
+        name: p for name, p in model.named_parameters() if name.startswith(("prompts.", *heads))
+    }
+
+
+def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"path: {path} is not a whole safetensors file ({error}); copy or save it anew"
+        ) from error
+    if metadata.get("pcx") != FORMAT:
+        raise ValueError(
+            f"path: {path} was not written by pcx.save (format {metadata.get('pcx')}, expected {FORMAT})"
+        )
+    return json.loads(metadata["config"]), tensors
+
+
+def _check_backbone(path: Path, config: dict, model: VPT) -> None:
+    found = fingerprint(model)
+    if found != config["fingerprint"]:
+        raise ValueError(
+            f"backbone: {path} was trained on {config['backbone']} with weights "
+            f"{config['fingerprint'][:12]}, got {backbone_name(model.backbone)} with weights "
+            f"{found[:12]}: give the same pretrained weights in the dtype they were trained in"
+        )

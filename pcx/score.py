@@ -1,0 +1,244 @@
+"""How much each prompt matters, from gradients, attention or its real removal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.func import functional_call
+
+from pcx.data import data_config, plain_loader
+from pcx.evaluate import Criterion, per_sample_loss
+from pcx.prompted_block import Observer
+from pcx.vpt import VPT
+
+GRADIENT = ("taylor", "taylor-inner", "gate")
+ONE_PASS = (*GRADIENT, "cls-attention")
+REMOVAL = ("exact", "exact-zero")
+METHODS = (*ONE_PASS, "magnitude", "random", *REMOVAL)
+
+Scores = list[Tensor]
+
+
+def score(
+    model: VPT,
+    loader,
+    *,
+    method: str | Sequence[str] = "taylor",
+    criterion: Criterion | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Scores | dict[str, Scores]:
+    """Scores every prompt over a data set (Prompt Condensation, Eq. 13-16).
+
+    With g = dL_d / dp_i, the gradient of sample d's own loss by prompt i, the methods are
+
+    - taylor: mean_d ||g * p_i||_2, Eq. 16 with the elementwise product (the default);
+    - taylor-inner: mean_d |<g, p_i>|, its reading as an inner product;
+    - gate: mean_d |sum over heads and queries of dL_d / ds_i|, s_i the attention logits of key i: the
+      first-order effect of removing the key;
+    - cls-attention: the attention of [CLS] to the prompt, mean over samples and heads ([CLS]-Sim);
+    - magnitude: ||p_i||_2; random: uniform, from `seed`;
+    - exact: mean_d |L_d without the prompt - L_d|, the prompt really removed, one pass per prompt;
+    - exact-zero: the same with the prompt set to zero, Eq. 13's words, which leaves its key in place.
+
+    Each sample is read once, in order, without augmentation, dropout or a dropped last batch.
+
+    Args:
+        model: a VPT; not changed.
+        loader: yields (images, labels).
+        method: a method, or several, whose gradients then come from the same pass.
+        criterion: (logits, labels) -> one loss per sample [B]; cross-entropy by default.
+        seed: of "random".
+        progress: show a bar and what was read.
+
+    Returns:
+        Per layer, [m_l] float64 on the CPU; for several methods a dict of such lists.
+
+    Raises:
+        ValueError: no such method, an empty loader, a model without prompts, a criterion that does
+            not give one value per sample, or a loss that is not finite (names the sample).
+    """
+    methods = (method,) if isinstance(method, str) else tuple(method)
+    unknown = [m for m in methods if m not in METHODS]
+    if unknown or not methods:
+        raise ValueError(f"method: got {unknown or methods}, expected some of {METHODS}")
+    if not sum(model.counts):
+        raise ValueError("model: it has no prompts to score")
+    found = _without_data(model, methods, seed)
+    if set(methods) - set(found):
+        plain = plain_loader(loader, data_config(model))
+        with _as_scored(model):
+            reader = _Reader(model, plain.loader, criterion, progress)
+            found |= _one_pass(reader, [m for m in methods if m in ONE_PASS])
+            for name in REMOVAL:
+                if name in methods:
+                    found[name] = _by_removal(reader, name)
+        Console(quiet=not progress).print(
+            f"scored {sum(model.counts)} prompts on {reader.samples} samples; {plain.description}"
+        )
+    return found[method] if isinstance(method, str) else {name: found[name] for name in methods}
+
+
+def _without_data(model: VPT, methods: Sequence[str], seed: int) -> dict[str, Scores]:
+    found = {}
+    if "magnitude" in methods:
+        found["magnitude"] = [_rows(p.detach()).norm(dim=-1) for p in model.prompts]
+    if "random" in methods:
+        generator = torch.Generator().manual_seed(seed)
+        found["random"] = [
+            torch.rand(m, generator=generator, dtype=torch.float64) for m in model.counts
+        ]
+    return {name: [s.double().cpu() for s in scores] for name, scores in found.items()}
+
+
+def _rows(prompts: Tensor) -> Tensor:
+    """One row of numbers per prompt, [..., m, *]: kind "prefix" has a key and a value row."""
+    if prompts.dim() >= 3 and prompts.shape[-3] == 2:
+        return prompts.transpose(-3, -2).flatten(-2)
+    return prompts
+
+
+@contextmanager
+def _as_scored(model: VPT) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@dataclass
+class _Reader:
+    """Yields the loader's batches on the model's device and counts its samples."""
+
+    model: VPT
+    loader: object
+    criterion: Criterion | None
+    progress: bool
+    samples: int = 0
+
+    def batches(self, note: str) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self.model.prompts[0].device
+        self.samples = 0
+        for images, labels in track(self.loader, note, disable=not self.progress, transient=True):
+            yield images.to(device), labels.to(device)
+            self.samples += len(labels)
+        if not self.samples:
+            raise ValueError("loader: it yielded no sample")
+
+    def losses(self, prompts: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+        """The loss of each sample with some prompts swapped for others, [B]."""
+        logits = functional_call(self.model, prompts, (images,))
+        losses = per_sample_loss(logits, labels, self.criterion)
+        bad = (~losses.detach().isfinite()).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"loader: the loss of sample {self.samples + int(bad[0])} is not finite"
+            )
+        return losses
+
+
+def _one_pass(reader: _Reader, methods: Sequence[str]) -> dict[str, Scores]:
+    """Per-sample gradients by giving every sample its own copy of the prompts."""
+    if not methods:
+        return {}
+    model = reader.model
+    totals = {m: [torch.zeros(c, dtype=torch.float64) for c in model.counts] for m in methods}
+    for images, labels in reader.batches("scoring"):
+        for name, layer, rows in _batch_scores(reader, methods, images, labels):
+            totals[name][layer] += rows.detach().double().sum(0).cpu()  # rows [B, m]
+    return {m: [t / reader.samples for t in layers] for m, layers in totals.items()}
+
+
+def _batch_scores(
+    reader: _Reader, methods: Sequence[str], images: Tensor, labels: Tensor
+) -> Iterator[tuple[str, int, Tensor]]:
+    model, batch = reader.model, len(labels)
+    used = [i for i, m in enumerate(model.counts) if m]
+    leaves = {
+        i: model.prompts[i].detach().expand(batch, *model.prompts[i].shape).requires_grad_()
+        for i in used
+    }
+    watched = used if model.kind != "shallow" else range(len(model.layers))
+    with _observed(model, watched, methods, batch) as observers, torch.enable_grad():
+        losses = reader.losses({f"prompts.{i}": leaf for i, leaf in leaves.items()}, images, labels)
+        gates = [o.gate for o in observers.values() if o.gate is not None]
+        wanted = [*leaves.values(), *gates] if set(methods) & set(GRADIENT) else []
+        grads = torch.autograd.grad(losses.sum(), wanted) if wanted else ()
+    for i, grad in zip(used, grads, strict=False):
+        prompt, grad = _rows(model.prompts[i].detach()), _rows(grad)  # [m, D], [B, m, D]
+        if "taylor" in methods:
+            yield "taylor", i, (grad * prompt).norm(dim=-1)
+        if "taylor-inner" in methods:
+            yield "taylor-inner", i, (grad * prompt).sum(-1).abs()
+    if "gate" in methods:
+        by_layer = dict(zip(observers, grads[len(used) :], strict=True))
+        for i in used:  # a travelling prompt is a key of every layer
+            yield (
+                "gate",
+                i,
+                by_layer[i].abs() if len(used) == len(by_layer) else sum(by_layer.values()).abs(),
+            )
+    if "cls-attention" in methods:
+        for i in used:
+            seen = (
+                observers[i].cls_attention
+                if model.kind != "shallow"
+                else [w for o in observers.values() for w in o.cls_attention]
+            )
+            yield "cls-attention", i, torch.stack(seen).mean(0)
+
+
+@contextmanager
+def _observed(
+    model: VPT, layers: Sequence[int], methods: Sequence[str], batch: int
+) -> Iterator[dict[int, Observer]]:
+    observers = {}
+    if {"gate", "cls-attention"} & set(methods):
+        for i in layers:
+            width = model.counts[0 if model.kind == "shallow" else i]
+            observer = Observer(watch_cls="cls-attention" in methods)
+            if "gate" in methods:
+                like = model.prompts[i]
+                observer.gate = torch.zeros(
+                    batch, width, device=like.device, dtype=like.dtype, requires_grad=True
+                )
+            observers[i] = model.layers[i].observer = observer
+    try:
+        yield observers
+    finally:
+        for i in observers:
+            model.layers[i].observer = None
+
+
+@torch.no_grad()
+def _by_removal(reader: _Reader, name: str) -> Scores:
+    """Leaves out (or zeroes) one prompt at a time: sum(counts) forward passes over the data."""
+    model = reader.model
+    change = _without_row if name == "exact" else _with_zero_row
+    totals = [torch.zeros(m, dtype=torch.float64) for m in model.counts]
+    for images, labels in reader.batches(name):
+        whole = reader.losses({}, images, labels)
+        for layer, count in enumerate(model.counts):
+            for i in range(count):
+                prompts = change(model.prompts[layer].detach(), i)
+                losses = reader.losses({f"prompts.{layer}": prompts}, images, labels)
+                totals[layer][i] += float((losses - whole).abs().double().sum())
+    return [t / reader.samples for t in totals]
+
+
+def _without_row(prompts: Tensor, i: int) -> Tensor:
+    return torch.cat([prompts[..., :i, :], prompts[..., i + 1 :, :]], dim=-2)
+
+
+def _with_zero_row(prompts: Tensor, i: int) -> Tensor:
+    changed = prompts.clone()
+    changed[..., i, :] = 0
+    return changed

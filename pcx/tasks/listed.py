@@ -1,0 +1,174 @@
+"""Data sets that users have on disk: VTAB-1k's community layout, FGVC's JSON splits, timm's readers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import timm.data
+from torch.utils.data import Dataset
+from torchvision import transforms
+
+from pcx.tasks.images import FileImages
+
+VTAB_CLASSES = {
+    "caltech101": 102,
+    "cifar": 100,
+    "dtd": 47,
+    "oxford_flowers102": 102,
+    "oxford_iiit_pet": 37,
+    "patch_camelyon": 2,
+    "sun397": 397,
+    "svhn": 10,
+    "resisc45": 45,
+    "eurosat": 10,
+    "dmlab": 6,
+    "kitti": 4,
+    "smallnorb_azi": 18,
+    "smallnorb_ele": 9,
+    "dsprites_loc": 16,
+    "dsprites_ori": 16,
+    "clevr_dist": 6,
+    "clevr_count": 8,
+    "diabetic_retinopathy": 5,
+}
+ALIASES = {"cifar100": "cifar", "oxford_pet": "oxford_iiit_pet"}
+VTAB_LISTS = {"train": "train800", "val": "val200", "trainval": "train800val200", "test": "test"}
+
+
+def vtab(name: str, root: Path, config: dict) -> tuple[dict[str, Dataset], int]:
+    """A task of VTAB-1k: <root>/vtab-1k/<name>/{train800,val200,train800val200,test}.txt.
+
+    Each line reads `images/<split>/NNNNNN.jpg label`. Images are resized without augmentation.
+    """
+    name = ALIASES.get(name, name)
+    if name not in VTAB_CLASSES:
+        raise ValueError(f"name: 'vtab:{name}', expected one of {sorted(VTAB_CLASSES)}")
+    folder = _existing(root / "vtab-1k" / name, "a folder of VTAB-1k's community layout")
+    transform = _resized(config)
+    splits = {
+        split: FileImages(
+            _read_list(folder / f"{file}.txt", folder, VTAB_CLASSES[name]), transform, transform
+        )
+        for split, file in VTAB_LISTS.items()
+    }
+    return splits, VTAB_CLASSES[name]
+
+
+def fgvc(name: str, root: Path, config: dict) -> tuple[dict[str, Dataset], int]:
+    """A task of FGVC: <root>/<name>/{train,val,test}.json = {relative path: class}.
+
+    A label is the class's place among the sorted classes of the training split. Training images are
+    resized to 256, cropped at random to the input size and flipped, as in VPT's code.
+    """
+    folder = _existing(root / name, "a folder with train.json, val.json and test.json")
+    tables = {split: _read_table(folder / f"{split}.json") for split in ("train", "val", "test")}
+    classes = {c: i for i, c in enumerate(sorted(set(tables["train"].values())))}
+    plain = timm.data.create_transform(**{**config, "crop_pct": 224 / 256}, is_training=False)
+    samples = {}
+    for split, table in tables.items():
+        unknown = sorted(set(table.values()) - set(classes), key=str)
+        if unknown:
+            raise ValueError(f"{folder / split}.json: classes {unknown[:5]} are not in train.json")
+        samples[split] = [(folder / path, classes[c]) for path, c in table.items()]
+    samples["trainval"] = samples["train"] + samples["val"]
+    augmented = _cropped(config)
+    splits = {
+        split: FileImages(rows, augmented if split.startswith("train") else plain, plain)
+        for split, rows in samples.items()
+    }
+    return splits, len(classes)
+
+
+def from_timm(name: str, root: Path | None, config: dict) -> tuple[dict[str, Dataset], int]:
+    """Any data set that `timm.data.create_dataset` reads, by the splits train, validation and test."""
+    splits = {}
+    for split, names in {"train": ("train",), "val": ("validation", "val"), "test": ("test",)}.items():
+        for candidate in names:
+            try:
+                splits[split] = timm.data.create_dataset(name, root=root, split=candidate)
+                break
+            except Exception as error:
+                last = error
+        else:
+            if split == "train":
+                raise ValueError(
+                    f"name: {name!r} under root {root} cannot be read by timm.data.create_dataset "
+                    f"({type(last).__name__}: {last})"
+                ) from last
+    splits.setdefault("val", splits.get("test", splits["train"]))
+    splits.setdefault("test", splits["val"])
+    for split, dataset in splits.items():
+        dataset.transform = timm.data.create_transform(**config, is_training=split == "train")
+        dataset.eval_transform = timm.data.create_transform(**config, is_training=False)
+    splits["trainval"] = splits["train"]
+    return splits, _class_count(splits["train"], name)
+
+
+def _class_count(dataset: Dataset, name: str) -> int:
+    for holder in (getattr(dataset, "reader", None), dataset):
+        for attribute in ("class_to_idx", "classes"):
+            found = getattr(holder, attribute, None)
+            if found:
+                return len(found)
+    raise ValueError(f"name: {name!r} does not say how many classes it has; give num_classes")
+
+
+def _resized(config: dict) -> transforms.Compose:
+    _, height, width = config["input_size"]
+    how = transforms.InterpolationMode(config["interpolation"])
+    return transforms.Compose(
+        [transforms.Resize((height, width), interpolation=how), *_to_tensor(config)]
+    )
+
+
+def _cropped(config: dict) -> transforms.Compose:
+    _, height, width = config["input_size"]
+    how = transforms.InterpolationMode(config["interpolation"])
+    return transforms.Compose(
+        [
+            transforms.Resize(max(height, width) * 256 // 224, interpolation=how),
+            transforms.RandomCrop((height, width)),
+            transforms.RandomHorizontalFlip(),
+            *_to_tensor(config),
+        ]
+    )
+
+
+def _to_tensor(config: dict) -> list:
+    return [transforms.ToTensor(), transforms.Normalize(config["mean"], config["std"])]
+
+
+def _existing(path: Path, what: str) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: not found, expected {what}; pass root= where it lies")
+    return path
+
+
+def _read_list(file: Path, folder: Path, classes: int) -> list[tuple[Path, int]]:
+    _existing(file, "a list of lines `images/<split>/NNNNNN.jpg label`")
+    samples = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        path, _, label = line.strip().rpartition(" ")
+        if not path or not label.isdigit() or int(label) >= classes:
+            raise ValueError(
+                f"{file}, line {number}: {line!r}, expected `path label` with a label of "
+                f"0..{classes - 1}"
+            )
+        samples.append((folder / path, int(label)))
+    if not samples:
+        raise ValueError(f"{file}: no lines, expected `images/<split>/NNNNNN.jpg label`")
+    return samples
+
+
+def _read_table(file: Path) -> dict[str, str | int]:
+    _existing(file, "a JSON object {relative path: class}")
+    try:
+        table = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}, line {error.lineno}: not JSON ({error.msg})") from error
+    if not isinstance(table, dict) or not table:
+        raise ValueError(f"{file}: expected a JSON object {{relative path: class}} with entries")
+    return table

@@ -1,0 +1,79 @@
+"""Procedural tasks that ask what three of VTAB's structured tasks ask.
+
+- count: how many objects, 3 to 10 (clevr-count);
+- ori: the orientation of the object, 16 bins over the full turn (dsprites-orientation; a square or an
+  ellipse looks alike at several angles there as well, so full marks are out of reach);
+- loc: the horizontal position of the object, 16 bins (dsprites-location).
+
+Images are 64x64, rendered from known factors with a fixed seed per split; 1000 training images as in
+VTAB-1k (800 train, 200 val).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Generator, Tensor
+
+from pcx.tasks.render import SHAPES, Objects, render
+
+NUM_CLASSES = {"count": 8, "ori": 16, "loc": 16}
+SPLITS = {"train": (11, 800), "val": (12, 200), "test": (13, 2000)}  # seed, size
+FEWEST, MOST = 3, 10
+_DSPRITES = [SHAPES.index(name) for name in ("square", "ellipse", "heart")]
+
+
+def sprites(question: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Images [N, 3, 64, 64] uint8 and labels [N] of "train", "val" and "test".
+
+    Args:
+        question: "count", "ori" or "loc".
+    """
+    draw = _count if question == "count" else _single
+    splits = {}
+    for name, (seed, size) in SPLITS.items():
+        images, labels = draw(size, torch.Generator().manual_seed(seed))
+        splits[name] = images, labels if question == "count" else labels[question]
+    return splits
+
+
+def _uniform(generator: Generator, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+    return low + (high - low) * torch.rand(*shape, generator=generator)
+
+
+def _single(size: int, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    """One white shape on black: dSprites' factors, with its steps in scale, angle and position."""
+    shape = torch.tensor(_DSPRITES)[torch.randint(3, (size, 1), generator=generator)]
+    scale = torch.randint(6, (size, 1), generator=generator) / 5  # 6 scales
+    turn = torch.randint(40, (size, 1), generator=generator)  # 40 angles
+    x, y = (torch.randint(32, (size, 1), generator=generator) for _ in range(2))  # 32 x 32 places
+    objects = Objects(
+        shape=shape,
+        x=0.2 + 0.6 * x / 31,
+        y=0.2 + 0.6 * y / 31,
+        radius=0.09 + 0.09 * scale,
+        angle=2 * math.pi * turn / 40,
+        colour=torch.ones(size, 1, 3),
+        visible=torch.ones(size, 1, dtype=torch.bool),
+    )
+    labels = {"ori": (turn[:, 0] * 16) // 40, "loc": x[:, 0] // 2}
+    return render(objects, torch.zeros(1, 3, 1, 1)), labels
+
+
+def _count(size: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Coloured shapes over grey, on a jittered grid so that none hides another."""
+    count = torch.randint(FEWEST, MOST + 1, (size,), generator=generator)
+    cells = torch.stack([torch.randperm(16, generator=generator)[:MOST] for _ in range(size)])
+    jitter = _uniform(generator, 2, size, MOST, low=-0.04, high=0.04)
+    objects = Objects(
+        shape=torch.randint(len(SHAPES), (size, MOST), generator=generator),
+        x=(cells % 4 + 0.5) / 4 + jitter[0],
+        y=(cells // 4 + 0.5) / 4 + jitter[1],
+        radius=_uniform(generator, size, MOST, low=0.05, high=0.1),
+        angle=_uniform(generator, size, MOST, high=2 * math.pi),
+        colour=_uniform(generator, size, MOST, 3, low=0.1),
+        visible=torch.arange(MOST) < count[:, None],
+    )
+    grey = _uniform(generator, size, 1, 1, 1, low=0.3, high=0.6).expand(-1, 3, -1, -1)
+    return render(objects, grey), count - FEWEST

@@ -1,0 +1,36 @@
+"""Shared small things: a tiny backbone and loaders over made-up images."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from families import randomise
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def backbone():
+    """A random ViT of 2 blocks, width 24, on 32x32 images, with 3 classes, float64."""
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=24, num_heads=2, num_classes=3
+    ).double()
+    randomise(model)
+    return model.eval()
+
+
+@pytest.fixture
+def dataset():
+    """10 made-up images of 3 classes that a model can learn, float64."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(10) % 3
+    images = torch.randn(10, 3, 32, 32, generator=generator, dtype=torch.float64)
+    return TensorDataset(images + labels[:, None, None, None], labels)
+
+
+@pytest.fixture
+def loader(dataset):
+    return DataLoader(dataset, batch_size=4, shuffle=True)
