@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +43,7 @@ class Anatomy:
     heads_dims: tuple[tuple[int, int, int], ...]  # (H, d, dv) of each block's first call
 
 
-def dissect(backbone: nn.Module) -> Anatomy:
+def dissect(backbone: Any) -> Anatomy:
     """Reads a backbone's anatomy, turning its fused attention on.
 
     Raises:
@@ -55,13 +56,13 @@ def dissect(backbone: nn.Module) -> Anatomy:
         _fuse(backbone)
         shapes = [_probed(block, found["dim"]) for block in backbone.get_submodule(found["blocks"])]
     except (
-            AssertionError,
-            AttributeError,
-            KeyError,
-            ValueError,
-            TypeError,
-            RuntimeError,
-        ) as error:
+        AssertionError,
+        AttributeError,
+        KeyError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+    ) as error:
         raise ValueError(
             f"backbone: {family} is not supported: {error}. Supported: {SUPPORTED}"
         ) from error
@@ -79,7 +80,7 @@ def _probed(block: nn.Module, dim: int) -> tuple[int, tuple[int, int, int]]:
     return len(calls), (first.k.shape[1], first.k.shape[3], first.v.shape[3])
 
 
-def _fuse(backbone: nn.Module) -> None:
+def _fuse(backbone: Any) -> None:
     if hasattr(backbone, "set_attn_implementation"):
         backbone.set_attn_implementation("sdpa")
     for module in backbone.modules():
@@ -87,7 +88,7 @@ def _fuse(backbone: nn.Module) -> None:
             module.fused_attn = True
 
 
-def _timm(backbone: nn.Module) -> dict:
+def _timm(backbone: Any) -> dict:
     if not isinstance(getattr(backbone, "blocks", None), nn.Sequential | nn.ModuleList):
         raise ValueError("it has no list of blocks over one sequence of tokens")
     classifiers = backbone.get_classifier()
@@ -105,7 +106,7 @@ def _timm(backbone: nn.Module) -> dict:
     }
 
 
-def _timm_read(backbone: nn.Module) -> int | None:
+def _timm_read(backbone: Any) -> int | None:
     """Exact only where the pooling takes tokens at the front that no position rotates."""
     if getattr(backbone, "attn_pool", None) is not None or backbone.global_pool != "token":
         return None
@@ -113,7 +114,7 @@ def _timm_read(backbone: nn.Module) -> int | None:
     return read if read <= backbone.num_prefix_tokens else None
 
 
-def _hugging_face(backbone: nn.Module) -> dict:
+def _hugging_face(backbone: Any) -> dict:
     heads = tuple(
         name
         for name in ("classifier", "cls_classifier", "distillation_classifier")
@@ -143,7 +144,7 @@ def _hugging_face(backbone: nn.Module) -> dict:
     }
 
 
-def _hf_prefix_tokens(body: nn.Module, config) -> int:
+def _hf_prefix_tokens(body: Any, config: Any) -> int:
     tokens = 1 + (getattr(config, "num_register_tokens", 0) or 0)
     embeddings = getattr(body, "embeddings", None)
     return tokens + isinstance(getattr(embeddings, "distillation_token", None), torch.Tensor)

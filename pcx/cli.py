@@ -64,7 +64,9 @@ def train(
     base_lr: Annotated[float | None, typer.Option(help="scaled by batch / 256")] = None,
     weight_decay: float = 1e-3,
     batch_size: int = 64,
-    split: Annotated[str, typer.Option(help="train, to choose settings by val, or trainval")] = "train",
+    split: Annotated[
+        str, typer.Option(help="train, to choose settings by val, or trainval")
+    ] = "train",
     head_init: Annotated[str, typer.Option(help="published or keep")] = "published",
     clip_grad: float | None = None,
     root: Root = None,
@@ -89,7 +91,9 @@ def train(
         epochs=epochs,
         lr=lr,
         base_lr=base_lr,
-        val_loader=data.loader("val", batch_size, num_workers=workers) if split == "train" else None,
+        val_loader=data.loader("val", batch_size, num_workers=workers)
+        if split == "train"
+        else None,
         weight_decay=weight_decay,
         clip_grad=clip_grad,
         amp=amp,

@@ -78,27 +78,29 @@ def condense(
     if epochs and lr is None:
         if model.trained_lr is None:
             raise ValueError(
-                "lr: the model records no learning rate (it was not trained by pcx.fit); give lr, a "
-                "tenth of the rate that it was trained with"
+                "lr: the model records no learning rate (it was not trained by pcx.fit); give lr, "
+                "a tenth of the rate that it was trained with"
             )
         lr = 0.1 * model.trained_lr
-    if keep == "auto":
-        if val_loader is None:
-            raise ValueError("val_loader: keep='auto' needs validation data")
-    elif isinstance(keep, str):
+    if isinstance(keep, str) and keep != "auto":
         raise ValueError(f"keep: {keep!r}, expected a fraction, a count or 'auto'")
+    if keep == "auto" and val_loader is None:
+        raise ValueError("val_loader: keep='auto' needs validation data")
+    ranking: Sequence[Tensor]
     if scores is None:
-        scores = score(
+        ranking = score(
             model, loader, method=method, criterion=criterion, seed=seed, progress=progress
         )
-    elif [len(s) for s in scores] != list(model.counts):
-        raise ValueError(f"scores: {[len(s) for s in scores]} per layer, expected {model.counts}")
+    else:
+        ranking = scores
+    if [len(s) for s in ranking] != list(model.counts):
+        raise ValueError(f"scores: {[len(s) for s in ranking]} per layer, expected {model.counts}")
 
     def at(fraction: float | int) -> VPT:
-        kept = select(scores, fraction, scope=scope)
+        kept = select(ranking, fraction, scope=scope)
         small = model.keep(kept)
         small.set_dropout(0.0)
-        small.condensation = Condensation(method, scope, fraction, list(scores), kept)
+        small.condensation = Condensation(method, scope, fraction, list(ranking), kept)
         if epochs:
             small.condensation.history = fit(
                 small,
@@ -117,7 +119,7 @@ def condense(
         small.trained_lr = model.trained_lr
         return small
 
-    if keep == "auto":
+    if isinstance(keep, str):
         return _smallest(model, at, val_loader, max_drop, criterion, amp, progress)
     return at(keep)
 
@@ -139,7 +141,8 @@ def _smallest(model: VPT, at, val_loader, max_drop, criterion, amp, progress) ->
     best.condensation.curve = curve
     samples = whole["samples"]
     Console(quiet=not progress).print(
-        f"keep {best.condensation.keep}: the smallest within {max_drop} points of {whole['accuracy']:.1f}% "
+        f"keep {best.condensation.keep}: the smallest within {max_drop} points of "
+        f"{whole['accuracy']:.1f}% "
         f"on {samples} validation images, where one image is {100 / samples:.2f} points and the "
         f"standard error {curve[-1]['standard_error']:.2f}"
     )

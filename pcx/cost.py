@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pcx.data import data_config
 from pcx.vpt import VPT
 
+BATCH = 64
+
 
 def token_cost(model: VPT, *, threshold: float = 20.0) -> dict:
     """The paper's rule of when to condense, beside the real cost (Prompt Condensation, Sec. 6.3).
 
-    The rule compares prompts with the image's own tokens, 100 m / N percent (100 prompts on 197 tokens:
-    50.8%), and condenses from `threshold` percent. In the folded form prompts cost far less than
-    that; the operations counted here (torch's counter, one image of a batch of 64, so that the
-    prompts' own keys and values are shared by 64) say how much.
+    The rule compares prompts with the image's own tokens, 100 m / N percent (100 prompts on 197
+    tokens: 50.8%), and condenses from `threshold` percent. In the folded form prompts cost far
+    less than that; the operations counted here (torch's counter, per image of a batch of 64,
+    which shares the prompts' keys and values) say how much.
 
     Args:
         model: a VPT.
@@ -42,18 +47,22 @@ def token_cost(model: VPT, *, threshold: float = 20.0) -> dict:
     return {"relative_tokens": relative, "worth_condensing": relative >= threshold, **costs}
 
 
-BATCH = 64
-
-
 @torch.no_grad()
 def _flops(model: VPT, config: dict, path: str) -> int:
-    """Operations of one forward; counted on shapes alone, by the meta device."""
-    copy = model.keep([torch.arange(m) for m in model.counts])
-    copy.path = path
-    copy = copy.to("meta").eval()
+    """Operations of one forward, counted on shapes alone."""
+    shapes = {id(t): _on_meta(t) for t in [*model.parameters(), *model.buffers()]}
+    hollow = copy.deepcopy(model, shapes).eval()  # the weights themselves are not copied
+    hollow.path = path
+    size, dtype = config["input_size"], model.prompts[0].dtype
     with FlopCounterMode(display=False) as counter:
-        copy(torch.empty(BATCH, *config["input_size"], device="meta", dtype=copy.prompts[0].dtype))
+        hollow(torch.empty(BATCH, *size, device="meta", dtype=dtype))
     return counter.get_total_flops()
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.detach().to("meta"), requires_grad=False)
+    return tensor.to("meta")
 
 
 def _tokens(model: VPT, input_size: tuple[int, int, int]) -> int:

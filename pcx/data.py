@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import timm.data
 from torch import nn
 from torch.utils.data import (
     DataLoader,
-    Dataset,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -20,10 +20,10 @@ _RANDOM = ("Random", "AutoAugment", "RandAugment", "AugMix", "TrivialAugment", "
 
 
 def data_config(model: nn.Module) -> dict:
-    """The images a backbone was trained on: input_size (C, H, W), mean, std, interpolation, crop_pct.
+    """The images a backbone was trained on: input_size (C, H, W), mean, std, crop and so on.
 
-    Read from timm's configuration of the model; a model that carries none gets mean and std 0.5, the
-    default of Hugging Face's ViT processors.
+    Read from timm's configuration of the model; a model that carries none gets mean and std 0.5,
+    the default of Hugging Face's ViT processors.
     """
     backbone = getattr(model, "backbone", model)
     if hasattr(backbone, "pretrained_cfg"):
@@ -44,7 +44,7 @@ def data_config(model: nn.Module) -> dict:
 class PlainLoader:
     """A loader that yields each sample once, unshuffled, and what was done to get there."""
 
-    loader: object
+    loader: Any
     description: str
 
 
@@ -52,9 +52,9 @@ def plain_loader(loader, config: dict) -> PlainLoader:
     """Rebuilds a training loader so that each sample comes once, in order, without augmentation.
 
     Shuffling, `drop_last` and random transforms are taken away from a `DataLoader` over a map-style
-    data set; a transform with random parts is replaced by the data set's own `eval_transform`, or else
-    by timm's evaluation transform for `config`. Anything else is read as it is, and the description
-    says so.
+    data set; a transform with random parts is replaced by the data set's own `eval_transform`, or
+    else by timm's evaluation transform for `config`. Anything else is read as it is, and the
+    description says so.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return PlainLoader(
@@ -79,7 +79,7 @@ def plain_loader(loader, config: dict) -> PlainLoader:
     return PlainLoader(plain, f"{len(dataset)} samples in order, {transform}")
 
 
-def _without_augmentation(dataset: Dataset, config: dict) -> tuple[Dataset, str]:
+def _without_augmentation(dataset: Any, config: dict) -> tuple[Any, str]:
     if isinstance(dataset, Subset):
         inner, what = _without_augmentation(dataset.dataset, config)
         return Subset(inner, dataset.indices), what

@@ -26,6 +26,7 @@ from pcx.evaluate import (
     new_accelerator,
     per_sample_loss,
 )
+from pcx.vpt import VPT
 
 CHECK_EVERY = 10  # steps between looks at the loss: a look at every step would stall a GPU
 LAST = "last.pt"
@@ -86,8 +87,8 @@ def fit(
         clip_grad: largest gradient norm, None for no clipping.
         criterion: (logits, labels) -> one loss per sample [B]; cross-entropy by default.
         amp: "no", "bf16" or "fp16".
-        seed: Python's, NumPy's and torch's generators are seeded from it before each epoch, so that a
-            resumed run continues as the whole one would have gone.
+        seed: Python's, NumPy's and torch's generators are seeded from it before each epoch, so
+            that a resumed run continues as the whole one would have gone.
         checkpoint_dir: folder for `last.pt`, written whole or not at all after every epoch.
         resume: continue from that file, where it exists.
         progress: show a bar and the run's facts.
@@ -139,7 +140,7 @@ def fit(
             if file is not None and accelerator.is_main_process:
                 run.save(file)
             bar.update(task, advance=1, note=_note(row))
-    if hasattr(model, "trained_lr"):
+    if isinstance(model, VPT):
         model.trained_lr = recipe.lr
     return run.history
 
@@ -221,9 +222,9 @@ class _Run:
         if len(bad):
             at = step + 1 - len(recent) + int(bad[0])
             raise NonFiniteLoss(
-                f"loss: {rows[bad[0], 0].item()} in epoch {number + 1}, step {at + 1}: lower lr (now "
-                f"{self.recipe.lr:g}; try {self.recipe.lr / 10:g}), or set clip_grad=1.0. The model is "
-                "back at the start of the epoch"
+                f"loss: {rows[bad[0], 0].item()} in epoch {number + 1}, step {at + 1}: lower lr "
+                f"(now {self.recipe.lr:g}; try {self.recipe.lr / 10:g}), or set clip_grad=1.0. "
+                "The model is back at the start of the epoch"
             )
         return rows.sum(0)
 
@@ -332,8 +333,8 @@ def _schedule(optimizer, recipe: Recipe, updates: int):
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="cosine",
-        num_epochs=recipe.epochs - warmup,
-        warmup_epochs=warmup,
+        num_epochs=recipe.epochs - warmup,  # type: ignore[arg-type]  # halves of an epoch do
+        warmup_epochs=warmup,  # type: ignore[arg-type]
         warmup_prefix=True,
         warmup_lr=recipe.lr / max(1, warmup * updates),
         step_on_epochs=False,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from pcx.data import data_config
+from pcx.vpt import VPT
 
 
 @torch.inference_mode()
@@ -39,7 +40,7 @@ def milliseconds_per_image(model: nn.Module, *, batch: int = 32, repeats: int = 
     return 1000 * statistics.median(times) / batch
 
 
-def by_path(model: nn.Module, **arguments: int) -> dict[str, float]:
+def by_path(model: VPT, **arguments: int) -> dict[str, float]:
     """Milliseconds per image of a VPT on both paths, with all tokens computed in the last block."""
     before = model.path
     found = {}

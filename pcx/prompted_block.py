@@ -22,6 +22,19 @@ class Observer:
     cls_attention: list[Tensor] = field(default_factory=list)  # [B, m], one item per attention call
     watch_cls: bool = False
 
+    def watch(self, call: seam.Call, keys: Tensor, columns: slice, added: int) -> None:
+        """Records the attention of [CLS] to the prompts' columns, mean over heads.
+
+        `added` columns stand before those that the call's bias was made for.
+        """
+        scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
+        logits = (call.q[:, :, :1] @ keys.transpose(-2, -1)).float() * scale  # [B, H, 1, m+S]
+        if call.bias is not None:
+            bias = reference.additive(call.bias, logits.dtype)
+            logits = logits + _pad(bias, 0, added)[..., :1, :]
+        weights = logits.softmax(-1)[..., 0, columns].mean(1)  # [B, m]
+        self.cls_attention.append(weights.detach())
+
 
 class PromptedBlock(nn.Module):
     """Runs a frozen block on [prefix tokens, prompts, patch tokens].
@@ -30,8 +43,8 @@ class PromptedBlock(nn.Module):
         block: the backbone's block.
         index: its place, which is its prompts' place in `prompts`.
         prompts: the owner's list, per layer [m, D], or [2, m, H*d] of kind "prefix". Anything that
-            swaps a tensor in the list for one with a set dimension in front ([G, m, D]) gets one set
-            of prompts per sample (G = B) or per group of B/G neighbours.
+            swaps a tensor in the list for one with a set dimension in front ([G, m, D]) gets one
+            set of prompts per sample (G = B) or per group of B/G neighbours.
         kind: "deep", "shallow" or "prefix".
         dropout_groups: prompt-dropout masks per batch, None for one per sample.
         calls: attention calls the block makes.
@@ -86,7 +99,8 @@ class PromptedBlock(nn.Module):
         """Switches the form; `width` prompts stand among the tokens in the concatenating one."""
         self.path = path
         for module, base in self._positions:  # rotations start behind the prompts
-            module.num_prefix_tokens = base + (width if path == "concat" else 0)
+            extra = width if path == "concat" else 0
+            module.num_prefix_tokens = base + extra  # type: ignore[assignment, operator]
 
     def prompt_sets(self, batch: int) -> Tensor:
         """This step's prompts after dropout: [m, D] ([2, m, D]), or with G sets in front."""
@@ -140,36 +154,21 @@ class PromptedBlock(nn.Module):
 
     def _attend(self, call: seam.Call, key: Tensor, value: Tensor, sets: Tensor | None) -> Tensor:
         key, value = key.to(call.k.dtype), value.to(call.v.dtype)
-        arguments = dict(prefix_index=sets, bias=call.bias, scale=call.scale)
+        tensors = (call.q, call.k, call.v, key, value)
         if self.observer is None:
-            return prefix_attention(call.q, call.k, call.v, key, value, **arguments)
+            return prefix_attention(*tensors, prefix_index=sets, bias=call.bias, scale=call.scale)
         if self.observer.watch_cls:
-            self._watch_cls(call, key, sets)
+            m, batch = key.shape[-2], call.q.shape[0]
+            front = key[sets] if sets is not None else key.expand(batch, *key.shape)
+            self.observer.watch(call, torch.cat([front, call.k], -2), slice(0, m), added=m)
         gate = self.observer.gate
         return reference.prefix_attention(
-            call.q,
-            call.k,
-            call.v,
-            key,
-            value,
+            *tensors,
+            prefix_index=sets,
+            bias=call.bias,
+            scale=call.scale,
             prefix_bias=None if gate is None else gate[:, None, None],
-            **arguments,
         )
-
-    def _watch_cls(self, call: seam.Call, key: Tensor, sets: Tensor | None) -> None:
-        m = key.shape[-2]
-        keys = key[sets] if sets is not None else key.expand(call.q.shape[0], *key.shape)
-        self._record(call, torch.cat([keys, call.k], -2), slice(0, m), skip=m)
-
-    def _record(self, call: seam.Call, keys: Tensor, columns: slice, skip: int) -> None:
-        scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
-        logits = (call.q[:, :, :1] @ keys.transpose(-2, -1)).float() * scale  # [B, H, 1, m+S]
-        if call.bias is not None:
-            logits = (
-                logits + _pad(reference._additive(call.bias, logits.dtype), 0, skip)[..., :1, :]
-            )
-        weights = logits.softmax(-1)[..., 0, columns].mean(1)  # [B, m], mean over heads
-        self.observer.cls_attention.append(weights.detach())
 
     # Concatenated: the published form, prompts as tokens between [CLS] and the patches.
 
@@ -200,11 +199,11 @@ class PromptedBlock(nn.Module):
         call = seam.Call(call.q, call.k, call.v, bias, call.scale)
         if self.observer is not None:
             if self.observer.watch_cls:
-                self._record(call, call.k, slice(start, start + width), skip=0)
+                self.observer.watch(call, call.k, slice(start, start + width), added=0)
             if self.observer.gate is not None:
                 after = call.k.shape[-2] - start - width
                 gate = F.pad(self.observer.gate, (start, after))[:, None, None]  # [B, 1, 1, N+m]
-                bias = gate if bias is None else reference._additive(bias, call.q.dtype) + gate
+                bias = gate if bias is None else reference.additive(bias, call.q.dtype) + gate
         if bias is not None and bias.is_floating_point():
             bias = bias.to(call.q.dtype)
         return F.scaled_dot_product_attention(

@@ -126,7 +126,8 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         ) from error
     if metadata.get("pcx") != FORMAT:
         raise ValueError(
-            f"path: {path} was not written by pcx.save (format {metadata.get('pcx')}, expected {FORMAT})"
+            f"path: {path} was not written by pcx.save (format {metadata.get('pcx')}, expected "
+            f"{FORMAT})"
         )
     return json.loads(metadata["config"]), tensors
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
 from rich.console import Console
@@ -25,6 +26,30 @@ METHODS = (*ONE_PASS, "magnitude", "random", *REMOVAL)
 Scores = list[Tensor]
 
 
+@overload
+def score(
+    model: VPT,
+    loader,
+    *,
+    method: str = "taylor",
+    criterion: Criterion | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Scores: ...
+
+
+@overload
+def score(
+    model: VPT,
+    loader,
+    *,
+    method: Sequence[str],
+    criterion: Criterion | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Scores]: ...
+
+
 def score(
     model: VPT,
     loader,
@@ -40,12 +65,13 @@ def score(
 
     - taylor: mean_d ||g * p_i||_2, Eq. 16 with the elementwise product (the default);
     - taylor-inner: mean_d |<g, p_i>|, its reading as an inner product;
-    - gate: mean_d |sum over heads and queries of dL_d / ds_i|, s_i the attention logits of key i: the
-      first-order effect of removing the key;
+    - gate: mean_d |sum over heads and queries of dL_d / ds_i|, s_i the attention logits of key i:
+      the first-order effect of removing the key;
     - cls-attention: the attention of [CLS] to the prompt, mean over samples and heads ([CLS]-Sim);
     - magnitude: ||p_i||_2; random: uniform, from `seed`;
     - exact: mean_d |L_d without the prompt - L_d|, the prompt really removed, one pass per prompt;
-    - exact-zero: the same with the prompt set to zero, Eq. 13's words, which leaves its key in place.
+    - exact-zero: the same with the prompt set to zero, Eq. 13's words, which leaves its key in
+      place.
 
     Each sample is read once, in order, without augmentation, dropout or a dropped last batch.
 
@@ -88,7 +114,7 @@ def score(
 def _without_data(model: VPT, methods: Sequence[str], seed: int) -> dict[str, Scores]:
     found = {}
     if "magnitude" in methods:
-        found["magnitude"] = [_rows(p.detach()).norm(dim=-1) for p in model.prompts]
+        found["magnitude"] = [_rows(p.detach(), model.kind).norm(dim=-1) for p in model.prompts]
     if "random" in methods:
         generator = torch.Generator().manual_seed(seed)
         found["random"] = [
@@ -97,11 +123,9 @@ def _without_data(model: VPT, methods: Sequence[str], seed: int) -> dict[str, Sc
     return {name: [s.double().cpu() for s in scores] for name, scores in found.items()}
 
 
-def _rows(prompts: Tensor) -> Tensor:
+def _rows(prompts: Tensor, kind: str) -> Tensor:
     """One row of numbers per prompt, [..., m, *]: kind "prefix" has a key and a value row."""
-    if prompts.dim() >= 3 and prompts.shape[-3] == 2:
-        return prompts.transpose(-3, -2).flatten(-2)
-    return prompts
+    return prompts.transpose(-3, -2).flatten(-2) if kind == "prefix" else prompts
 
 
 @contextmanager
@@ -119,7 +143,7 @@ class _Reader:
     """Yields the loader's batches on the model's device and counts its samples."""
 
     model: VPT
-    loader: object
+    loader: Any
     criterion: Criterion | None
     progress: bool
     samples: int = 0
@@ -173,27 +197,28 @@ def _batch_scores(
         wanted = [*leaves.values(), *gates] if set(methods) & set(GRADIENT) else []
         grads = torch.autograd.grad(losses.sum(), wanted) if wanted else ()
     for i, grad in zip(used, grads, strict=False):
-        prompt, grad = _rows(model.prompts[i].detach()), _rows(grad)  # [m, D], [B, m, D]
+        prompt = _rows(model.prompts[i].detach(), model.kind)  # [m, D]
+        grad = _rows(grad, model.kind)  # [B, m, D]
         if "taylor" in methods:
             yield "taylor", i, (grad * prompt).norm(dim=-1)
         if "taylor-inner" in methods:
             yield "taylor-inner", i, (grad * prompt).sum(-1).abs()
     if "gate" in methods:
-        by_layer = dict(zip(observers, grads[len(used) :], strict=True))
-        for i in used:  # a travelling prompt is a key of every layer
-            yield (
-                "gate",
-                i,
-                by_layer[i].abs() if len(used) == len(by_layer) else sum(by_layer.values()).abs(),
-            )
+        slopes = list(grads[len(used) :])
+        for i, slope in zip(used, _per_prompts(model, slopes), strict=True):
+            yield "gate", i, torch.stack(slope).sum(0).abs()
     if "cls-attention" in methods:
-        for i in used:
-            seen = (
-                observers[i].cls_attention
-                if model.kind != "shallow"
-                else [w for o in observers.values() for w in o.cls_attention]
-            )
-            yield "cls-attention", i, torch.stack(seen).mean(0)
+        weights = [torch.stack(o.cls_attention).mean(0) for o in observers.values()]
+        for i, weight in zip(used, _per_prompts(model, weights), strict=True):
+            yield "cls-attention", i, torch.stack(weight).mean(0)
+
+
+def _per_prompts(model: VPT, by_layer: list[Tensor]) -> list[list[Tensor]]:
+    """Groups what was seen in each watched layer by the prompts it belongs to.
+
+    A travelling prompt is a key of every layer, any other of its own alone.
+    """
+    return [by_layer] if model.kind == "shallow" else [[one] for one in by_layer]
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """The one seam of pcx: the attention call that a transformer block makes.
 
 Nearly every attention module of timm, and the sdpa path of Hugging Face, ends in one call of
-`F.scaled_dot_product_attention`. `intercept`, entered around a block's call, hands each such call to a
-function of ours. Nothing is patched, so nothing stays behind.
+`F.scaled_dot_product_attention`. `intercept`, entered around a block's call, hands each such call
+to a function of ours. Nothing is patched, so nothing stays behind.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,7 +36,7 @@ Attend = Callable[[int, Call], Tensor]
 
 
 class intercept(TorchFunctionMode):  # noqa: N801, used as `with intercept(...)`
-    """Hands the nth attention call made inside it to `attend(n, call)`, and counts them in `seen`."""
+    """Hands the nth attention call made inside it to `attend(n, call)`; `seen` counts them."""
 
     def __init__(self, attend: Attend, seen: list[int]):
         super().__init__()
@@ -92,7 +93,7 @@ def run(block: nn.Module, expected: int, attend: Attend, x: Tensor, *args, **kwa
         raise MissedCall(
             f"{type(block).__name__} made {len(seen)} calls of F.scaled_dot_product_attention "
             f"where {expected} were expected: turn its fused attention on (fused_attn=True, "
-            "attn_implementation='sdpa'); nn.MultiheadAttention and hand-written attention have none"
+            "attn_implementation='sdpa'); nn.MultiheadAttention and attention written out have none"
         )
     return out
 
@@ -116,10 +117,8 @@ def capture(block: nn.Module, expected: int, x: Tensor, *args, **kwargs) -> list
             raise _Captured
         return call.empty_output()
 
-    try:
+    with contextlib.suppress(_Captured):
         run(block, expected, take, x, *args, **kwargs)
-    except _Captured:
-        pass
     return calls
 
 
@@ -130,8 +129,8 @@ def probe(block: nn.Module, dim: int) -> list[Call]:
     Runs the block on a few made-up tokens [1, n, dim].
 
     Raises:
-        ValueError: the block makes no such call, makes one whose keys depend on another's output, or
-            mixes tokens outside of attention. The message says which.
+        ValueError: the block makes no such call, makes one whose keys depend on another's output,
+            or mixes tokens outside of attention. The message says which.
     """
     parameter = next(block.parameters())
     ramp = torch.arange(6 * dim, device=parameter.device, dtype=torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from decimal import ROUND_HALF_UP, Decimal
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -40,8 +41,7 @@ def select(scores: Sequence[Tensor], keep: float | int, *, scope: str = "global"
     if scope == "local":
         return kept
     bounds = torch.tensor([0, *map(len, rows)]).cumsum(0)
-    inside = zip(bounds[:-1], bounds[1:], strict=True)
-    return [kept[0][(kept[0] >= low) & (kept[0] < high)] - low for low, high in inside]
+    return [kept[0][(kept[0] >= low) & (kept[0] < high)] - low for low, high in pairwise(bounds)]
 
 
 def _top(scores: Tensor, count: int) -> Tensor:

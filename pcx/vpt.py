@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ class VPT(nn.Module):
     """Visual Prompt Tuning of a frozen vision transformer (VPT paper, Sec. 3.2).
 
     "deep" puts m learnable prompts before every layer and drops their outputs (Eq. 7),
-    [x_i, E_i] = L_i([x_{i-1}, P_{i-1}, E_{i-1}]); "shallow" puts them before the first layer and lets
-    them travel (Eq. 4-6); "prefix" learns keys and values instead of tokens (VPT-Prefix).
+    [x_i, E_i] = L_i([x_{i-1}, P_{i-1}, E_{i-1}]); "shallow" puts them before the first layer and
+    lets them travel (Eq. 4-6); "prefix" learns keys and values instead of tokens (VPT-Prefix).
 
     On the path "folded" the prompts enter as m extra keys and values of each layer's attention,
     computed once per step for the whole batch, which is exactly the same function; "concat" is the
@@ -78,8 +79,8 @@ class VPT(nn.Module):
         self.dropout_groups = dropout_groups
         self.read_only = read_only
         self.trained_lr: float | None = None  # recorded by fit, read by condense
-        self.condensation = None  # recorded by condense
-        self.backbone = _tree_over_same_tensors(backbone).eval()
+        self.condensation: Any = None  # recorded by condense
+        self.backbone: Any = _tree_over_same_tensors(backbone).eval()
         self.anatomy = dissect(self.backbone)
         if num_classes is not None:
             _set_head_size(self.backbone, num_classes)
@@ -123,7 +124,7 @@ class VPT(nn.Module):
         return list(self.backbone.get_submodule(self.anatomy.blocks))
 
     @property
-    def heads(self) -> list[nn.Module]:
+    def heads(self) -> list[nn.Linear]:
         """The classifier heads, none where the head was removed."""
         return [self.backbone.get_submodule(name) for name in self.anatomy.heads]
 
@@ -246,7 +247,7 @@ def _tree_over_same_tensors(backbone: nn.Module) -> nn.Module:
     return copy.deepcopy(backbone, {id(t): t for t in tensors})
 
 
-def _set_head_size(backbone: nn.Module, num_classes: int) -> None:
+def _set_head_size(backbone: Any, num_classes: int) -> None:
     if not hasattr(backbone, "reset_classifier"):
         raise ValueError(
             "num_classes: only timm backbones can be given a new head; set the model's own"

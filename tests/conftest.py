@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from torch.utils.data import DataLoader, TensorDataset
-
 from families import randomise
+from torch.utils.data import DataLoader, TensorDataset
 
 torch.set_num_threads(2)
 

@@ -1,4 +1,4 @@
-"""Small random models of every supported family, with nothing left at a default that hides errors."""
+"""Small random models of every supported family, with no default that would hide an error."""
 
 from __future__ import annotations
 

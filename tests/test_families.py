@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from families import FAMILIES, build, images
 
 import pcx
-from families import FAMILIES, build, images
 
 
 def relative(a, b):

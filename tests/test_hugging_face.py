@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from families import randomise
 
 import pcx
-from families import randomise
 
 transformers = pytest.importorskip("transformers")
 

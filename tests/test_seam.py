@@ -4,10 +4,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from families import build, images
 from torch import nn
 
 import pcx
-from families import build, images
 from pcx import seam
 
 

@@ -8,11 +8,11 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from families import build, images
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import pcx
-from families import build, images
 
 
 def logits_and_grads(model, x, seed=0):
@@ -77,9 +77,9 @@ def test_the_backbone_stays_in_eval_mode(backbone):
     model = pcx.VPT(backbone, 3).train()
     assert model.training
     assert model.heads[0].training
-    assert not any(
-        m.training for m in model.layers[0].block.modules()
-    ), "a frozen block must not drop anything"
+    assert not any(m.training for m in model.layers[0].block.modules()), (
+        "a frozen block must not drop anything"
+    )
     assert not model.eval().heads[0].training
 
 

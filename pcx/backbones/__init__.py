@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import resources
+from typing import Any
 
 from safetensors.torch import load
 from timm.models.vision_transformer import VisionTransformer
@@ -23,7 +24,7 @@ def scenes_vit(num_classes: int = 0, *, pretrained: bool = True) -> VisionTransf
         num_classes: size of a new, untrained head; 0 for none; 64 keeps the upstream head.
         pretrained: load the weights in the package; False gives the untrained architecture.
     """
-    model = VisionTransformer(
+    model: Any = VisionTransformer(
         img_size=64,
         patch_size=8,
         embed_dim=96,

@@ -1,7 +1,7 @@
 """Trains the embedded backbone: `python -m pcx.backbones.pretrain --out FOLDER` (one GPU, minutes).
 
-Writes `scenes_vit.safetensors` and its log `scenes_vit.csv`. Every scene is new; accuracy is measured
-on scenes from another seed.
+Writes `scenes_vit.safetensors` and its log `scenes_vit.csv`. Every scene is new; accuracy is
+measured on scenes from another seed.
 """
 
 from __future__ import annotations

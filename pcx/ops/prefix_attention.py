@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def prefix_attention(
     scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Attends to a prefix shared by the batch and to each sample's own keys.
 
     softmax([q K_P^T, q k^T + bias] * scale) [V_P; v], which is VPT-Deep's attention seen from the
@@ -34,12 +36,13 @@ def prefix_attention(
         q: [B, H, N, d].
         k: [B, H, S, d].
         v: [B, H, S, dv].
-        prefix_k: [H, m, d], one prefix for the whole batch, or [G, H, m, d], G prefix sets; m may be 0.
+        prefix_k: [H, m, d], one prefix for the whole batch, or [G, H, m, d], G prefix sets; m may
+        be 0.
         prefix_v: [H, m, dv] or [G, H, m, dv].
         prefix_index: [B] int64, the set of each sample; needed with G sets unless G = B.
         prefix_lengths: [G] int64, the valid length of each set where they differ.
-        bias: as SDPA's attn_mask, additive or boolean (True attends), broadcastable to [B, H, N, S];
-            the prefix has none.
+        bias: as SDPA's attn_mask, additive or boolean (True attends), broadcastable to [B, H, N,
+            S]; the prefix has none.
         scale: factor on the logits, 1 / sqrt(d) by default.
         return_lse: also return the natural log of the softmax's denominator, [B, H, N].
         backend: "auto" or "reference" (torch).
@@ -72,7 +75,7 @@ def prefix_attention(
 def _autocast(*tensors: Tensor | None) -> tuple:
     """Casts as SDPA's own autocast does; boolean masks stay."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
@@ -137,7 +140,8 @@ def _check_sets(batch: int, sets: torch.Size, index: Tensor | None, lengths: Ten
             raise ValueError("prefix_index: given, but prefix_k has no set dimension [G, H, m, d]")
         if tuple(index.shape) != (batch,) or index.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                f"prefix_index: {index.dtype} of shape {tuple(index.shape)}, expected int64 [{batch}]"
+                f"prefix_index: {index.dtype} of shape {tuple(index.shape)}, expected int64 "
+                f"[{batch}]"
             )
         if index.device.type == "cpu" and batch and not torch.compiler.is_compiling():
             low, high = int(index.min()), int(index.max())

@@ -1,8 +1,9 @@
-"""Plain torch forms of every operation: the oracle of the tests and the backend that runs anywhere."""
+"""Plain torch forms of every operation: the tests' oracle, and the backend that runs anywhere."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,12 @@ def prefix_attention(
     prefix_bias: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """`pcx.prefix_attention` by concatenation; arguments are taken as checked.
 
-    `prefix_bias`, broadcastable to [B, H, N, m] and added to the prefix's logits, is what the scores
-    that differentiate by a prompt's attention logit need and what the public operation leaves out.
+    `prefix_bias`, broadcastable to [B, H, N, m] and added to the prefix's logits, is what the
+    scores that differentiate by a prompt's attention logit need and what the public operation
+    leaves out.
     """
     batch = q.shape[0]
     keys = torch.cat([_per_sample(prefix_k, prefix_index, batch), k], dim=-2)  # [B, H, m+S, d]
@@ -35,9 +37,8 @@ def prefix_attention(
     if not return_lse:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    logits = (q @ keys.transpose(-2, -1)).float() * scale  # [B, H, N, m+S]
-    if q.dtype == torch.float64:
-        logits = (q @ keys.transpose(-2, -1)) * scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = (q @ keys.transpose(-2, -1)).to(wide) * scale  # [B, H, N, m+S]
     if mask is not None:
         logits = logits + mask
     lse = logits.logsumexp(dim=-1)  # [B, H, N]
@@ -62,7 +63,7 @@ def _joint_bias(
     """One additive bias over [prefix; own] keys, or None where there is nothing to add."""
     if bias is None and prefix_bias is None and lengths is None:
         return None
-    own = _additive(bias, q.dtype) if bias is not None else q.new_zeros(1, 1, 1, k.shape[-2])
+    own = additive(bias, q.dtype) if bias is not None else q.new_zeros(1, 1, 1, k.shape[-2])
     front = prefix_bias if prefix_bias is not None else q.new_zeros(1, 1, 1, m)
     if lengths is not None:
         per_sample = lengths if index is None else lengths[index]
@@ -73,7 +74,8 @@ def _joint_bias(
     return torch.cat([front.expand(*shape, m), own.expand(*shape, k.shape[-2])], dim=-1)
 
 
-def _additive(bias: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bias of rank 4 to add to logits: 0 and minus infinity for a boolean one."""
     bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
     if bias.dtype != torch.bool:
         return bias

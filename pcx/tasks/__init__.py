@@ -16,13 +16,14 @@ from pcx.tasks.sprites import NUM_CLASSES as SPRITES_CLASSES
 from pcx.tasks.sprites import sprites
 
 NAMES = (
-    "digits, sprites:count|ori|loc, vtab:<name>, fgvc:<name>, or what timm.data.create_dataset reads"
+    "digits, sprites:count|ori|loc, vtab:<name>, fgvc:<name>, or a name that "
+    "timm.data.create_dataset reads"
 )
 
 
 @dataclass
 class Task:
-    """A task's splits: "train" and "val" to choose settings, "trainval" to train, "test" to report."""
+    """A task's splits: "train" and "val" for choosing settings, "trainval", and "test"."""
 
     name: str
     num_classes: int

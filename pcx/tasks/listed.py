@@ -1,9 +1,10 @@
-"""Data sets that users have on disk: VTAB-1k's community layout, FGVC's JSON splits, timm's readers."""
+"""Data sets on disk: VTAB-1k's community layout, FGVC's JSON splits, timm's readers."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import timm.data
 from torch.utils.data import Dataset
@@ -33,10 +34,11 @@ VTAB_CLASSES = {
     "diabetic_retinopathy": 5,
 }
 ALIASES = {"cifar100": "cifar", "oxford_pet": "oxford_iiit_pet"}
+TIMM_SPLITS = {"train": ("train",), "val": ("validation", "val"), "test": ("test",)}
 VTAB_LISTS = {"train": "train800", "val": "val200", "trainval": "train800val200", "test": "test"}
 
 
-def vtab(name: str, root: Path, config: dict) -> tuple[dict[str, Dataset], int]:
+def vtab(name: str, root: Path, config: dict) -> tuple[dict[str, Any], int]:
     """A task of VTAB-1k: <root>/vtab-1k/<name>/{train800,val200,train800val200,test}.txt.
 
     Each line reads `images/<split>/NNNNNN.jpg label`. Images are resized without augmentation.
@@ -55,7 +57,7 @@ def vtab(name: str, root: Path, config: dict) -> tuple[dict[str, Dataset], int]:
     return splits, VTAB_CLASSES[name]
 
 
-def fgvc(name: str, root: Path, config: dict) -> tuple[dict[str, Dataset], int]:
+def fgvc(name: str, root: Path, config: dict) -> tuple[dict[str, Any], int]:
     """A task of FGVC: <root>/<name>/{train,val,test}.json = {relative path: class}.
 
     A label is the class's place among the sorted classes of the training split. Training images are
@@ -80,22 +82,24 @@ def fgvc(name: str, root: Path, config: dict) -> tuple[dict[str, Dataset], int]:
     return splits, len(classes)
 
 
-def from_timm(name: str, root: Path | None, config: dict) -> tuple[dict[str, Dataset], int]:
-    """Any data set that `timm.data.create_dataset` reads, by the splits train, validation and test."""
-    splits = {}
-    for split, names in {"train": ("train",), "val": ("validation", "val"), "test": ("test",)}.items():
+def from_timm(name: str, root: Path, config: dict) -> tuple[dict[str, Any], int]:
+    """Any data set that `timm.data.create_dataset` reads: splits train, validation and test."""
+    splits: dict[str, Any] = {}
+    failures: dict[str, str] = {}
+    for split, names in TIMM_SPLITS.items():
         for candidate in names:
+            if name in ("", "folder") and not (root / candidate).is_dir():
+                continue  # timm would read the whole root instead
             try:
-                splits[split] = timm.data.create_dataset(name, root=root, split=candidate)
+                splits[split] = timm.data.create_dataset(name, root=str(root), split=candidate)
                 break
-            except Exception as error:
-                last = error
-        else:
-            if split == "train":
-                raise ValueError(
-                    f"name: {name!r} under root {root} cannot be read by timm.data.create_dataset "
-                    f"({type(last).__name__}: {last})"
-                ) from last
+            except Exception as error:  # whatever a reader raises, timm has dozens
+                failures[candidate] = f"{type(error).__name__}: {error}"
+        if "train" not in splits:
+            raise ValueError(
+                f"name: {name!r} under root {root} has no split 'train' that "
+                f"timm.data.create_dataset can read ({failures.get('train', 'no such folder')})"
+            )
     splits.setdefault("val", splits.get("test", splits["train"]))
     splits.setdefault("test", splits["val"])
     for split, dataset in splits.items():

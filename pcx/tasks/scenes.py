@@ -1,8 +1,8 @@
 """The upstream task of the embedded backbone: which shape, in which colour, is the main object?
 
-Cluttered scenes with one large object among small ones over a graded, noisy background. The label is
-shape x colour, so the downstream tasks (digits, counting, orientation, location) ask for what this
-task ignores.
+Cluttered scenes with one large object among small ones over a graded, noisy background. The label
+is shape x colour, so the downstream tasks (digits, counting, orientation, location) ask for what
+this task ignores.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Procedural tasks that ask what three of VTAB's structured tasks ask.
 
 - count: how many objects, 3 to 10 (clevr-count);
-- ori: the orientation of the object, 16 bins over the full turn (dsprites-orientation; a square or an
-  ellipse looks alike at several angles there as well, so full marks are out of reach);
+- ori: the orientation of the object, 16 bins over the full turn (dsprites-orientation; a square or
+  an ellipse looks alike at several angles there as well, so full marks are out of reach);
 - loc: the horizontal position of the object, 16 bins (dsprites-location).
 
-Images are 64x64, rendered from known factors with a fixed seed per split; 1000 training images as in
-VTAB-1k (800 train, 200 val).
+Images are 64x64, rendered from known factors with a fixed seed per split; 1000 training images as
+in VTAB-1k (800 train, 200 val).
 """
 
 from __future__ import annotations
@@ -30,11 +30,14 @@ def sprites(question: str) -> dict[str, tuple[Tensor, Tensor]]:
     Args:
         question: "count", "ori" or "loc".
     """
-    draw = _count if question == "count" else _single
     splits = {}
     for name, (seed, size) in SPLITS.items():
-        images, labels = draw(size, torch.Generator().manual_seed(seed))
-        splits[name] = images, labels if question == "count" else labels[question]
+        generator = torch.Generator().manual_seed(seed)
+        if question == "count":
+            splits[name] = _count(size, generator)
+        else:
+            images, labels = _single(size, generator)
+            splits[name] = images, labels[question]
     return splits
 
 

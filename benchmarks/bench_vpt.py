@@ -1,0 +1,167 @@
+"""ViT-B/16 with VPT-Deep on CPU: what 200 prompts cost, folded, concatenated and left out.
+
+`pytest benchmarks/bench_vpt.py` times; `python benchmarks/bench_vpt.py` writes the rows of
+`results/vpt_cpu.csv` and the figure beside it.
+"""
+
+from __future__ import annotations
+
+import csv
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import pcx
+
+BATCH, PROMPTS = 8, 200
+RESULTS = Path(__file__).parent / "results"
+
+
+def backbone() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("vit_base_patch16_224", num_classes=100).eval()
+
+
+def forms(prompts: int) -> dict:
+    """Name -> model; "read" computes in the last block only what the head reads."""
+    plain = backbone()
+    folded, concat = (
+        pcx.VPT(plain, prompts, path=path, read_only=False) for path in ("folded", "concat")
+    )
+    read = pcx.VPT(plain, prompts)
+    for other in (concat, read):
+        other.load_state_dict(folded.state_dict())
+    return {
+        "plain": plain,
+        "folded": folded,
+        "concat": concat,
+        "plain read": pcx.VPT(plain, 0),
+        "folded read": read,
+    }
+
+
+def check(models: dict, images: torch.Tensor) -> None:
+    """The three forms with prompts agree, and differ from the backbone without."""
+    with torch.inference_mode():
+        expected = models["concat"](images)
+        for name in ("folded", "folded read"):
+            torch.testing.assert_close(models[name](images), expected, rtol=1e-3, atol=1e-3)
+        without = pcx.VPT(models["plain"], 0)
+        without.load_state_dict(
+            {k: v for k, v in models["concat"].state_dict().items() if "prompts" not in k},
+            strict=False,
+        )
+        assert (without(images) - expected).norm() > 1e-2 * expected.norm()
+
+
+@pytest.fixture(scope="module")
+def setting():
+    models, images = forms(PROMPTS), torch.randn(BATCH, 3, 224, 224)
+    check(models, images)
+    return models, images
+
+
+MEDIANS: dict[str, float] = {}
+
+
+@pytest.mark.parametrize("form", ["plain", "folded", "concat", "plain read", "folded read"])
+def test_forward(benchmark, setting, form):
+    models, images = setting
+    model = models[form]
+    with torch.inference_mode():
+        benchmark.pedantic(model, args=(images,), rounds=7, warmup_rounds=2)
+    MEDIANS[form] = benchmark.stats.stats.median
+
+
+def test_the_fold_pays():
+    """In the same run: folded against concat, and against the backbone without prompts."""
+    if len(MEDIANS) < 5:
+        pytest.skip("needs the timings of test_forward")
+    assert MEDIANS["concat"] / MEDIANS["folded"] >= 2.2
+    assert MEDIANS["folded"] / MEDIANS["plain"] <= 1.05
+
+
+def measure(rounds: int = 7) -> list[dict]:
+    """Median seconds of each form for several numbers of prompts, the forms taking turns."""
+    rows = []
+    images = torch.randn(BATCH, 3, 224, 224)
+    for prompts in (10, 50, 100, 200):
+        models = forms(prompts)
+        check(models, images)
+        times: dict[str, list[float]] = {name: [] for name in models}
+        with torch.inference_mode():
+            for turn in range(rounds + 1):
+                for name, model in models.items():
+                    start = time.perf_counter()
+                    model(images)
+                    if turn:
+                        times[name].append(time.perf_counter() - start)
+        for name, seconds in times.items():
+            low, middle, high = statistics.quantiles(seconds, n=4)
+            rows.append(
+                {
+                    "model": "vit_base_patch16_224",
+                    "form": name,
+                    "prompts": prompts,
+                    "batch": BATCH,
+                    "dtype": "float32",
+                    "seconds_median": round(middle, 4),
+                    "seconds_q1": round(low, 4),
+                    "seconds_q3": round(high, 4),
+                    "threads": torch.get_num_threads(),
+                    "cpu": _cpu(),
+                    "torch": torch.__version__,
+                    "timm": timm.__version__,
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor()
+
+
+def draw(rows: list[dict], file: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.4, 3), layout="constrained")
+    axes = figure.subplots()
+    for form, label in (
+        ("concat", "prompts as tokens (published form)"),
+        ("folded", "pcx: prompts folded into attention"),
+        ("plain", "backbone without prompts"),
+    ):
+        points = [
+            (int(r["prompts"]), 1000 * float(r["seconds_median"]) / BATCH)
+            for r in rows
+            if r["form"] == form
+        ]
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    axes.set_xlabel("prompts per layer")
+    axes.set_ylabel("ms per image")
+    axes.set_ylim(0)
+    axes.set_title(
+        f"VPT-Deep inference, ViT-B/16, batch {BATCH}, float32, {rows[0]['threads']} CPU cores",
+        fontsize=9,
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8)
+    figure.savefig(file, dpi=150)
+
+
+if __name__ == "__main__":
+    found = measure()
+    with open(RESULTS / "vpt_cpu.csv", "w", newline="") as output:
+        writer = csv.DictWriter(output, found[0])
+        writer.writeheader()
+        writer.writerows(found)
+    draw(found, RESULTS / "vpt_cpu.png")

@@ -1,0 +1,71 @@
+"""The build: the compiled part, life without it, and an import that compiles nothing."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code, **environment):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_the_extension_says_how_it_was_built():
+    if importlib.util.find_spec("pcx._C") is None:
+        pytest.skip("pcx._C was not built here")
+    import torch
+
+    from pcx import _C
+
+    assert torch.__version__.startswith(_C.build_info()["torch"])
+
+
+def test_without_torch_pure_python_is_installed():
+    """setup.py where torch cannot be imported: no extension, said aloud."""
+    said = python(
+        "import sys; sys.modules['torch'] = None\n"
+        "import setuptools; got = {}\n"
+        "setuptools.setup = lambda **k: got.update(k)\n"
+        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py',"
+        " '__name__': 'setup'})\n"
+        "assert 'ext_modules' not in got, got\n"
+        "assert 'pcx' in got['packages'] and 'pcx.tasks' in got['packages']\n"
+        "assert 'pcx.kernels' in got['packages']\n"
+    )
+    assert "installing without the compiled extension" in said
+
+
+def test_everything_works_without_the_extension():
+    python(
+        "import sys; sys.modules['pcx._C'] = None\n"
+        "import torch, pcx\n"
+        "from pcx.backbones import scenes_vit\n"
+        "model = pcx.VPT(scenes_vit(3), 2)\n"
+        "model(torch.randn(1, 3, 64, 64)).sum().backward()\n"
+    )
+
+
+def test_importing_compiles_nothing():
+    python(
+        "import sys, pcx\n"
+        "assert not {'torch.utils.cpp_extension', 'torch._inductor.codecache'} & set(sys.modules)"
+    )
+
+
+def test_no_root_package_shadows_kernels():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert (ROOT / "pcx" / "kernels").resolve() == ROOT / "kernels"
+    assert os.readlink(ROOT / "pcx" / "kernels") == "../kernels"

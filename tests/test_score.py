@@ -1,0 +1,287 @@
+"""Scores against what they are defined to be, one sample and one prompt at a time."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import build, images
+from torch.utils.data import DataLoader, Subset, TensorDataset
+from torchvision import transforms
+
+import pcx
+from pcx.data import data_config, plain_loader
+from pcx.score import METHODS
+
+KINDS = ("deep", "shallow", "prefix")
+QUIET = {"progress": False}
+
+
+@pytest.fixture(params=KINDS)
+def model(request, backbone):
+    torch.manual_seed(0)
+    model = pcx.VPT(backbone, 3, kind=request.param, dropout=0.5, head_init="keep")
+    with torch.no_grad():
+        for prompts in model.prompts:
+            prompts.mul_(5)
+    return model.train()
+
+
+def one_at_a_time(model, dataset, of):
+    """mean over samples of `of(gradients, prompts)`, each gradient from its own backward pass."""
+    model.eval()
+    used = [p for p in model.prompts if p.shape[-2]]
+    totals = [torch.zeros(p.shape[-2], dtype=torch.float64) for p in used]
+    for image, label in dataset:
+        loss = F.cross_entropy(model(image[None]), label[None])
+        for total, prompts, grad in zip(totals, used, torch.autograd.grad(loss, used), strict=True):
+            p, g = (
+                t.detach().transpose(0, 1).flatten(1) if t.dim() == 3 else t.detach()
+                for t in (prompts, grad)
+            )
+            total += of(g, p)
+    return [t / len(dataset) for t in totals]
+
+
+def assert_scores(found, expected, tolerance=1e-6):
+    found = [s for s in found if len(s)]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=0)
+        assert (b > 0).all()
+
+
+@pytest.mark.parametrize("path", ["folded", "concat"])
+@pytest.mark.parametrize(
+    ("method", "of"),
+    [
+        ("taylor", lambda g, p: (g * p).norm(dim=1)),
+        ("taylor-inner", lambda g, p: (g * p).sum(1).abs()),
+    ],
+)
+def test_gradient_scores_equal_a_loop_over_samples(model, dataset, loader, method, of, path):
+    if (model.kind, path) in {("shallow", "folded"), ("prefix", "concat")}:
+        pytest.skip("the kind has one path")
+    model.path = path
+    assert_scores(
+        pcx.score(model, loader, method=method, **QUIET), one_at_a_time(model, dataset, of)
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 3, 10])
+def test_scores_do_not_depend_on_the_batches(model, dataset, batch):
+    expected = pcx.score(model, DataLoader(dataset, batch_size=10), **QUIET)
+    shuffled = DataLoader(dataset, batch_size=batch, shuffle=True, drop_last=True)
+    found = pcx.score(model, shuffled, **QUIET)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("method", ["exact", "exact-zero"])
+def test_exact_equals_brute_force(model, dataset, loader, method):
+    found = pcx.score(model, loader, method=method, **QUIET)
+    model.eval()
+    everything = [torch.arange(m) for m in model.counts]
+    with torch.no_grad():
+        for layer, count in enumerate(model.counts):
+            for i in range(count):
+                kept = list(everything)
+                kept[layer] = torch.tensor([j for j in range(count) if j != i])
+                other = model.keep(kept if method == "exact" else everything).eval()
+                if method == "exact-zero":
+                    other.prompts[layer].data[..., i, :] = 0
+                changes = [
+                    (
+                        F.cross_entropy(other(x[None]), y[None])
+                        - F.cross_entropy(model(x[None]), y[None])
+                    ).abs()
+                    for x, y in dataset
+                ]
+                torch.testing.assert_close(
+                    found[layer][i], torch.stack(changes).mean(), rtol=1e-9, atol=0
+                )
+
+
+@pytest.mark.parametrize("path", ["folded", "concat"])
+@pytest.mark.parametrize("family", ["vit", "beit", "vit-18x2", "eva02"])
+def test_gate_is_the_derivative_by_the_logit(family, path):
+    """A prompt doubled is a key whose weight doubled: d/dg at 1, by central differences."""
+    model, x = pcx.VPT(build(family), 3, path=path), images(family)
+    labels = torch.tensor([1, 2])
+    found = pcx.score(
+        model, DataLoader(TensorDataset(x, labels), batch_size=2), method="gate", **QUIET
+    )
+    from pcx.prompted_block import Observer
+
+    def losses(layer, i, log_gate):
+        gate = torch.zeros(2, 3, dtype=torch.float64)
+        gate[:, i] = log_gate
+        model.layers[layer].observer = Observer(gate=gate)
+        with torch.no_grad():
+            out = F.cross_entropy(model(x), labels, reduction="none")
+        model.layers[layer].observer = None
+        return out
+
+    for layer in range(3):
+        for i in range(3):
+            step = 1e-4
+            slope = (losses(layer, i, step) - losses(layer, i, -step)) / (2 * step)
+            torch.testing.assert_close(found[layer][i], slope.abs().mean(), rtol=1e-4, atol=1e-12)
+
+
+def test_an_infinitely_negative_gate_is_removal(backbone, loader, dataset):
+    """What the gate's logit stands for: at minus infinity the prompt is gone."""
+    from pcx.prompted_block import Observer
+
+    model = pcx.VPT(backbone, 3).eval()
+    x = dataset.tensors[0]
+    gate = torch.zeros(10, 3, dtype=torch.float64)
+    gate[:, 1] = -torch.inf
+    without = model.keep([torch.tensor([0, 2]), torch.arange(3)]).eval()
+    model.layers[0].observer = Observer(gate=gate)
+    torch.testing.assert_close(model(x), without(x))
+
+
+@pytest.mark.parametrize("path", ["folded", "concat"])
+@pytest.mark.parametrize("family", ["vit", "beit", "eva02", "deit-distilled"])
+def test_cls_attention_is_the_softmax_of_the_cls_row(family, path):
+    backbone, x = build(family), images(family)
+    model = pcx.VPT(backbone, 3)
+    model.path = "concat"
+    rows = []
+
+    from pcx import seam
+
+    def watch(layer):
+        original = layer._attend_among
+
+        def attend(call, start, width):
+            # the mask comes for the tokens without prompts: widen it here by hand
+            bias = 0.0
+            if call.bias is not None:
+                n = call.q.shape[-2]
+                bias = torch.zeros(1, call.q.shape[1], n, n, dtype=torch.float64)
+                keep = [i for i in range(n) if not start <= i < start + width]
+                bias[:, :, torch.tensor(keep)[:, None], torch.tensor(keep)] = call.bias
+            weights = (call.q @ call.k.mT * call.q.shape[-1] ** -0.5 + bias).softmax(-1)
+            rows.append(weights[:, :, 0, start : start + width].mean((0, 1)).detach())
+            return original(call, start, width)
+
+        layer._attend_among = attend
+
+    for layer in model.layers:
+        watch(layer)
+    model(x)
+    for layer in model.layers:
+        del layer._attend_among
+    assert seam  # the rows come from the seam's own calls
+    model.path = path
+    data = DataLoader(TensorDataset(x, torch.tensor([0, 1])), batch_size=2)
+    found = pcx.score(model, data, method="cls-attention", **QUIET)
+    for a, b in zip(found, rows, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_several_methods_come_from_one_pass(model, dataset):
+    reads = []
+
+    class Counting(TensorDataset):
+        def __getitem__(self, i):
+            reads.append(i)
+            return super().__getitem__(i)
+
+    loader = DataLoader(Counting(*dataset.tensors), batch_size=4)
+    methods = ("taylor", "taylor-inner", "gate", "cls-attention", "magnitude", "random")
+    found = pcx.score(model, loader, method=methods, **QUIET)
+    assert len(reads) == 10
+    assert tuple(found) == methods
+    for method in methods:
+        alone = pcx.score(model, loader, method=method, **QUIET)
+        for a, b in zip(found[method], alone, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_have_one_number_per_prompt_and_change_nothing(model, loader, method):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = pcx.score(model, loader, method=method, **QUIET)
+    assert [len(s) for s in found] == list(model.counts)
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_magnitude_and_random(model, loader):
+    found = pcx.score(model, loader, method=("magnitude", "random"), seed=5, **QUIET)
+    rows = model.prompts[0].detach()
+    norms = (rows**2).sum(-1).sqrt() if model.kind != "prefix" else (rows**2).sum((0, 2)).sqrt()
+    torch.testing.assert_close(found["magnitude"][0], norms)
+    again = pcx.score(model, loader, method="random", seed=5, **QUIET)
+    assert torch.equal(again[0], found["random"][0])
+
+
+def test_ragged_layers_and_layers_without_prompts(backbone, dataset, loader):
+    model = pcx.VPT(backbone, [0, 2])
+    found = pcx.score(model, loader, method=("taylor", "gate", "cls-attention"), **QUIET)
+    expected = one_at_a_time(model, dataset, lambda g, p: (g * p).norm(dim=1))
+    assert [len(s) for s in found["gate"]] == [0, 2]
+    assert_scores(found["taylor"], expected)
+
+
+def test_own_criterion(backbone, dataset, loader):
+    model = pcx.VPT(backbone, 2)
+    weighted = pcx.score(
+        model,
+        loader,
+        criterion=lambda logits, y: 3 * F.cross_entropy(logits, y, reduction="none"),
+        **QUIET,
+    )
+    plain = pcx.score(model, loader, **QUIET)
+    torch.testing.assert_close(weighted[0], 3 * plain[0])
+
+
+def test_it_says_what_it_read(backbone, loader, capsys):
+    pcx.score(pcx.VPT(backbone, 2), loader)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "scored 4 prompts on 10 samples; 10 samples in order" in said
+
+
+def test_bad_input_is_named(backbone, dataset, loader):
+    model = pcx.VPT(backbone, 2)
+    images, labels = dataset.tensors
+    with pytest.raises(ValueError, match="method: got"):
+        pcx.score(model, loader, method="grad", **QUIET)
+    with pytest.raises(ValueError, match="no prompts to score"):
+        pcx.score(pcx.VPT(backbone, 0), loader, **QUIET)
+    with pytest.raises(ValueError, match="yielded no sample"):
+        pcx.score(model, DataLoader(Subset(dataset, [])), **QUIET)
+    with pytest.raises(ValueError, match="criterion: gave shape"):
+        pcx.score(model, loader, criterion=lambda a, b: a.mean(), **QUIET)
+    with pytest.raises(ValueError, match="labels 5"):
+        pcx.score(model, DataLoader(TensorDataset(images, labels + 5)), **QUIET)
+    images = images.clone()
+    images[7, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the loss of sample 7 is not finite"):
+        pcx.score(model, DataLoader(TensorDataset(images, labels), batch_size=4), **QUIET)
+
+
+def test_augmentation_is_taken_away():
+    class Images(torch.utils.data.Dataset):
+        def __init__(self, eval_transform=None):
+            self.transform = transforms.Compose([transforms.RandomHorizontalFlip()])
+            self.eval_transform = eval_transform
+
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, i):
+            return self.transform(i), 0
+
+    config = data_config(build("vit"))
+    plain = plain_loader(DataLoader(Images(float), shuffle=True, drop_last=True), config)
+    assert plain.loader.dataset.transform is float
+    assert "evaluation transform" in plain.description
+    subset = Subset(Images(), [3, 1])
+    plain = plain_loader(DataLoader(subset), config)
+    assert plain.loader.dataset.indices == [3, 1]
+    assert not any(
+        "Random" in type(t).__name__ for t in plain.loader.dataset.dataset.transform.transforms
+    )
+    assert isinstance(subset.dataset.transform.transforms[0], transforms.RandomHorizontalFlip)
