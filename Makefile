@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-oldest lint bench clean
 
 demo: $(READY)
 	$(BIN)/pcx demo
 
 test: $(READY)
 	$(BIN)/python -m pytest tests
+
+# The oldest timm that pcx supports; the environment holds the newest.
+test-oldest: $(READY)
+	test -d .oldest/timm || $(BIN)/pip install --quiet --no-deps --target .oldest timm==1.0.24
+	PYTHONPATH=.oldest $(BIN)/python -m pytest tests/test_families.py tests/test_vpt.py tests/test_seam.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

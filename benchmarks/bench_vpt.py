@@ -79,11 +79,16 @@ def test_forward(benchmark, setting, form):
 
 
 def test_the_fold_pays():
-    """In the same run: folded against concat, and against the backbone without prompts."""
+    """In the same run: folded against concat, and against the backbone without prompts.
+
+    By operations alone concat is 2.10 and folded 1.07 of plain; the bounds leave room for the noise of
+    a shared machine. `results/vpt_cpu.csv` has what was measured.
+    """
     if len(MEDIANS) < 5:
         pytest.skip("needs the timings of test_forward")
-    assert MEDIANS["concat"] / MEDIANS["folded"] >= 2.2
-    assert MEDIANS["folded"] / MEDIANS["plain"] <= 1.05
+    print({name: round(seconds, 3) for name, seconds in MEDIANS.items()})
+    assert MEDIANS["concat"] / MEDIANS["folded"] >= 1.7
+    assert MEDIANS["folded"] / MEDIANS["plain"] <= 1.15
 
 
 def measure(rounds: int = 7) -> list[dict]:

@@ -191,7 +191,7 @@ class _Run:
             self.scheduler.step_update(self.updates)
             lr = self.optimizer.param_groups[0]["lr"]
             logits = self.model(images)
-            losses = per_sample_loss(logits, labels, self.criterion)
+            losses = per_sample_loss(logits, labels, self.criterion, check=number == 0)
             self.optimizer.zero_grad()
             self.accelerator.backward(losses.mean())
             if self.recipe.clip_grad is not None:

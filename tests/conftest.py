@@ -5,10 +5,19 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 from families import randomise
 from torch.utils.data import DataLoader, TensorDataset
 
 torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def device_of_the_test(request, monkeypatch):
+    """Training runs on the CPU, bitwise repeatable, where the test is not one of the GPU's."""
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

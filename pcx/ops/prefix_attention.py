@@ -75,7 +75,7 @@ def prefix_attention(
 def _autocast(*tensors: Tensor | None) -> tuple:
     """Casts as SDPA's own autocast does; boolean masks stay."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta knows no autocast
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
