@@ -16,7 +16,8 @@ test: $(READY)
 # The oldest timm that pcx supports; the environment holds the newest.
 test-oldest: $(READY)
 	test -d .oldest/timm || $(BIN)/pip install --quiet --no-deps --target .oldest timm==1.0.24
-	PYTHONPATH=.oldest $(BIN)/python -m pytest tests/test_families.py tests/test_vpt.py tests/test_seam.py
+	PYTHONPATH=.oldest $(BIN)/python -m pytest -W ignore::FutureWarning -W ignore::DeprecationWarning \
+		tests/test_families.py tests/test_vpt.py tests/test_seam.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -81,8 +81,8 @@ def test_forward(benchmark, setting, form):
 def test_the_fold_pays():
     """In the same run: folded against concat, and against the backbone without prompts.
 
-    By operations alone concat is 2.10 and folded 1.07 of plain; the bounds leave room for the noise of
-    a shared machine. `results/vpt_cpu.csv` has what was measured.
+    By operations alone concat is 2.10 and folded 1.07 of plain; the bounds leave room for the noise
+    of a shared machine. `results/vpt_cpu.csv` has what was measured.
     """
     if len(MEDIANS) < 5:
         pytest.skip("needs the timings of test_forward")

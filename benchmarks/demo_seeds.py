@@ -1,4 +1,4 @@
-"""Runs `pcx demo` with several seeds: `python benchmarks/demo_seeds.py` writes results/demo_cpu.csv."""
+"""`pcx demo` over several seeds: `python benchmarks/demo_seeds.py` writes results/demo_cpu.csv."""
 
 from __future__ import annotations
 

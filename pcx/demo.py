@@ -28,7 +28,7 @@ from pcx.vpt import VPT
 TASKS = ("digits", "sprites:ori")
 PROMPTS, KEEP = 20, 0.3
 KEEPS, TUNED = (0.1, 0.3, 0.5), (0.1, 0.3)
-EPOCHS, TUNE_EPOCHS, SEARCH_EPOCHS = 16, 4, 4
+EPOCHS, TUNE_EPOCHS, SEARCH_EPOCHS = 18, 5, 4
 RATES = (0.1, 0.3, 1.0)
 # With the published head (kaiming-normal by fan-out) 10 or 16 classes start at a loss so high that
 # its gradients destroy the prompts of this small backbone; clipped gradients and timm's head do

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor, nn
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
-def new_accelerator(amp: str = "no", seed: int = 0) -> Accelerator:
-    """An Accelerator for this call alone: two calls in one process may differ in precision.
-
-    Loaders that shuffle do so by seed and epoch, on every process alike.
-    """
+@contextmanager
+def accelerator_for(amp: str = "no", seed: int = 0) -> Iterator[Accelerator]:
+    """An Accelerator for one call alone; the caller's own, of whatever precision, is put back."""
     if amp not in ("no", "bf16", "fp16"):
         raise ValueError(f"amp: got {amp!r}, expected 'no', 'bf16' or 'fp16'")
+    before = dict(AcceleratorState._shared_state)
     AcceleratorState._reset_state(reset_partial_state=False)
-    loading = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed)
-    return Accelerator(mixed_precision=amp, dataloader_config=loading)
+    # Processes must shuffle alike; one alone shuffles by the loader's or torch's own generator.
+    loading = DataLoaderConfiguration(
+        use_seedable_sampler=PartialState().num_processes > 1, data_seed=seed
+    )
+    try:
+        yield Accelerator(mixed_precision=amp, dataloader_config=loading)
+    finally:
+        AcceleratorState._shared_state.clear()
+        AcceleratorState._shared_state.update(before)
 
 
 def gathered(accelerator: Accelerator, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -51,30 +58,42 @@ def evaluate(
     Raises:
         ValueError: the loader is empty, or the criterion does not give one value per sample.
     """
-    accelerator = new_accelerator(amp)
-    model = accelerator.prepare_model(model, evaluation_mode=True)
-    return evaluate_prepared(accelerator, model, accelerator.prepare(loader), criterion)
+    with accelerator_for(amp) as accelerator:
+        model.to(accelerator.device)
+        return evaluate_on(accelerator, model, accelerator.prepare(loader), criterion)
 
 
 @torch.no_grad()
-def evaluate_prepared(
+def evaluate_on(
     accelerator: Accelerator, model: nn.Module, loader, criterion: Criterion | None = None
 ) -> dict:
-    """`evaluate` on what an Accelerator has prepared already."""
+    """`evaluate` with a model on the accelerator's device and a loader it has prepared."""
     was_training = model.training
-    model.eval()
     loss, correct, samples = 0.0, 0, 0
-    for images, labels in loader:
-        logits = model(images)
-        losses = per_sample_loss(logits, labels, criterion)
-        losses, hits = gathered(accelerator, losses, logits.argmax(-1) == labels)
-        loss += float(losses.double().sum())
-        correct += int(hits.sum())
-        samples += len(losses)
-    model.train(was_training)
+    model.eval()
+    try:
+        for batch in loader:
+            images, labels = images_and_labels(batch)
+            with accelerator.autocast():
+                logits = model(images)
+            losses = per_sample_loss(logits, labels, criterion)
+            losses, hits = gathered(accelerator, losses, logits.argmax(-1) == labels)
+            loss += float(losses.double().sum())
+            correct += int(hits.sum())
+            samples += len(losses)
+    finally:
+        model.train(was_training)
     if not samples:
         raise ValueError("loader: it yielded no sample")
     return {"accuracy": 100 * correct / samples, "loss": loss / samples, "samples": samples}
+
+
+def images_and_labels(batch) -> tuple:
+    """The two parts of a loader's batch."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        what = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else batch
+        raise ValueError(f"loader: it yields {what}, expected (images, labels)")
+    return batch[0], batch[1]
 
 
 def per_sample_loss(
@@ -82,8 +101,14 @@ def per_sample_loss(
 ) -> Tensor:
     """The loss of each sample, [B] float32 or wider; cross-entropy by default.
 
-    `check` looks at the labels' values, for which a GPU has to be waited for.
+    Labels are [B], integers; `check` looks at their values, for which a GPU has to be waited for.
     """
+    if labels.dim() != 1 or labels.is_floating_point() or len(labels) != len(logits):
+        raise ValueError(
+            f"loader: labels of shape {tuple(labels.shape)} and {labels.dtype}, expected one class "
+            f"per image, integers [{len(logits)}]"
+        )
+    labels = labels.long()
     if criterion is None:
         if check:
             _check_labels(logits, labels)
@@ -102,7 +127,7 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 
 
 def _check_labels(logits: Tensor, labels: Tensor) -> None:
-    if labels.dtype == torch.int64 and labels.numel():
+    if labels.numel():
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= logits.shape[-1]:
             raise ValueError(

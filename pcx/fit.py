@@ -17,13 +17,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pcx.data import data_config
 from pcx.evaluate import (
     Criterion,
-    evaluate_prepared,
+    accelerator_for,
+    evaluate_on,
     gathered,
-    new_accelerator,
+    images_and_labels,
     per_sample_loss,
 )
 from pcx.vpt import VPT
@@ -38,7 +40,7 @@ class NonFiniteLoss(FloatingPointError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run's result depends on, besides model and data; a resumed run must have the same."""
+    """What a run depends on besides model, data and criterion; a resumed run must have the same."""
 
     epochs: int
     lr: float
@@ -47,7 +49,9 @@ class Recipe:
     opt: str
     warmup_epochs: float
     clip_grad: float | None
+    amp: str
     seed: int
+    updates_per_epoch: int
 
 
 def fit(
@@ -60,7 +64,7 @@ def fit(
     val_loader=None,
     weight_decay: float = 1e-3,
     momentum: float = 0.9,
-    opt: str = "sgd",
+    opt: str = "momentum",
     warmup_epochs: float | None = None,
     clip_grad: float | None = None,
     criterion: Criterion | None = None,
@@ -77,12 +81,14 @@ def fit(
 
     Args:
         model: a `pcx.VPT`, or any module some of whose parameters require gradients.
-        loader: yields (images, labels), images as the backbone expects them.
+        loader: yields (images [B, 3, H, W] as the backbone expects them, labels [B] integers); it
+            has a length.
         epochs: passes over the loader.
         lr: the learning rate itself.
         base_lr: instead of lr, scaled by batch / 256 as in the paper.
         val_loader: evaluated after each epoch.
-        weight_decay, momentum, opt: as timm's optimiser factory takes them.
+        weight_decay, momentum, opt: as timm's optimiser factory takes them; its "momentum" is plain
+            SGD with momentum, its "sgd" Nesterov's.
         warmup_epochs: a tenth of the epochs by default (the paper's 10 of 100).
         clip_grad: largest gradient norm, None for no clipping.
         criterion: (logits, labels) -> one loss per sample [B]; cross-entropy by default.
@@ -94,54 +100,53 @@ def fit(
         progress: show a bar and the run's facts.
 
     Returns:
-        One dict per epoch: epoch, loss, accuracy (percent), samples, lr, seconds, and val_loss,
-        val_accuracy where there is a val_loader.
+        One dict per epoch (the model stays in training mode): epoch, loss, accuracy (percent),
+        samples, lr, seconds, and val_loss, val_accuracy where there is a val_loader.
 
     Raises:
         ValueError: an argument does not fit, or the checkpoint is of another run.
         NonFiniteLoss: the loss became NaN or infinite; the model is back at the start of that epoch
             and the last checkpoint stays.
     """
-    accelerator = new_accelerator(amp, seed)
     names = _trainable(model)
-    recipe = Recipe(
-        epochs=_positive("epochs", epochs),
-        lr=_learning_rate(lr, base_lr, loader, accelerator),
-        weight_decay=weight_decay,
-        momentum=momentum,
-        opt=opt,
-        warmup_epochs=epochs / 10 if warmup_epochs is None else warmup_epochs,
-        clip_grad=clip_grad,
-        seed=seed,
-    )
-    if not 0 <= recipe.warmup_epochs < epochs:
-        raise ValueError(f"warmup_epochs: {warmup_epochs}, expected 0 or more and under {epochs}")
-    console = Console(quiet=not (progress and accelerator.is_main_process))
-    _say_facts(console, model, names, recipe, loader, accelerator)
-    optimizer = create_optimizer_v2(
-        model, opt=opt, lr=recipe.lr, weight_decay=weight_decay, momentum=momentum
-    )
-    updates = _updates(loader, accelerator)
-    scheduler = _schedule(optimizer, recipe, updates)
-    run = _Run(
-        accelerator, model, names, optimizer, loader, val_loader, scheduler, recipe, criterion
-    )
+    if resume and checkpoint_dir is None:
+        raise ValueError("resume: needs checkpoint_dir")
+    with accelerator_for(amp, seed) as accelerator:
+        recipe = Recipe(
+            epochs=_positive("epochs", epochs),
+            lr=_learning_rate(lr, base_lr, loader, accelerator),
+            weight_decay=weight_decay,
+            momentum=momentum,
+            opt=opt,
+            warmup_epochs=epochs / 10 if warmup_epochs is None else warmup_epochs,
+            clip_grad=clip_grad,
+            amp=amp,
+            seed=seed,
+            updates_per_epoch=_updates(loader, accelerator),
+        )
+        _check_recipe(recipe)
+        console = Console(quiet=not (progress and accelerator.is_main_process))
+        _say_facts(console, model, names, recipe, accelerator)
+        run = _Run(accelerator, model, names, recipe, loader, val_loader, criterion)
+        history = _train(run, checkpoint_dir, resume, console)
+    if isinstance(model, VPT):
+        model.trained_lr = recipe.lr
+    return history
+
+
+def _train(run: _Run, checkpoint_dir, resume: bool, console: Console) -> list[dict]:
+    epochs = run.recipe.epochs
     file = None if checkpoint_dir is None else Path(checkpoint_dir) / LAST
-    if resume:
-        if file is None:
-            raise ValueError("resume: needs checkpoint_dir")
-        if file.exists():
-            run.restore(file)
-            console.print(f"resumed {file} after epoch {len(run.history)}")
-    with _bar(console, epochs) as bar:
+    if resume and file is not None and file.exists():
+        run.restore(file)
+        console.print(f"resumed {file} after epoch {len(run.history)}")
+    with _bar(console) as bar:
         task = bar.add_task("training", total=epochs, completed=len(run.history), note="")
         while len(run.history) < epochs:
             row = run.epoch()
-            if file is not None and accelerator.is_main_process:
+            if file is not None and run.accelerator.is_main_process:
                 run.save(file)
             bar.update(task, advance=1, note=_note(row))
-    if isinstance(model, VPT):
-        model.trained_lr = recipe.lr
     return run.history
 
 
@@ -149,16 +154,37 @@ class _Run:
     """The state of one training run between epochs."""
 
     def __init__(
-        self, accelerator, model, names, optimizer, loader, val_loader, scheduler, recipe, criterion
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        names: list[str],
+        recipe: Recipe,
+        loader,
+        val_loader,
+        criterion: Criterion | None,
     ):
-        self.accelerator: Accelerator = accelerator
-        self.plain = model
+        self.accelerator = accelerator
+        self.plain = model.to(accelerator.device)
         self.names = names
+        self.recipe = recipe
+        self.criterion = criterion
         self.generators = _generators(loader)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        # Accelerate's own wrapping would leave marks on the user's model for later calls to trip
+        # over.
+        self.model = model
+        if accelerator.num_processes > 1:
+            self.model = DistributedDataParallel(model)
+        optimizer = create_optimizer_v2(
+            model,
+            opt=recipe.opt,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            momentum=recipe.momentum,
+        )
+        self.scheduler = _schedule(optimizer, recipe)
+        self.optimizer = accelerator.prepare(optimizer)
         self.loader = accelerator.prepare(loader)
         self.val_loader = None if val_loader is None else accelerator.prepare(val_loader)
-        self.scheduler, self.recipe, self.criterion = scheduler, recipe, criterion
         self.history: list[dict] = []
         self.updates = 0
 
@@ -171,26 +197,43 @@ class _Run:
         self.model.train()
         try:
             row = {"epoch": number + 1, **self._pass(number)}
+            self._check_parameters(number)
+            if self.val_loader is not None:
+                found = evaluate_on(self.accelerator, self.plain, self.val_loader, self.criterion)
+                row |= {"val_loss": found["loss"], "val_accuracy": found["accuracy"]}
         except NonFiniteLoss:
             with torch.no_grad():
                 for name, parameter in self._parameters().items():
                     parameter.copy_(good[name])
             raise
-        if self.val_loader is not None:
-            found = evaluate_prepared(self.accelerator, self.model, self.val_loader, self.criterion)
-            row |= {"val_loss": found["loss"], "val_accuracy": found["accuracy"]}
         row["seconds"] = time.perf_counter() - start
         self.history.append(row)
         return row
+
+    def _check_parameters(self, number: int) -> None:
+        for name, parameter in self._parameters().items():
+            if not parameter.isfinite().all():
+                raise NonFiniteLoss(
+                    f"{name}: no longer finite after epoch {number + 1}: {self._advice()}"
+                )
+
+    def _advice(self) -> str:
+        lr = self.recipe.lr
+        return (
+            f"lower lr (now {lr:g}; try {lr / 10:g}), or set clip_grad=1.0. The model is back at the "
+            "start of the epoch"
+        )
 
     def _pass(self, number: int) -> dict:
         totals = torch.zeros(3, dtype=torch.float64)  # loss, correct, samples
         recent: list[Tensor] = []
         lr = 0.0
-        for step, (images, labels) in enumerate(self.loader):
+        for step, batch in enumerate(self.loader):
+            images, labels = images_and_labels(batch)
             self.scheduler.step_update(self.updates)
             lr = self.optimizer.param_groups[0]["lr"]
-            logits = self.model(images)
+            with self.accelerator.autocast():
+                logits = self.model(images)
             losses = per_sample_loss(logits, labels, self.criterion, check=number == 0)
             self.optimizer.zero_grad()
             self.accelerator.backward(losses.mean())
@@ -222,9 +265,8 @@ class _Run:
         if len(bad):
             at = step + 1 - len(recent) + int(bad[0])
             raise NonFiniteLoss(
-                f"loss: {rows[bad[0], 0].item()} in epoch {number + 1}, step {at + 1}: lower lr "
-                f"(now {self.recipe.lr:g}; try {self.recipe.lr / 10:g}), or set clip_grad=1.0. "
-                "The model is back at the start of the epoch"
+                f"loss: {rows[bad[0], 0].item()} in epoch {number + 1}, step {at + 1}: "
+                f"{self._advice()}"
             )
         return rows.sum(0)
 
@@ -245,8 +287,11 @@ class _Run:
         }
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.part")
-        torch.save(state, part)
-        os.replace(part, file)
+        try:
+            torch.save(state, part)
+            os.replace(part, file)
+        finally:
+            part.unlink(missing_ok=True)
 
     def restore(self, file: Path) -> None:
         try:
@@ -283,7 +328,8 @@ class _Run:
 
 def _generators(loader) -> list[torch.Generator]:
     """The loader's own random generators, whose states belong to a checkpoint."""
-    holders = [loader, getattr(loader, "sampler", None)]
+    batches = getattr(loader, "batch_sampler", None)
+    holders = [loader, getattr(loader, "sampler", None), getattr(batches, "sampler", None)]
     found = [getattr(holder, "generator", None) for holder in holders]
     return [g for i, g in enumerate(found) if isinstance(g, torch.Generator) and g not in found[:i]]
 
@@ -315,6 +361,17 @@ def _learning_rate(lr, base_lr, loader, accelerator: Accelerator) -> float:
     return float(lr)
 
 
+def _check_recipe(recipe: Recipe) -> None:
+    if not 0 <= recipe.warmup_epochs < recipe.epochs:
+        raise ValueError(
+            f"warmup_epochs: {recipe.warmup_epochs}, expected 0 or more and under {recipe.epochs}"
+        )
+    if recipe.weight_decay < 0:
+        raise ValueError(f"weight_decay: {recipe.weight_decay}, expected 0 or more")
+    if recipe.clip_grad is not None and recipe.clip_grad <= 0:
+        raise ValueError(f"clip_grad: {recipe.clip_grad}, expected a positive number or None")
+
+
 def _positive(name: str, value: int) -> int:
     if int(value) != value or value < 1:
         raise ValueError(f"{name}: {value}, expected a whole number of at least 1")
@@ -328,7 +385,7 @@ def _updates(loader, accelerator: Accelerator) -> int:
         raise ValueError("loader: it has no length, which the schedule needs") from None
 
 
-def _schedule(optimizer, recipe: Recipe, updates: int):
+def _schedule(optimizer, recipe: Recipe):
     warmup = recipe.warmup_epochs
     scheduler, _ = create_scheduler_v2(
         optimizer,
@@ -336,9 +393,9 @@ def _schedule(optimizer, recipe: Recipe, updates: int):
         num_epochs=recipe.epochs - warmup,  # type: ignore[arg-type]  # halves of an epoch do
         warmup_epochs=warmup,  # type: ignore[arg-type]
         warmup_prefix=True,
-        warmup_lr=recipe.lr / max(1, warmup * updates),
+        warmup_lr=recipe.lr / max(1, warmup * recipe.updates_per_epoch),
         step_on_epochs=False,
-        updates_per_epoch=updates,
+        updates_per_epoch=recipe.updates_per_epoch,
     )
     return scheduler
 
@@ -347,7 +404,7 @@ def _count(losses: Tensor) -> Tensor:
     return torch.tensor(len(losses), dtype=torch.float64, device=losses.device)
 
 
-def _say_facts(console: Console, model, names, recipe: Recipe, loader, accelerator) -> None:
+def _say_facts(console: Console, model, names, recipe: Recipe, accelerator) -> None:
     parameters = dict(model.named_parameters())
     trained = sum(parameters[n].numel() for n in names)
     total = sum(p.numel() for p in parameters.values())
@@ -362,7 +419,7 @@ def _say_facts(console: Console, model, names, recipe: Recipe, loader, accelerat
     )
 
 
-def _bar(console: Console, epochs: int) -> Progress:
+def _bar(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -211,9 +211,12 @@ class VPT(nn.Module):
         )
 
     def _own_heads(self, init: str) -> None:
+        like = next(self.backbone.parameters())
         for head in self.heads:
             for name, parameter in list(head.named_parameters(recurse=False)):
-                setattr(head, name, nn.Parameter(parameter.detach().clone()))
+                # A new head of an older timm is float32 on the CPU, whatever its backbone is.
+                values = parameter.detach().to(like.device, like.dtype, copy=True)
+                setattr(head, name, nn.Parameter(values))
             if init == "published":
                 nn.init.kaiming_normal_(head.weight, mode="fan_out")
                 if head.bias is not None:
