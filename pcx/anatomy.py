@@ -38,7 +38,8 @@ class Anatomy:
     dim: int
     prefix_tokens: int  # [CLS], distillation and register tokens at the front
     read_tokens: int | None
-    patch_elements: int  # in_chans * patch height * patch width
+    has_cls: bool  # whether the first token is [CLS]
+    patch_elements: int  # 3 * patch height * patch width, as the published initialisation has it
     calls: tuple[int, ...]  # attention calls per block
     heads_dims: tuple[tuple[int, int, int], ...]  # (H, d, dv) of each block's first call
 
@@ -102,6 +103,7 @@ def _timm(backbone: Any) -> dict:
         "dim": backbone.embed_dim,
         "prefix_tokens": backbone.num_prefix_tokens,
         "read_tokens": _timm_read(backbone),
+        "has_cls": any(getattr(m, "cls_token", None) is not None for m in (backbone, embed)),
         "patch_elements": 3 * math.prod(patch),
     }
 
@@ -140,7 +142,8 @@ def _hugging_face(backbone: Any) -> dict:
         "dim": config.hidden_size,
         "prefix_tokens": _hf_prefix_tokens(body, config),
         "read_tokens": _HF_READ.get(type(backbone).__name__),
-        "patch_elements": config.num_channels * patch**2,
+        "has_cls": True,
+        "patch_elements": 3 * patch**2,
     }
 
 
@@ -154,5 +157,5 @@ def _names(backbone: nn.Module, modules: tuple[nn.Module, ...]) -> tuple[str, ..
     return tuple(
         next(name for name, module in backbone.named_modules() if module is wanted)
         for wanted in modules
-        if isinstance(wanted, nn.Linear)
+        if not isinstance(wanted, nn.Identity)
     )

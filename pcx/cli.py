@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import timm
+import torch
 import typer
 from rich.console import Console
 from torch import nn
@@ -15,6 +16,7 @@ from pcx import demo as demo_module
 from pcx.backbones import NAME, scenes_vit
 from pcx.condense import condense as condense_model
 from pcx.condense import standard_error
+from pcx.cost import token_cost
 from pcx.data import data_config
 from pcx.evaluate import evaluate
 from pcx.fit import fit
@@ -78,6 +80,9 @@ def train(
     """Trains prompts and head on a task."""
     config = data_config(new_backbone(backbone, 0))
     data = load_task(task, config, root=root)
+    if split not in ("train", "trainval"):
+        raise ValueError(f"--split: got {split!r}, expected train or trainval")
+    torch.manual_seed(seed)
     model = VPT(
         new_backbone(backbone, data.num_classes),
         prompts,
@@ -98,7 +103,7 @@ def train(
         clip_grad=clip_grad,
         amp=amp,
         seed=seed,
-        checkpoint_dir=out.with_suffix(""),
+        checkpoint_dir=out.with_name(f"{out.name}.ckpt"),
         resume=resume,
     )
     save(model, out)
@@ -128,6 +133,12 @@ def condense(
     """Scores, selects and fine-tunes (Prompt Condensation, Algorithm 1)."""
     whole = load(model, new_backbone(backbone, 0))
     data = load_task(task, data_config(whole), root=root)
+    cost = token_cost(whole)
+    folded, concat = _percent(cost["folded_flops"]), _percent(cost["concat_flops"])
+    Console().print(
+        f"prompts are {cost['relative_tokens']:.0f}% of the image's tokens; folded they add "
+        f"{folded} operations, concatenated {concat}"
+    )
     small = condense_model(
         whole,
         data.loader(split, batch_size, num_workers=workers),
@@ -163,6 +174,10 @@ def eval_(
     _say_accuracy(loaded, data, batch_size, amp, split, workers)
 
 
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}%"
+
+
 def _keep(text: str) -> float | int | str:
     if text == "auto":
         return text
@@ -184,6 +199,6 @@ def main() -> None:
     """Runs the command line; a wrong argument or file ends in one line, not in a traceback."""
     try:
         app()
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         Console(stderr=True).print(f"pcx: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)

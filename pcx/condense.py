@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -43,6 +44,7 @@ def condense(
     scores: Sequence[Tensor] | None = None,
     val_loader=None,
     max_drop: float = 0.5,
+    opt: str = "momentum",
     weight_decay: float = 1e-3,
     clip_grad: float | None = None,
     criterion: Criterion | None = None,
@@ -56,7 +58,8 @@ def condense(
         model: a trained VPT; not changed. The result shares its backbone.
         loader: the training data, for scoring (read once, plainly) and for fine-tuning.
         keep: a fraction in (0, 1], a count, or "auto": the smallest of `GRID` whose accuracy on
-            `val_loader` after fine-tuning lies at most `max_drop` points under the model's own.
+            `val_loader` after fine-tuning lies at most `max_drop` points under the model's own, or
+            all prompts where none does.
         method: of scoring, see `pcx.score`.
         scope: "global" ranks all layers together, "local" each layer by itself.
         epochs: of fine-tuning, with dropout off and no warm-up; 0 for none.
@@ -64,7 +67,7 @@ def condense(
         scores: scores computed before; None computes them.
         val_loader: validation data; needed by "auto", reported per epoch otherwise.
         max_drop: percentage points, for "auto".
-        weight_decay, clip_grad, criterion, amp, seed, progress: as `pcx.fit` takes them.
+        opt, weight_decay, clip_grad, criterion, amp, seed, progress: as `pcx.fit` takes them.
 
     Returns:
         A new VPT whose `.condensation` tells how it came about.
@@ -86,17 +89,19 @@ def condense(
         raise ValueError(f"keep: {keep!r}, expected a fraction, a count or 'auto'")
     if keep == "auto" and val_loader is None:
         raise ValueError("val_loader: keep='auto' needs validation data")
+    if not isinstance(keep, str):  # before anything is computed
+        select([torch.zeros(m) for m in model.counts], keep, scope=scope)
     ranking: Sequence[Tensor]
     if scores is None:
         ranking = score(
             model, loader, method=method, criterion=criterion, seed=seed, progress=progress
         )
     else:
-        ranking = scores
+        ranking, method = scores, "given"
     if [len(s) for s in ranking] != list(model.counts):
         raise ValueError(f"scores: {[len(s) for s in ranking]} per layer, expected {model.counts}")
 
-    def at(fraction: float | int) -> VPT:
+    def at(fraction: float | int, epochs: int = epochs) -> VPT:
         kept = select(ranking, fraction, scope=scope)
         small = model.keep(kept)
         small.set_dropout(0.0)
@@ -109,6 +114,7 @@ def condense(
                 lr=lr,
                 val_loader=val_loader,
                 warmup_epochs=0,
+                opt=opt,
                 weight_decay=weight_decay,
                 clip_grad=clip_grad,
                 criterion=criterion,
@@ -125,19 +131,24 @@ def condense(
 
 
 def _smallest(model: VPT, at, val_loader, max_drop, criterion, amp, progress) -> VPT:
-    """Fine-tunes at every keep of the grid and returns the smallest that holds its accuracy."""
+    """Fine-tunes at every keep of the grid and returns the smallest that holds its accuracy.
+
+    Where none does, that is a copy of the model with all its prompts.
+    """
     whole = evaluate(model, val_loader, criterion=criterion, amp=amp)
-    candidates = [at(fraction) for fraction in GRID]
+    total = sum(model.counts)
+    grid = [fraction for fraction in GRID if fraction * total >= 1]
+    candidates = [at(fraction) for fraction in grid]
     curve = [
         _point(fraction, small, evaluate(small, val_loader, criterion=criterion, amp=amp))
-        for fraction, small in zip(GRID, candidates, strict=True)
+        for fraction, small in zip(grid, candidates, strict=True)
     ]
     curve.append(_point(1.0, model, whole))
     floor = whole["accuracy"] - max_drop
     holding = [
         small for small, row in zip(candidates, curve, strict=False) if row["accuracy"] >= floor
     ]
-    best = holding[0] if holding else at(1.0)
+    best = holding[0] if holding else at(1.0, epochs=0)  # the model as it was
     best.condensation.curve = curve
     samples = whole["samples"]
     Console(quiet=not progress).print(

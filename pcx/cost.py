@@ -37,7 +37,7 @@ def token_cost(model: VPT, *, threshold: float = 20.0) -> dict:
     if model.kind == "shallow":
         mean = model.counts[0]
     relative = 100 * mean / tokens
-    plain = _flops(model.keep([torch.arange(0)] * len(model.prompts)), config, model.path)
+    plain = _flops(model.keep([[]] * len(model.prompts)), config, model.path)
     costs: dict[str, float | None] = {}
     for path in ("concat", "folded"):
         try:
@@ -53,6 +53,8 @@ def _flops(model: VPT, config: dict, path: str) -> int:
     shapes = {id(t): _on_meta(t) for t in [*model.parameters(), *model.buffers()]}
     hollow = copy.deepcopy(model, shapes).eval()  # the weights themselves are not copied
     hollow.path = path
+    for layer in hollow.layers:  # every token, on both paths and without prompts
+        layer.read_tokens = None
     size, dtype = config["input_size"], model.prompts[0].dtype
     with FlopCounterMode(display=False) as counter:
         hollow(torch.empty(BATCH, *size, device="meta", dtype=dtype))

@@ -9,14 +9,26 @@ from typing import Any
 import timm.data
 from torch import nn
 from torch.utils.data import (
+    ConcatDataset,
     DataLoader,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
     Subset,
+    SubsetRandomSampler,
 )
 
-_RANDOM = ("Random", "AutoAugment", "RandAugment", "AugMix", "TrivialAugment", "Jitter", "Mix")
+_RANDOM = (
+    "Random",
+    "AutoAugment",
+    "RandAugment",
+    "AugMix",
+    "TrivialAugment",
+    "Jitter",
+    "GaussianBlur",
+    "GaussianNoise",
+    "Elastic",
+)
 
 
 def data_config(model: nn.Module) -> dict:
@@ -25,13 +37,17 @@ def data_config(model: nn.Module) -> dict:
     Read from timm's configuration of the model; a model that carries none gets mean and std 0.5,
     the default of Hugging Face's ViT processors.
     """
-    backbone = getattr(model, "backbone", model)
+    backbone: Any = getattr(model, "backbone", model)
     if hasattr(backbone, "pretrained_cfg"):
-        return timm.data.resolve_model_data_config(backbone)
+        config = timm.data.resolve_model_data_config(backbone)
+        embed: Any = getattr(backbone, "patch_embed", None)
+        channels = embed.proj.weight.shape[1] if hasattr(embed, "proj") else config["input_size"][0]
+        size = getattr(embed, "img_size", None) or config["input_size"][1:]
+        return {**config, "input_size": (channels, *size)}
     size = getattr(getattr(backbone, "config", None), "image_size", 224)
     half = (0.5, 0.5, 0.5)
     return {
-        "input_size": (3, size, size),
+        "input_size": (3, *(size if isinstance(size, tuple | list) else (size, size))),
         "mean": half,
         "std": half,
         "interpolation": "bicubic",
@@ -60,14 +76,15 @@ def plain_loader(loader, config: dict) -> PlainLoader:
         return PlainLoader(
             loader, "the loader as given (not a DataLoader over a map-style data set)"
         )
-    if loader.batch_sampler is None or not isinstance(
-        loader.sampler, RandomSampler | SequentialSampler
-    ):
-        return PlainLoader(loader, f"the order of {type(loader.sampler).__name__} as given")
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
     dataset, transform = _without_augmentation(loader.dataset, config)
+    if isinstance(sampler, SubsetRandomSampler):
+        dataset = Subset(dataset, list(sampler.indices))
+    elif not isinstance(sampler, RandomSampler | SequentialSampler):
+        return PlainLoader(loader, f"the samples that {type(sampler).__name__} gives, {transform}")
     plain = DataLoader(
         dataset,
-        batch_size=loader.batch_size,
+        batch_size=loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1),
         shuffle=False,
         drop_last=False,
         num_workers=loader.num_workers,
@@ -83,6 +100,11 @@ def _without_augmentation(dataset: Any, config: dict) -> tuple[Any, str]:
     if isinstance(dataset, Subset):
         inner, what = _without_augmentation(dataset.dataset, config)
         return Subset(inner, dataset.indices), what
+    if isinstance(dataset, ConcatDataset):
+        parts, said = zip(
+            *(_without_augmentation(d, config) for d in dataset.datasets), strict=True
+        )
+        return ConcatDataset(parts), " and ".join(dict.fromkeys(said))
     transform = getattr(dataset, "transform", None)
     if transform is None or not _is_random(transform):
         return dataset, "transform as given"
@@ -95,7 +117,8 @@ def _without_augmentation(dataset: Any, config: dict) -> tuple[Any, str]:
 
 
 def _is_random(transform) -> bool:
-    parts = getattr(transform, "transforms", None)
-    if isinstance(parts, list | tuple):
-        return any(_is_random(part) for part in parts)
-    return any(word in type(transform).__name__ for word in _RANDOM)
+    if any(word in type(transform).__name__ for word in _RANDOM):
+        return True
+    parts = transform if isinstance(transform, nn.Sequential) else None
+    parts = getattr(transform, "transforms", parts)
+    return isinstance(parts, list | tuple | nn.Sequential) and any(map(_is_random, parts))

@@ -220,8 +220,8 @@ class _Run:
     def _advice(self) -> str:
         lr = self.recipe.lr
         return (
-            f"lower lr (now {lr:g}; try {lr / 10:g}), or set clip_grad=1.0. The model is back at the "
-            "start of the epoch"
+            f"lower lr (now {lr:g}; try {lr / 10:g}), or set clip_grad=1.0. The model is back at "
+            "the start of the epoch"
         )
 
     def _pass(self, number: int) -> dict:

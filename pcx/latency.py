@@ -25,7 +25,8 @@ def milliseconds_per_image(model: nn.Module, *, batch: int = 32, repeats: int = 
         Milliseconds per image.
     """
     device = next(model.parameters()).device
-    images = torch.randn(batch, *data_config(model)["input_size"], device=device)
+    dtype = next(model.parameters()).dtype
+    images = torch.randn(batch, *data_config(model)["input_size"], device=device, dtype=dtype)
     was_training = model.training
     model.eval()
     times = []
@@ -40,12 +41,13 @@ def milliseconds_per_image(model: nn.Module, *, batch: int = 32, repeats: int = 
     return 1000 * statistics.median(times) / batch
 
 
-def by_path(model: VPT, **arguments: int) -> dict[str, float]:
-    """Milliseconds per image of a VPT on both paths, with all tokens computed in the last block."""
-    before = model.path
+def by_path(model: VPT, *, batch: int = 32, repeats: int = 10) -> dict[str, float]:
+    """Milliseconds per image of a VPT folded and concatenated, every token computed in both."""
+    whole = model.keep([torch.arange(m) for m in model.counts])
+    for layer in whole.layers:
+        layer.read_tokens = None
     found = {}
     for path in ("folded", "concat"):
-        model.path = path
-        found[path] = milliseconds_per_image(model, **arguments)
-    model.path = before
+        whole.path = path
+        found[path] = milliseconds_per_image(whole, batch=batch, repeats=repeats)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,7 @@ class PromptedBlock(nn.Module):
         self.checkpoint = False
         self.observer: Observer | None = None
         self._owner = (prompts,)  # in a tuple, so that the list is registered once, by the owner
-        self._positions = tuple(
+        self._positions: Any = tuple(
             (module, module.num_prefix_tokens)
             for module in block.modules()
             if hasattr(module, "num_prefix_tokens")
@@ -95,12 +96,11 @@ class PromptedBlock(nn.Module):
             return torch.utils.checkpoint.checkpoint(form, x, *args, use_reentrant=False, **kwargs)
         return form(x, *args, **kwargs)
 
-    def set_path(self, path: str, width: int) -> None:
-        """Switches the form; `width` prompts stand among the tokens in the concatenating one."""
-        self.path = path
-        for module, base in self._positions:  # rotations start behind the prompts
-            extra = width if path == "concat" else 0
-            module.num_prefix_tokens = base + extra  # type: ignore[assignment, operator]
+    def _place(self, width: int) -> None:
+        """Makes rotations start behind `width` prompts among the tokens."""
+        for module, base in self._positions:
+            if module.num_prefix_tokens != base + width:
+                module.num_prefix_tokens = base + width
 
     def prompt_sets(self, batch: int) -> Tensor:
         """This step's prompts after dropout: [m, D] ([2, m, D]), or with G sets in front."""
@@ -113,6 +113,7 @@ class PromptedBlock(nn.Module):
     # Folded: prompts act through their keys and values alone, computed once for the batch.
 
     def _folded(self, x: Tensor, *args, **kwargs) -> Tensor:
+        self._place(0)
         prompts = self.prompt_sets(x.shape[0])
         full = None
         if self.read_tokens is not None and self.last:
@@ -183,6 +184,8 @@ class PromptedBlock(nn.Module):
             )
             x = torch.cat([x[:, :start], tokens.to(x.dtype), x[:, start:]], 1)
         width = self._owner[0][0 if self.kind == "shallow" else self.index].shape[-2]
+
+        self._place(width)
 
         def attend(_: int, call: seam.Call) -> Tensor:
             return self._attend_among(call, start, width)

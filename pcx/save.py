@@ -15,6 +15,17 @@ from torch import Tensor, nn
 from pcx.vpt import VPT
 
 FORMAT = "1"
+CONFIG = {
+    "kind",
+    "counts",
+    "dropout",
+    "dropout_groups",
+    "path",
+    "read_only",
+    "trained_lr",
+    "backbone",
+    "fingerprint",
+}
 
 
 def save(model: VPT, path: str | os.PathLike) -> None:
@@ -42,8 +53,11 @@ def save(model: VPT, path: str | os.PathLike) -> None:
     tensors = {name: t.detach().cpu().contiguous() for name, t in _own(model).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    save_file(tensors, part, metadata={"pcx": FORMAT, "config": json.dumps(config)})
-    os.replace(part, path)
+    try:
+        save_file(tensors, part, metadata={"pcx": FORMAT, "config": json.dumps(config)})
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike, backbone: nn.Module) -> VPT:
@@ -61,9 +75,25 @@ def load(path: str | os.PathLike, backbone: nn.Module) -> VPT:
     if not path.is_file():
         raise FileNotFoundError(f"path: no file {path}")
     config, tensors = _read(path)
-    heads = {name: t for name, t in tensors.items() if name.startswith("backbone.")}
-    classes = next((t.shape[0] for name, t in heads.items() if name.endswith(".weight")), 0)
-    model = VPT(
+    _check_backbone(path, config, VPT(backbone, 0, head_init="keep"))
+    model = _rebuilt(backbone, config, None)
+    if _shapes(_own(model)) != _shapes(tensors) and hasattr(backbone, "reset_classifier"):
+        heads = [t for name, t in tensors.items() if name.startswith("backbone.") and t.dim() == 2]
+        model = _rebuilt(backbone, config, heads[0].shape[0] if heads else 0)
+    own = _own(model)
+    if _shapes(own) != _shapes(tensors):
+        raise ValueError(
+            f"backbone: its head does not fit {path}: {_shapes(own)} against {_shapes(tensors)}"
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+    model.trained_lr = config["trained_lr"]
+    return model
+
+
+def _rebuilt(backbone: nn.Module, config: dict, num_classes: int | None) -> VPT:
+    return VPT(
         backbone,
         config["counts"],
         kind=config["kind"],
@@ -71,19 +101,13 @@ def load(path: str | os.PathLike, backbone: nn.Module) -> VPT:
         dropout_groups=config["dropout_groups"],
         path=config["path"],
         read_only=config["read_only"],
-        num_classes=classes if hasattr(backbone, "reset_classifier") else None,
+        num_classes=num_classes,
+        head_init="keep",
     )
-    _check_backbone(path, config, model)
-    own = _own(model)
-    if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in tensors.items()}:
-        raise ValueError(
-            f"path: {path} holds tensors that do not fit its configuration; save it anew"
-        )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
-    model.trained_lr = config["trained_lr"]
-    return model
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape) for name, t in tensors.items()}
 
 
 def backbone_name(backbone: nn.Module) -> str:
@@ -129,7 +153,14 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             f"path: {path} was not written by pcx.save (format {metadata.get('pcx')}, expected "
             f"{FORMAT})"
         )
-    return json.loads(metadata["config"]), tensors
+    try:
+        config = json.loads(metadata["config"])
+        complete = set(config) >= CONFIG
+    except (KeyError, json.JSONDecodeError, TypeError):
+        complete = False
+    if not complete:
+        raise ValueError(f"path: {path} has no whole configuration; save it anew")
+    return config, tensors
 
 
 def _check_backbone(path: Path, config: dict, model: VPT) -> None:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
+from accelerate.utils import send_to_device
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.func import functional_call
 
 from pcx.data import data_config, plain_loader
-from pcx.evaluate import Criterion, per_sample_loss
+from pcx.evaluate import Criterion, images_and_labels, per_sample_loss
 from pcx.prompted_block import Observer
 from pcx.vpt import VPT
 
@@ -87,13 +88,21 @@ def score(
         Per layer, [m_l] float64 on the CPU; for several methods a dict of such lists.
 
     Raises:
-        ValueError: no such method, an empty loader, a model without prompts, a criterion that does
-            not give one value per sample, or a loss that is not finite (names the sample).
+        ValueError: no such method, an empty loader, a model without prompts or (cls-attention)
+            without
+            [CLS], a criterion that does not give one value per sample, or a loss that is not finite
+            (names the sample).
     """
     methods = (method,) if isinstance(method, str) else tuple(method)
     unknown = [m for m in methods if m not in METHODS]
     if unknown or not methods:
         raise ValueError(f"method: got {unknown or methods}, expected some of {METHODS}")
+    if not isinstance(model, VPT):
+        raise ValueError(f"model: a {type(model).__name__}, expected a pcx.VPT")
+    if "cls-attention" in methods and not model.anatomy.has_cls:
+        raise ValueError(
+            f"method: 'cls-attention' needs a [CLS] token; {model.anatomy.family} has none"
+        )
     if not sum(model.counts):
         raise ValueError("model: it has no prompts to score")
     found = _without_data(model, methods, seed)
@@ -130,12 +139,22 @@ def _rows(prompts: Tensor, kind: str) -> Tensor:
 
 @contextmanager
 def _as_scored(model: VPT) -> Iterator[None]:
-    was_training = model.training
+    """Eval mode, and no checkpointing: a block would be run again after the prompts were swapped
+    back."""
+    was_training, layers = model.training, [layer.checkpoint for layer in model.layers]
+    backbone_too = getattr(model.backbone, "grad_checkpointing", None)
     model.eval()
+    model.set_grad_checkpointing(False)
+    if backbone_too is not None:
+        model.backbone.grad_checkpointing = False
     try:
         yield
     finally:
         model.train(was_training)
+        for layer, checkpoint in zip(model.layers, layers, strict=True):
+            layer.checkpoint = checkpoint
+        if backbone_too is not None:
+            model.backbone.grad_checkpointing = backbone_too
 
 
 @dataclass
@@ -151,8 +170,9 @@ class _Reader:
     def batches(self, note: str) -> Iterator[tuple[Tensor, Tensor]]:
         device = self.model.prompts[0].device
         self.samples = 0
-        for images, labels in track(self.loader, note, disable=not self.progress, transient=True):
-            yield images.to(device), labels.to(device)
+        for batch in track(self.loader, note, disable=not self.progress, transient=True):
+            images, labels = send_to_device(images_and_labels(batch), device)
+            yield images, labels
             self.samples += len(labels)
         if not self.samples:
             raise ValueError("loader: it yielded no sample")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +27,9 @@ class VPT(nn.Module):
 
     On the path "folded" the prompts enter as m extra keys and values of each layer's attention,
     computed once per step for the whole batch, which is exactly the same function; "concat" is the
-    literal published form. The backbone's parameters are shared with `backbone` and frozen
-    (`requires_grad` is switched off); its modules, buffers and modes are not touched, and VPT keeps
-    its own copy of the head.
+    literal published form. The frozen weights lie in the same memory as `backbone`'s until either
+    is moved or converted (move the backbone first to share it among several VPTs); its modules,
+    modes and flags are not touched. VPT keeps its own copy of the head.
 
     Args:
         backbone: a timm vision transformer, or Hugging Face's ...ForImageClassification.
@@ -80,13 +81,11 @@ class VPT(nn.Module):
         self.read_only = read_only
         self.trained_lr: float | None = None  # recorded by fit, read by condense
         self.condensation: Any = None  # recorded by condense
-        self.backbone: Any = _tree_over_same_tensors(backbone).eval()
+        self.backbone = _over_same_memory(backbone, backbone.parameters()).eval()
         self.anatomy = dissect(self.backbone)
         if num_classes is not None:
             _set_head_size(self.backbone, num_classes)
             self.anatomy = dissect(self.backbone)
-        for parameter in self.backbone.parameters():
-            parameter.requires_grad_(False)
         self._own_heads(head_init)
         counts = self._counts_per_layer(num_prompts)
         self.prompts = nn.ParameterList(self._initial(m) for m in counts)
@@ -116,7 +115,8 @@ class VPT(nn.Module):
         if path == "concat" and self.kind == "prefix":
             raise ValueError("path: kind='prefix' has no tokens to concatenate; use 'folded'")
         self._path = path
-        self._tell_blocks()
+        for layer in self.layers:
+            layer.path = path
 
     @property
     def layers(self) -> list[PromptedBlock]:
@@ -124,7 +124,7 @@ class VPT(nn.Module):
         return list(self.backbone.get_submodule(self.anatomy.blocks))
 
     @property
-    def heads(self) -> list[nn.Linear]:
+    def heads(self) -> list[Any]:
         """The classifier heads, none where the head was removed."""
         return [self.backbone.get_submodule(name) for name in self.anatomy.heads]
 
@@ -160,34 +160,42 @@ class VPT(nn.Module):
         """The parameters that training changes, by name: prompts and head."""
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
 
-    def keep(self, kept: Sequence[Tensor]) -> VPT:
-        """A new VPT with only some prompts, on the same backbone.
+    def keep(self, kept: Sequence[Tensor | Sequence[int]]) -> VPT:
+        """A new VPT with only some prompts, over the same backbone's memory.
 
         Args:
             kept: per layer, the indices of the prompts to keep, ascending.
+
+        Raises:
+            ValueError: the layers do not match, or an index is out of range.
         """
         if len(kept) != len(self.prompts):
             raise ValueError(f"kept: {len(kept)} layers, expected {len(self.prompts)}")
-        memo = {id(p): p for p in self.backbone.parameters() if not p.requires_grad}
-        small = copy.deepcopy(self, memo)
+        own = {id(p) for p in (*self.prompts, *self.trainable().values())}
+        frozen = (p for p in self.parameters() if id(p) not in own)
+        small = _over_same_memory(self, frozen)
         for i, index in enumerate(kept):
-            rows = self.prompts[i].detach().index_select(-2, index.to(self.prompts[i].device))
-            small.prompts[i] = _prompt_parameter(rows.clone())
-        small._tell_blocks()
+            prompts = self.prompts[i].detach()
+            rows = torch.as_tensor(index, dtype=torch.int64, device=prompts.device)
+            if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < prompts.shape[-2]:
+                raise ValueError(
+                    f"kept: layer {i} has indices {rows.tolist()} for {prompts.shape[-2]} prompts"
+                )
+            small.prompts[i] = _prompt_parameter(prompts.index_select(-2, rows))
         return small
-
-    def _tell_blocks(self) -> None:
-        for layer, width in zip(self.layers, self.counts, strict=True):
-            layer.set_path(self._path, self.counts[0] if self.kind == "shallow" else width)
 
     def _counts_per_layer(self, num_prompts: int | Sequence[int]) -> list[int]:
         depth = len(self.anatomy.calls)
-        if isinstance(num_prompts, int):
-            counts = [num_prompts] * depth
-            if self.kind == "shallow":
-                counts[1:] = [0] * (depth - 1)
-        else:
-            counts = [int(m) for m in num_prompts]
+        one = not isinstance(num_prompts, Sequence)
+        try:
+            given: Any = [num_prompts] * depth if one else num_prompts
+            counts = [operator.index(m) for m in given]
+        except TypeError:
+            raise ValueError(
+                f"num_prompts: {num_prompts!r}, expected a whole number, or one per layer"
+            ) from None
+        if one and self.kind == "shallow":
+            counts[1:] = [0] * (depth - 1)
         if len(counts) != depth:
             raise ValueError(f"num_prompts: {len(counts)} counts for a backbone of {depth} blocks")
         if min(counts) < 0:
@@ -213,11 +221,17 @@ class VPT(nn.Module):
     def _own_heads(self, init: str) -> None:
         like = next(self.backbone.parameters())
         for head in self.heads:
-            for name, parameter in list(head.named_parameters(recurse=False)):
-                # A new head of an older timm is float32 on the CPU, whatever its backbone is.
-                values = parameter.detach().to(like.device, like.dtype, copy=True)
-                setattr(head, name, nn.Parameter(values))
+            for module in head.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    # A new head of an older timm is float32 on the CPU, whatever its backbone is.
+                    values = parameter.detach().to(like.device, like.dtype, copy=True)
+                    setattr(module, name, nn.Parameter(values))
             if init == "published":
+                if not isinstance(head, nn.Linear):
+                    raise ValueError(
+                        f"head_init: the backbone's head is {type(head).__name__}, which has no "
+                        "published initialisation; use head_init='keep'"
+                    )
                 nn.init.kaiming_normal_(head.weight, mode="fan_out")
                 if head.bias is not None:
                     nn.init.constant_(head.bias, -math.log(99))
@@ -244,10 +258,13 @@ class VPT(nn.Module):
             blocks[i].checkpoint = checkpoint
 
 
-def _tree_over_same_tensors(backbone: nn.Module) -> nn.Module:
-    """A copy of the module tree whose parameters and buffers are the very same tensors."""
-    tensors = [*backbone.parameters(), *backbone.buffers()]
-    return copy.deepcopy(backbone, {id(t): t for t in tensors})
+def _over_same_memory(module: nn.Module, parameters: Iterable[nn.Parameter]) -> Any:
+    """A copy of a module tree, some of whose parameters, frozen, lie in the same memory.
+
+    They are parameters of their own, so that moving or freezing one tree leaves the other alone.
+    """
+    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in parameters}
+    return copy.deepcopy(module, memo)
 
 
 def _set_head_size(backbone: Any, num_classes: int) -> None:

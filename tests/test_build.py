@@ -48,6 +48,25 @@ def test_without_torch_pure_python_is_installed():
     assert "installing without the compiled extension" in said
 
 
+def test_a_failing_compiler_is_said_and_survived(tmp_path):
+    code = (
+        "import sys; sys.argv = ['setup.py', 'build_ext', '--build-lib', sys.argv[1], "
+        "'--build-temp', sys.argv[1]]\n"
+        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py',"
+        " '__name__': '__main__'})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "CXX": "/nonexistent/g++", "CC": "/nonexistent/gcc"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the extension was not built" in done.stderr
+    assert not list(tmp_path.rglob("_C*"))
+
+
 def test_everything_works_without_the_extension():
     python(
         "import sys; sys.modules['pcx._C'] = None\n"

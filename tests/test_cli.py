@@ -28,7 +28,11 @@ def test_train_condense_and_eval(tmp_path):
     assert "scored 24 prompts on 200 samples" in said
     said = pcx_command("eval", "small.safetensors", "--task", "digits", cwd=tmp_path)
     assert "on 1397 images" in said
-    assert {p.name for p in tmp_path.iterdir()} == {"vpt", "vpt.safetensors", "small.safetensors"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "vpt.safetensors",
+        "vpt.safetensors.ckpt",
+        "small.safetensors",
+    }
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,10 @@ from pcx.condense import GRID, standard_error
 QUIET = {"progress": False}
 
 
+def _memory(model):
+    return model.layers[0].block.attn.qkv.weight.data_ptr()
+
+
 @pytest.fixture
 def trained(backbone, loader):
     torch.manual_seed(0)
@@ -45,7 +49,7 @@ def test_fine_tuning_follows_the_paper(trained, loader):
     assert small.trained_lr == trained.trained_lr
     rough = trained.keep(small.condensation.kept)
     assert not torch.equal(small.prompts[0], rough.prompts[0])
-    assert small.layers[0].block.attn.qkv.weight is trained.layers[0].block.attn.qkv.weight
+    assert _memory(small) == _memory(trained)
 
 
 def test_a_layer_may_lose_all_its_prompts(trained, loader):
@@ -89,8 +93,30 @@ def test_bad_arguments_are_named(trained, backbone, loader):
         pcx.condense(trained, loader, "auto", **QUIET)
     with pytest.raises(ValueError, match="keep: 'half'"):
         pcx.condense(trained, loader, "half", **QUIET)
+    with pytest.raises(ValueError, match="keep: 1.5"):
+        pcx.condense(trained, None, 1.5, **QUIET)  # before anything is read
     with pytest.raises(ValueError, match=r"scores: \[1, 1\] per layer, expected \(5, 5\)"):
         pcx.condense(trained, loader, scores=[torch.ones(1)] * 2, **QUIET)
+
+
+def test_auto_on_few_prompts(backbone, loader):
+    model = pcx.VPT(backbone, 1)
+    small = pcx.condense(
+        model, loader, "auto", epochs=0, val_loader=loader, max_drop=100, progress=False
+    )
+    assert small.condensation.keep == 0.5
+    assert sum(small.counts) == 1
+
+
+def test_token_cost_does_not_depend_on_the_path_at_hand(backbone):
+    model = pcx.VPT(backbone, 4)
+    folded = pcx.token_cost(model)
+    model.path = "concat"
+    assert pcx.token_cost(model) == folded
+    none = pcx.token_cost(pcx.VPT(backbone, 0))
+    assert none["folded_flops"] == none["concat_flops"] == none["relative_tokens"] == 0
+    assert folded["relative_tokens"] == 100 * 4 / 5  # 32x32 pixels, patches of 16, and [CLS]
+    assert next(model.parameters()).device.type == "cpu"
 
 
 def test_token_cost_is_the_papers_ratio_and_the_counted_operations():

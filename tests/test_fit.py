@@ -153,6 +153,46 @@ def test_a_loss_that_is_not_finite_stops_and_loses_nothing(backbone, loader, tmp
     assert_equal(weights(model), saved["parameters"])
 
 
+def test_weights_that_overflow_are_never_saved(backbone, dataset, tmp_path):
+    model = new_model(backbone).float()
+    images, labels = dataset.tensors
+    loader = DataLoader(TensorDataset(images.float(), labels), batch_size=10)
+    before = weights(model)
+    arguments = {"epochs": 3, "checkpoint_dir": tmp_path, "warmup_epochs": 0, "weight_decay": 0.0}
+    with pytest.raises(pcx.NonFiniteLoss, match="lower lr"):
+        pcx.fit(model, loader, lr=1e45, **arguments, **QUIET)
+    assert not list(tmp_path.iterdir())
+    assert_equal(weights(model), before)
+
+
+def test_precision_does_not_stick(backbone, dataset):
+    model = new_model(backbone).float()
+    images, labels = dataset.tensors
+    loader = DataLoader(TensorDataset(images.float(), labels), batch_size=5)
+    exact = pcx.evaluate(model, loader)
+    rough = pcx.evaluate(model, loader, amp="bf16")
+    assert rough["loss"] != exact["loss"]
+    assert pcx.evaluate(model, loader) == exact
+    assert model(images.float()).dtype == torch.float32
+    assert "forward" not in vars(model)
+    assert not any("accelerate" in name for name in vars(model))
+
+
+def test_the_callers_own_accelerator_is_left_alone(backbone, loader):
+    from accelerate import Accelerator
+
+    mine = Accelerator(mixed_precision="bf16")
+    pcx.evaluate(new_model(backbone), loader)
+    assert mine.mixed_precision == "bf16"
+
+
+def test_the_callers_loader_is_left_alone(backbone, dataset):
+    loader = DataLoader(dataset, batch_size=4, shuffle=True)
+    sampler = loader.batch_sampler.sampler
+    pcx.fit(new_model(backbone), loader, epochs=1, lr=0.1, **QUIET)
+    assert loader.batch_sampler.sampler is sampler
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -161,6 +201,8 @@ def test_a_loss_that_is_not_finite_stops_and_loses_nothing(backbone, loader, tmp
         ({"epochs": 1, "lr": 0.1, "base_lr": 1.0}, "lr: give lr or base_lr"),
         ({"epochs": 1, "lr": -1.0}, "lr: -1.0"),
         ({"epochs": 1, "lr": 0.1, "warmup_epochs": 1}, "warmup_epochs: 1"),
+        ({"epochs": 1, "lr": 0.1, "weight_decay": -1.0}, "weight_decay: -1.0"),
+        ({"epochs": 1, "lr": 0.1, "clip_grad": 0.0}, "clip_grad: 0.0"),
         ({"epochs": 1, "lr": 0.1, "amp": "fp8"}, "amp: got 'fp8'"),
         ({"epochs": 1, "lr": 0.1, "resume": True}, "resume: needs checkpoint_dir"),
     ],
@@ -176,6 +218,11 @@ def test_bad_data_is_named(backbone, dataset):
     wrong = DataLoader(TensorDataset(images, labels + 1), batch_size=4)
     with pytest.raises(ValueError, match=r"labels 1\.\.3 for a head of 3 classes"):
         pcx.fit(model, wrong, epochs=1, lr=0.1, **QUIET)
+    column = DataLoader(TensorDataset(images, labels[:, None]), batch_size=4)
+    with pytest.raises(ValueError, match=r"labels of shape \(4, 1\)"):
+        pcx.evaluate(model, column)
+    with pytest.raises(ValueError, match=r"it yields list of 1, expected \(images, labels\)"):
+        pcx.evaluate(model, DataLoader(TensorDataset(images)))
     with pytest.raises(ValueError, match="yielded no sample"):
         pcx.evaluate(model, DataLoader(TensorDataset(images[:0], labels[:0])))
     with pytest.raises(ValueError, match="criterion: gave shape"):
@@ -209,6 +256,7 @@ def _one_of_two(rank, folder, queue):
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(11, 3, 32, 32, generator=generator), torch.arange(11) % 3)
     loader = DataLoader(data, batch_size=4, shuffle=True)
+    pcx.evaluate(model, loader)  # which must not keep fit from synchronising
     history = pcx.fit(model, loader, epochs=2, lr=0.1, val_loader=loader, progress=False)
     found = pcx.evaluate(model, DataLoader(data, batch_size=4))
     queue.put((rank, history[-1]["samples"], found, model.prompts[0].detach().sum().item()))

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import build, images
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch import nn
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from torchvision import transforms
 
 import pcx
@@ -147,8 +148,6 @@ def test_cls_attention_is_the_softmax_of_the_cls_row(family, path):
     model.path = "concat"
     rows = []
 
-    from pcx import seam
-
     def watch(layer):
         original = layer._attend_among
 
@@ -171,7 +170,6 @@ def test_cls_attention_is_the_softmax_of_the_cls_row(family, path):
     model(x)
     for layer in model.layers:
         del layer._attend_among
-    assert seam  # the rows come from the seam's own calls
     model.path = path
     data = DataLoader(TensorDataset(x, torch.tensor([0, 1])), batch_size=2)
     found = pcx.score(model, data, method="cls-attention", **QUIET)
@@ -223,6 +221,57 @@ def test_ragged_layers_and_layers_without_prompts(backbone, dataset, loader):
     expected = one_at_a_time(model, dataset, lambda g, p: (g * p).norm(dim=1))
     assert [len(s) for s in found["gate"]] == [0, 2]
     assert_scores(found["taylor"], expected)
+
+
+@pytest.mark.parametrize("how", ["vpt", "timm"])
+def test_activation_checkpointing_changes_nothing(backbone, loader, how):
+    model = pcx.VPT(backbone, 2)
+    expected = pcx.score(model, loader, **QUIET)
+    if how == "vpt":
+        model.set_grad_checkpointing()
+    else:
+        model.backbone.set_grad_checkpointing()
+    for a, b in zip(pcx.score(model, loader, **QUIET), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert model.layers[0].checkpoint == (how == "vpt")
+
+
+@pytest.mark.parametrize(("kind", "path"), [("deep", "concat"), ("deep", None), ("shallow", None)])
+def test_exact_with_rotations(kind, path):
+    """The rotated tokens start further left once a prompt is gone."""
+    model = pcx.VPT(build("eva02"), 3, kind=kind, path=path)
+    data = DataLoader(TensorDataset(images("eva02"), torch.tensor([1, 2])), batch_size=2)
+    (x, labels) = next(iter(data))
+    found = pcx.score(model, data, method="exact", **QUIET)
+    kept = [[0, 2], *([i for i in range(m)] for m in model.counts[1:])]
+    with torch.no_grad():
+        losses = [
+            F.cross_entropy(m(x), labels, reduction="none") for m in (model.keep(kept), model)
+        ]
+    torch.testing.assert_close(found[0][1], (losses[0] - losses[1]).abs().mean())
+
+
+def test_loaders_with_other_samplers(backbone, dataset):
+    model = pcx.VPT(backbone, 2)
+    expected = pcx.score(model, DataLoader(dataset), **QUIET)
+    from torch.utils.data import BatchSampler, RandomSampler, SubsetRandomSampler
+
+    batches = BatchSampler(RandomSampler(dataset), batch_size=4, drop_last=True)
+    some = [5, 1, 2]
+    for loader, reference in (
+        (DataLoader(dataset, batch_sampler=batches), expected),
+        (
+            DataLoader(dataset, batch_size=2, sampler=SubsetRandomSampler(some), drop_last=True),
+            pcx.score(model, DataLoader(Subset(dataset, some)), **QUIET),
+        ),
+    ):
+        for a, b in zip(pcx.score(model, loader, **QUIET), reference, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_cls_attention_needs_a_cls_token(loader):
+    with pytest.raises(ValueError, match=r"'cls-attention' needs a \[CLS\] token"):
+        pcx.score(pcx.VPT(build("siglip"), 2), loader, method="cls-attention", **QUIET)
 
 
 def test_own_criterion(backbone, dataset, loader):
@@ -278,6 +327,14 @@ def test_augmentation_is_taken_away():
     plain = plain_loader(DataLoader(Images(float), shuffle=True, drop_last=True), config)
     assert plain.loader.dataset.transform is float
     assert "evaluation transform" in plain.description
+    both = ConcatDataset([Images(float), Images(float)])
+    plain = plain_loader(DataLoader(both), config)
+    assert all(part.transform is float for part in plain.loader.dataset.datasets)
+    hidden = transforms.RandomApply([transforms.CenterCrop(3)])
+    for transform in (hidden, nn.Sequential(hidden), transforms.GaussianBlur(3)):
+        dataset = Images(float)
+        dataset.transform = transform
+        assert plain_loader(DataLoader(dataset), config).loader.dataset.transform is float
     subset = Subset(Images(), [3, 1])
     plain = plain_loader(DataLoader(subset), config)
     assert plain.loader.dataset.indices == [3, 1]

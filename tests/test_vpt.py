@@ -28,6 +28,10 @@ def assert_same(a, b, tolerance=1e-10):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
+def _memory(model):
+    return model.layers[0].block.attn.qkv.weight.data_ptr()
+
+
 @pytest.fixture
 def x():
     generator = torch.Generator().manual_seed(0)
@@ -70,7 +74,8 @@ def test_the_backbone_is_never_written(backbone, x):
     assert backbone.training
     assert all(torch.equal(v, state[k]) for k, v in backbone.state_dict().items())
     shared = dict(backbone.named_parameters())["blocks.0.attn.qkv.weight"]
-    assert any(p is shared for p in model.parameters())
+    assert any(p.data_ptr() == shared.data_ptr() for p in model.parameters())
+    assert all(p.requires_grad for p in backbone.parameters())
 
 
 def test_the_backbone_stays_in_eval_mode(backbone):
@@ -172,12 +177,42 @@ def test_a_new_head(backbone, x):
     assert backbone(x).shape == (4, 3)
 
 
+def test_a_head_of_several_modules_trains(backbone, x):
+    backbone.head = nn.Sequential(nn.Linear(24, 8), nn.GELU(), nn.Linear(8, 3)).double()
+    with pytest.raises(ValueError, match="head_init: the backbone's head is Sequential"):
+        pcx.VPT(backbone, 2)
+    model = pcx.VPT(backbone, 2, head_init="keep")
+    model(x).sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert {"backbone.head.0.weight", "backbone.head.2.bias"} < trained == set(model.trainable())
+    assert backbone.head[0].weight.grad is None
+
+
+def test_converting_one_leaves_the_others(x):
+    backbone = build("eva02")
+    one, two = pcx.VPT(backbone, 2), pcx.VPT(backbone, 2)
+    expected, image = two(images("eva02")), images("eva02")
+    small = one.keep([[0], [], [0, 1]])
+    one.bfloat16()
+    assert torch.equal(two(image), expected)
+    assert small(image).dtype == backbone(image).dtype == torch.float64
+    assert one(image.bfloat16()).dtype == torch.bfloat16
+
+
+def test_keep_names_what_it_cannot_keep(backbone):
+    model = pcx.VPT(backbone, 2)
+    with pytest.raises(ValueError, match=r"kept: layer 1 has indices \[2\] for 2 prompts"):
+        model.keep([[0], [2]])
+    with pytest.raises(ValueError, match="kept: 1 layers, expected 2"):
+        model.keep([[0]])
+
+
 def test_keep_drops_prompts_and_shares_the_backbone(backbone, x):
     model = pcx.VPT(backbone, 3)
     small = model.keep([torch.tensor([0, 2]), torch.tensor([], dtype=torch.int64)])
     assert small.counts == (2, 0)
     assert torch.equal(small.prompts[0], model.prompts[0][[0, 2]])
-    assert small.layers[0].block.attn.qkv.weight is model.layers[0].block.attn.qkv.weight
+    assert _memory(small) == _memory(model)
     small(x).sum().backward()
     assert model.prompts[0].grad is None
     small.path = "concat"
@@ -201,6 +236,8 @@ def test_distributed_with_a_layer_of_no_prompts(backbone, x, tmp_path):
     ("arguments", "message"),
     [
         ({"num_prompts": -1}, "num_prompts: .* 0 or more"),
+        ({"num_prompts": 2.5}, "num_prompts: 2.5, expected a whole number"),
+        ({"num_prompts": [2.0, 1]}, "num_prompts: .* expected a whole number"),
         ({"num_prompts": [1]}, "num_prompts: 1 counts for a backbone of 2 blocks"),
         ({"num_prompts": 1, "kind": "wide"}, "kind: got 'wide'"),
         ({"num_prompts": 1, "dropout": 1.0}, "dropout: 1.0"),

@@ -106,6 +106,9 @@ def _check(q, k, v, prefix_k, prefix_v, index, lengths, bias) -> None:
     _expect("prefix_k", prefix_k, (*sets, heads, m, dim))
     _expect("prefix_v", prefix_v, (*sets, heads, m, v.shape[3]))
     _check_sets(batch, sets, index, lengths)
+    for name, tensor in {"prefix_index": index, "prefix_lengths": lengths, "bias": bias}.items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if bias is not None:
         try:
             fits = torch.broadcast_shapes(bias.shape, (batch, heads, q.shape[2], own)) == (
@@ -131,7 +134,11 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 def _check_sets(batch: int, sets: torch.Size, index: Tensor | None, lengths: Tensor | None) -> None:
     count = sets[0] if sets else None
     if index is None:
-        if count not in (None, batch) or (lengths is not None and count is None):
+        if lengths is not None and count is None:
+            raise ValueError(
+                "prefix_lengths: given, but prefix_k has no set dimension [G, H, m, d]"
+            )
+        if count not in (None, batch):
             raise ValueError(
                 f"prefix_index: needed to choose among {count} prefix sets for a batch of {batch}"
             )
@@ -147,5 +154,8 @@ def _check_sets(batch: int, sets: torch.Size, index: Tensor | None, lengths: Ten
             low, high = int(index.min()), int(index.max())
             if low < 0 or high >= count:
                 raise ValueError(f"prefix_index: values {low}..{high}, expected 0..{count - 1}")
-    if lengths is not None and tuple(lengths.shape) != (count,):
-        raise ValueError(f"prefix_lengths: shape {tuple(lengths.shape)}, expected ({count},)")
+    if lengths is not None and (tuple(lengths.shape) != (count,) or lengths.is_floating_point()):
+        raise ValueError(
+            f"prefix_lengths: {lengths.dtype} of shape {tuple(lengths.shape)}, expected int64 "
+            f"({count},)"
+        )

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch.utils.data import ConcatDataset, DataLoader, Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from pcx.tasks import listed
 from pcx.tasks.digits import NUM_CLASSES as DIGITS_CLASSES
@@ -35,10 +35,11 @@ class Task:
         """A loader of one split, shuffled where it is for training."""
         if split not in self.splits:
             raise ValueError(f"split: got {split!r}, expected one of {sorted(self.splits)}")
+        dataset = self.splits[split]
         return DataLoader(
-            self.splits[split],
+            dataset,
             batch_size=batch_size,
-            shuffle=split.startswith("train"),
+            shuffle=split.startswith("train") and not isinstance(dataset, IterableDataset),
             num_workers=num_workers,
             drop_last=drop_last,
         )
@@ -50,7 +51,8 @@ def load_task(name: str, config: dict, *, root: str | os.PathLike | None = None)
     Args:
         name: "digits" (real scans), "sprites:count", "sprites:ori", "sprites:loc" (rendered),
             "vtab:<name>", "fgvc:<name>" (on disk under root), or any name that
-            `timm.data.create_dataset` understands, such as "torch/cifar10" or "hfds/...".
+            `timm.data.create_dataset` understands, such as "torch/cifar10", "hfds/..." or "" for a
+            folder of folders.
         config: the backbone's, from `pcx.data.data_config(model)`.
         root: folder of data sets on disk; "data" by default.
 
@@ -70,7 +72,7 @@ def load_task(name: str, config: dict, *, root: str | os.PathLike | None = None)
         splits, classes = listed.vtab(detail, folder, config)
     elif family == "fgvc":
         splits, classes = listed.fgvc(detail, folder, config)
-    elif "/" in name or root is not None:
+    elif "/" in name or name in ("", "folder"):
         splits, classes = listed.from_timm(name, folder, config)
     else:
         raise ValueError(f"name: {name!r}, expected one of: {NAMES}")

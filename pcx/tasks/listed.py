@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import timm.data
-from torch.utils.data import Dataset
+import torch
+from torch.utils.data import Dataset, Subset
 from torchvision import transforms
 
 from pcx.tasks.images import FileImages
@@ -34,7 +36,6 @@ VTAB_CLASSES = {
     "diabetic_retinopathy": 5,
 }
 ALIASES = {"cifar100": "cifar", "oxford_pet": "oxford_iiit_pet"}
-TIMM_SPLITS = {"train": ("train",), "val": ("validation", "val"), "test": ("test",)}
 VTAB_LISTS = {"train": "train800", "val": "val200", "trainval": "train800val200", "test": "test"}
 
 
@@ -83,30 +84,60 @@ def fgvc(name: str, root: Path, config: dict) -> tuple[dict[str, Any], int]:
 
 
 def from_timm(name: str, root: Path, config: dict) -> tuple[dict[str, Any], int]:
-    """Any data set that `timm.data.create_dataset` reads: splits train, validation and test."""
-    splits: dict[str, Any] = {}
-    failures: dict[str, str] = {}
-    for split, names in TIMM_SPLITS.items():
-        for candidate in names:
-            if name in ("", "folder") and not (root / candidate).is_dir():
-                continue  # timm would read the whole root instead
-            try:
-                splits[split] = timm.data.create_dataset(name, root=str(root), split=candidate)
-                break
-            except Exception as error:  # whatever a reader raises, timm has dozens
-                failures[candidate] = f"{type(error).__name__}: {error}"
-        if "train" not in splits:
-            raise ValueError(
-                f"name: {name!r} under root {root} has no split 'train' that "
-                f"timm.data.create_dataset can read ({failures.get('train', 'no such folder')})"
+    """Any data set that `timm.data.create_dataset` reads.
+
+    "trainval" is its train split, of which a tenth, drawn with a fixed seed, is "val" and the rest
+    "train" where it has no validation split besides the test split. "test" is its test split, or
+    else its validation split.
+    """
+    whole = _timm_split(name, root, ("train",))
+    classes = getattr(getattr(whole, "reader", None), "class_to_idx", None)
+    val = _timm_split(name, root, ("validation", "val"), classes, missing_ok=True)
+    test = _timm_split(name, root, ("test",), classes, missing_ok=val is not None)
+    if test is None:
+        val, test = None, val
+    evaluated, plain = copy.copy(whole), timm.data.create_transform(**config, is_training=False)
+    whole.transform = timm.data.create_transform(**config, is_training=True)
+    for dataset in (evaluated, val, test):
+        if dataset is not None:
+            dataset.transform = plain
+    whole.eval_transform = plain
+    splits = {"trainval": whole, "train": whole, "val": val, "test": test}
+    if val is None:
+        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0)).tolist()
+        held_out = max(1, len(order) // 10)
+        splits["val"] = Subset(evaluated, order[:held_out])
+        splits["train"] = Subset(whole, order[held_out:])
+    return splits, _class_count(whole, name)
+
+
+def _timm_split(
+    name: str,
+    root: Path,
+    candidates: tuple[str, ...],
+    classes: dict | None = None,
+    missing_ok: bool = False,
+) -> Any:
+    failures = []
+    for split in candidates:
+        if name in ("", "folder") and not (root / split).is_dir():
+            failures.append(f"no folder {root / split}")  # timm would read the whole root instead
+            continue
+        try:
+            return timm.data.create_dataset(
+                name,
+                root=str(root),
+                split=split,
+                class_map=classes,  # type: ignore[arg-type]  # None is its default
             )
-    splits.setdefault("val", splits.get("test", splits["train"]))
-    splits.setdefault("test", splits["val"])
-    for split, dataset in splits.items():
-        dataset.transform = timm.data.create_transform(**config, is_training=split == "train")
-        dataset.eval_transform = timm.data.create_transform(**config, is_training=False)
-    splits["trainval"] = splits["train"]
-    return splits, _class_count(splits["train"], name)
+        except Exception as error:  # whatever a reader raises, timm has dozens
+            failures.append(f"{type(error).__name__}: {error}")
+    if missing_ok:
+        return None
+    raise ValueError(
+        f"name: {name!r} under root {root} has no split {candidates[0]!r} that "
+        f"timm.data.create_dataset can read ({'; '.join(failures)})"
+    )
 
 
 def _class_count(dataset: Dataset, name: str) -> int:
@@ -115,7 +146,7 @@ def _class_count(dataset: Dataset, name: str) -> int:
             found = getattr(holder, attribute, None)
             if found:
                 return len(found)
-    raise ValueError(f"name: {name!r} does not say how many classes it has; give num_classes")
+    raise ValueError(f"name: {name!r} does not say how many classes it has")
 
 
 def _resized(config: dict) -> transforms.Compose:
@@ -156,7 +187,7 @@ def _read_list(file: Path, folder: Path, classes: int) -> list[tuple[Path, int]]
         if not line.strip():
             continue
         path, _, label = line.strip().rpartition(" ")
-        if not path or not label.isdigit() or int(label) >= classes:
+        if not path or not label.isdecimal() or int(label) >= classes:
             raise ValueError(
                 f"{file}, line {number}: {line!r}, expected `path label` with a label of "
                 f"0..{classes - 1}"

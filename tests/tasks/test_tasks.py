@@ -235,25 +235,43 @@ def test_fgvc_errors(fgvc_root):
         load_task("fgvc:CUB", CONFIG, root=fgvc_root)
 
 
+def folders(root, split, names, count=1):
+    for name in names:
+        (root / split / name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (40, 40)).save(root / split / name / f"{i}.png")
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # timm leaves its files to the collector
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_timm_reads_a_folder(tmp_path):
-    for split in ("train", "validation"):
-        for name in ("cat", "dog"):
-            folder = tmp_path / split / name
-            folder.mkdir(parents=True)
-            Image.new("RGB", (40, 40)).save(folder / "0.png")
+def test_timm_reads_folders(tmp_path):
+    folders(tmp_path, "train", ("ant", "bee", "cat"), 10)
+    folders(tmp_path, "validation", ("bee", "cat"))
     task = load_task("", CONFIG, root=tmp_path)
-    assert task.num_classes == 2
-    image, label = task.splits["train"][1]
-    assert image.shape == (3, 32, 32)
-    assert label == 1
-    assert len(task.splits["test"]) == 2
+    assert task.num_classes == 3
+    assert {k: len(v) for k, v in task.splits.items()} == {
+        "trainval": 30,
+        "train": 27,
+        "val": 3,
+        "test": 2,
+    }
+    assert [task.splits["test"][i][1] for i in range(2)] == [1, 2]  # numbered as in training
+    assert task.splits["train"][0][0].shape == (3, 32, 32)
+    assert not set(task.splits["train"].indices) & set(task.splits["val"].indices)
+    folders(tmp_path, "test", ("ant", "bee"))
+    sizes = {k: len(v) for k, v in load_task("", CONFIG, root=tmp_path).splits.items()}
+    assert sizes == {"trainval": 30, "train": 30, "val": 2, "test": 2}
+
+
+def test_a_folder_without_a_test_split_is_refused(tmp_path):
+    folders(tmp_path, "train", ("ant", "bee"))
+    with pytest.raises(ValueError, match="has no split .test. that timm"):
+        load_task("", CONFIG, root=tmp_path)
 
 
 def test_unknown_names_say_what_there_is(tmp_path):
     with pytest.raises(ValueError, match="name: 'letters', expected one of: digits"):
-        load_task("letters", CONFIG)
+        load_task("letters", CONFIG, root=tmp_path)
     with pytest.raises(ValueError, match=r"expected sprites:count\|ori\|loc"):
         load_task("sprites:size", CONFIG)
     with pytest.raises(ValueError, match="has no split .train. that timm"):
