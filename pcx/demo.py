@@ -34,9 +34,8 @@ RATES = (0.1, 0.3, 1.0)
 # its gradients destroy the prompts of this small backbone; clipped gradients and timm's head do
 # not.
 CLIP = 1.0
-OPT = (
-    "sgd"  # timm's, with Nesterov's momentum: in so few epochs it gets further than plain momentum
-)
+# timm's "sgd" has Nesterov's momentum, which in so few epochs gets further than the plain one.
+OPT = "sgd"
 HEAD_INIT = "keep"
 
 METHODS = {

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DataLoaderConfiguration
+from accelerate.utils import DataLoaderConfiguration, parse_flag_from_env
 from torch import Tensor, nn
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -23,9 +23,8 @@ def accelerator_for(amp: str = "no", seed: int = 0) -> Iterator[Accelerator]:
     before = dict(AcceleratorState._shared_state)
     AcceleratorState._reset_state(reset_partial_state=False)
     # Processes must shuffle alike; one alone shuffles by the loader's or torch's own generator.
-    loading = DataLoaderConfiguration(
-        use_seedable_sampler=PartialState().num_processes > 1, data_seed=seed
-    )
+    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes
+    loading = DataLoaderConfiguration(use_seedable_sampler=processes > 1, data_seed=seed)
     try:
         yield Accelerator(mixed_precision=amp, dataloader_config=loading)
     finally:

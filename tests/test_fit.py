@@ -159,8 +159,12 @@ def test_weights_that_overflow_are_never_saved(backbone, dataset, tmp_path):
     loader = DataLoader(TensorDataset(images.float(), labels), batch_size=10)
     before = weights(model)
     arguments = {"epochs": 3, "checkpoint_dir": tmp_path, "warmup_epochs": 0, "weight_decay": 0.0}
-    with pytest.raises(pcx.NonFiniteLoss, match="lower lr"):
-        pcx.fit(model, loader, lr=1e45, **arguments, **QUIET)
+
+    def steep(logits, labels):
+        return 1e6 * torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+    with pytest.raises(pcx.NonFiniteLoss, match="no longer finite after epoch 1: lower lr"):
+        pcx.fit(model, loader, lr=1e38, criterion=steep, **arguments, **QUIET)
     assert not list(tmp_path.iterdir())
     assert_equal(weights(model), before)
 
