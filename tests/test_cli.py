@@ -57,7 +57,8 @@ def test_demo_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     """The demo's path with everything cut short; the figures of the real one are in the README."""
     for name, value in {"EPOCHS": 1, "TUNE_EPOCHS": 1, "SEARCH_EPOCHS": 1, "PROMPTS": 10}.items():
         monkeypatch.setattr(demo_module, name, value)
-    monkeypatch.setattr(demo_module, "RATES", (0.3,))
+    for name in ("RATES", "LINEAR_RATES"):
+        monkeypatch.setattr(demo_module, name, (0.3,))
     demo_module.demo(tmp_path, tasks=("digits",))
     task = json.loads((tmp_path / "result.json").read_text())["tasks"]["digits"]
     methods = {"linear", "vpt", "condensed_no_finetune", "condensed", "vpt_small"}
