@@ -170,16 +170,7 @@ class _Search:
         train, val, both = (self.task.loader(s) for s in ("train", "val", "trainval"))
         lr = self._best(RATES, lambda: self._new(prompts), train, val, SEARCH_EPOCHS, label)
         model = self._new(prompts)
-        fit(
-            model,
-            both,
-            epochs=epochs,
-            lr=lr,
-            clip_grad=CLIP,
-            opt=OPT,
-            seed=self.seed,
-            progress=False,
-        )
+        self._train(model, both, epochs, lr)
         return model, lr
 
     def linear(self) -> tuple[VPT, float]:
@@ -189,9 +180,20 @@ class _Search:
         lr = self._best(
             LINEAR_RATES, lambda: self._new(0).heads[0], train, val, EPOCHS, "linear probe"
         )
-        head = model.heads[0]
-        fit(head, both, epochs=EPOCHS, lr=lr, opt=OPT, seed=self.seed, progress=False)
+        self._train(model.heads[0], both, EPOCHS, lr)
         return model, lr
+
+    def _train(self, model: nn.Module, loader: DataLoader, epochs: int, lr: float) -> None:
+        fit(
+            model,
+            loader,
+            epochs=epochs,
+            lr=lr,
+            opt=OPT,
+            clip_grad=CLIP,
+            seed=self.seed,
+            progress=False,
+        )
 
     def _new(self, prompts: int) -> VPT:
         torch.manual_seed(self.seed)
@@ -209,16 +211,7 @@ class _Search:
         found = {}
         for lr in rates:
             model = new()
-            fit(
-                model,
-                train,
-                epochs=epochs,
-                lr=lr,
-                clip_grad=CLIP,
-                opt=OPT,
-                seed=self.seed,
-                progress=False,
-            )
+            self._train(model, train, epochs, lr)
             found[lr] = evaluate(model, val)
         best = max(rates, key=lambda lr: (found[lr]["accuracy"], -found[lr]["loss"]))
         said = ", ".join(f"{lr:g}: {row['accuracy']:.1f}%" for lr, row in found.items())
