@@ -28,6 +28,7 @@ from pcx.evaluate import (
     images_and_labels,
     per_sample_loss,
 )
+from pcx.files import written_whole
 from pcx.vpt import VPT
 
 CHECK_EVERY = 10  # steps between looks at the loss: a look at every step would stall a GPU
@@ -285,13 +286,8 @@ class _Run:
             "updates": self.updates,
             "generators": [g.get_state() for g in self.generators],
         }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        try:
+        with written_whole(file) as part:
             torch.save(state, part)
-            os.replace(part, file)
-        finally:
-            part.unlink(missing_ok=True)
 
     def restore(self, file: Path) -> None:
         try:

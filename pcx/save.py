@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pcx.files import written_whole
 from pcx.vpt import VPT
 
 FORMAT = "1"
@@ -51,13 +52,8 @@ def save(model: VPT, path: str | os.PathLike) -> None:
         "fingerprint": fingerprint(model),
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in _own(model).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    with written_whole(path) as part:
         save_file(tensors, part, metadata={"pcx": FORMAT, "config": json.dumps(config)})
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike, backbone: nn.Module) -> VPT:
