@@ -31,17 +31,29 @@ TaskName = Annotated[
     str, typer.Option("--task", help="digits, sprites:..., vtab:..., fgvc:..., or timm's name")
 ]
 Root = Annotated[Path | None, typer.Option(help="folder of data sets on disk")]
+Weights = Annotated[
+    Path | None, typer.Option(help="a file of the backbone's weights, in place of timm's download")
+]
 Amp = Annotated[str, typer.Option(help="no, bf16 or fp16")]
 ModelFile = Annotated[Path, typer.Argument(help="a file that pcx train or condense wrote")]
 
 
-def new_backbone(name: str, num_classes: int) -> nn.Module:
-    """The embedded backbone or a pretrained one of timm."""
+def new_backbone(name: str, num_classes: int, weights: Path | None = None) -> nn.Module:
+    """The embedded backbone or one of timm, with timm's weights or those of a file."""
     if name == NAME:
+        if weights is not None:
+            raise ValueError(f"--weights: {NAME} has its own; give --backbone as well")
         return scenes_vit(num_classes)
     if not timm.is_model(name):
         raise ValueError(f"--backbone: timm knows no {name!r}; see timm.list_models()")
-    return timm.create_model(name, pretrained=True, num_classes=num_classes)
+    if weights is None:
+        return timm.create_model(name, pretrained=True, num_classes=num_classes)
+    if not weights.is_file():
+        raise FileNotFoundError(f"--weights: no file {weights}")
+    overlay = {"file": str(weights)}
+    return timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes
+    )
 
 
 @app.command()
@@ -58,7 +70,10 @@ def train(
     task: TaskName,
     out: Annotated[Path, typer.Option(help="file for prompts and head (.safetensors)")],
     backbone: Backbone = NAME,
-    prompts: Annotated[int, typer.Option(help="per layer; 0 is a linear probe")] = 20,
+    weights: Weights = None,
+    prompts: Annotated[
+        str, typer.Option(help="per layer, or one count per layer as 8,8,4; 0 is a linear probe")
+    ] = "20",
     kind: str = "deep",
     dropout: float = 0.0,
     epochs: int = 100,
@@ -78,14 +93,14 @@ def train(
     resume: Annotated[bool, typer.Option(help="continue from the run's checkpoint")] = False,
 ) -> None:
     """Trains prompts and head on a task."""
-    config = data_config(new_backbone(backbone, 0))
+    config = data_config(new_backbone(backbone, 0, weights))
     data = load_task(task, config, root=root)
     if split not in ("train", "trainval"):
         raise ValueError(f"--split: got {split!r}, expected train or trainval")
     torch.manual_seed(seed)
     model = VPT(
-        new_backbone(backbone, data.num_classes),
-        prompts,
+        new_backbone(backbone, data.num_classes, weights),
+        _counts(prompts),
         kind=kind,
         dropout=dropout,
         head_init=head_init,
@@ -118,6 +133,7 @@ def condense(
     out: Annotated[Path, typer.Option(help="file for the condensed model")],
     keep: Annotated[str, typer.Option(help="a fraction, a count, or auto")] = "0.3",
     backbone: Backbone = NAME,
+    weights: Weights = None,
     method: str = "taylor",
     scope: str = "global",
     epochs: int = 20,
@@ -131,7 +147,11 @@ def condense(
     workers: int = 0,
 ) -> None:
     """Scores, selects and fine-tunes (Prompt Condensation, Algorithm 1)."""
-    whole = load(model, new_backbone(backbone, 0))
+    if keep == "auto" and split != "train":
+        raise ValueError(
+            f"--split: {split!r} holds the images of val, by which --keep auto chooses; use train"
+        )
+    whole = load(model, new_backbone(backbone, 0, weights))
     data = load_task(task, data_config(whole), root=root)
     cost = token_cost(whole)
     folded, concat = _percent(cost["folded_flops"]), _percent(cost["concat_flops"])
@@ -162,6 +182,7 @@ def eval_(
     model: ModelFile,
     task: TaskName,
     backbone: Backbone = NAME,
+    weights: Weights = None,
     split: str = "test",
     batch_size: int = 64,
     root: Root = None,
@@ -169,13 +190,23 @@ def eval_(
     workers: int = 0,
 ) -> None:
     """Accuracy of a saved model on a split."""
-    loaded = load(model, new_backbone(backbone, 0))
+    loaded = load(model, new_backbone(backbone, 0, weights))
     data = load_task(task, data_config(loaded), root=root)
     _say_accuracy(loaded, data, batch_size, amp, split, workers)
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}%"
+
+
+def _counts(text: str) -> int | list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--prompts: {text!r}, expected a whole number, or one per layer as 8,8,4"
+        ) from None
+    return counts[0] if len(counts) == 1 else counts
 
 
 def _keep(text: str) -> float | int | str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +36,9 @@ _RANDOM = (
 def data_config(model: nn.Module) -> dict:
     """The images a backbone was trained on: input_size (C, H, W), mean, std, crop and so on.
 
-    Read from timm's configuration of the model; a model that carries none gets mean and std 0.5,
-    the default of Hugging Face's ViT processors.
+    Read from timm's configuration of the model, or from the image processor that was saved beside
+    a Hugging Face checkpoint. A model that has neither gets mean and std 0.5, ViT's own, and a
+    warning that says so.
     """
     backbone: Any = getattr(model, "backbone", model)
     if hasattr(backbone, "pretrained_cfg"):
@@ -45,15 +48,40 @@ def data_config(model: nn.Module) -> dict:
         size = getattr(embed, "img_size", None) or config["input_size"][1:]
         return {**config, "input_size": (channels, *size)}
     size = getattr(getattr(backbone, "config", None), "image_size", 224)
-    half = (0.5, 0.5, 0.5)
+    mean, std = _processor_statistics(backbone)
     return {
         "input_size": (3, *(size if isinstance(size, tuple | list) else (size, size))),
-        "mean": half,
-        "std": half,
+        "mean": mean,
+        "std": std,
         "interpolation": "bicubic",
         "crop_pct": 1.0,
         "crop_mode": "center",
     }
+
+
+def _processor_statistics(backbone: nn.Module) -> tuple[tuple, tuple]:
+    """(mean, std) of the image processor of the checkpoint that a Hugging Face model came from."""
+    checkpoint = getattr(getattr(backbone, "config", None), "_name_or_path", "")
+    found = _read_processor(checkpoint) if checkpoint else "its checkpoint is not known"
+    if not isinstance(found, str):
+        return found
+    warnings.warn(
+        f"model: mean and std of its images are taken to be 0.5, for {found}; normalise your "
+        "images as it was trained (DeiT and DINOv2 use ImageNet's)",
+        stacklevel=3,
+    )
+    return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+@functools.cache  # the hub is asked once
+def _read_processor(checkpoint: str) -> tuple[tuple, tuple] | str:
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(checkpoint)
+        return tuple(processor.image_mean), tuple(processor.image_std)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        return f"{checkpoint} has no image processor to read ({type(error).__name__})"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -47,7 +47,7 @@ def evaluate(
     Args:
         model: maps images to logits [B, C]; moved to the accelerator's device and put in eval mode
             for the length of the call.
-        loader: yields (images, labels).
+        loader: yields (images, labels), or dicts of "pixel_values" and "labels".
         criterion: (logits, labels) -> one loss per sample [B]; cross-entropy by default.
         amp: "no", "bf16" or "fp16".
 
@@ -88,10 +88,20 @@ def evaluate_on(
 
 
 def images_and_labels(batch) -> tuple:
-    """The two parts of a loader's batch."""
+    """The two parts of a loader's batch: (images, labels), or Hugging Face's dict of both.
+
+    The images may themselves be whatever the model takes, such as NaFlexViT's dict of patches.
+    """
+    if isinstance(batch, Mapping) and set(batch) == {"pixel_values", "labels"}:
+        return batch["pixel_values"], batch["labels"]
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         what = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else batch
-        raise ValueError(f"loader: it yields {what}, expected (images, labels)")
+        if isinstance(batch, Mapping):
+            what = f"a dict of {sorted(batch)}"
+        raise ValueError(
+            f"loader: it yields {what}, expected (images, labels), or a dict of 'pixel_values' and "
+            "'labels'"
+        )
     return batch[0], batch[1]
 
 

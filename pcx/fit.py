@@ -29,6 +29,7 @@ from pcx.evaluate import (
     per_sample_loss,
 )
 from pcx.files import written_whole
+from pcx.fingerprint import fingerprint
 from pcx.vpt import VPT
 
 CHECK_EVERY = 10  # steps between looks at the loss: a look at every step would stall a GPU
@@ -41,7 +42,7 @@ class NonFiniteLoss(FloatingPointError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run depends on besides model, data and criterion; a resumed run must have the same."""
+    """What a run depends on besides its data; a resumed run must have the same."""
 
     epochs: int
     lr: float
@@ -53,6 +54,8 @@ class Recipe:
     amp: str
     seed: int
     updates_per_epoch: int
+    criterion: str
+    frozen: str | None  # fingerprint of the frozen weights, of a run that writes checkpoints
 
 
 def fit(
@@ -82,8 +85,10 @@ def fit(
 
     Args:
         model: a `pcx.VPT`, or any module some of whose parameters require gradients.
-        loader: yields (images [B, 3, H, W] as the backbone expects them, labels [B] integers); it
-            has a length.
+        loader: yields (images [B, 3, H, W] as the backbone expects them, labels [B] integers), or
+            dicts of "pixel_values" and "labels"; it has a length. With persistent workers, random
+            transforms that draw from NumPy or Python go on from where the workers stand, which a
+            resumed run cannot repeat.
         epochs: passes over the loader.
         lr: the learning rate itself.
         base_lr: instead of lr, scaled by batch / 256 as in the paper.
@@ -124,6 +129,8 @@ def fit(
             amp=amp,
             seed=seed,
             updates_per_epoch=_updates(loader, accelerator),
+            criterion=_name(criterion),
+            frozen=None if checkpoint_dir is None else _frozen(model, names),
         )
         _check_recipe(recipe)
         console = Console(quiet=not (progress and accelerator.is_main_process))
@@ -368,6 +375,16 @@ def _check_recipe(recipe: Recipe) -> None:
         raise ValueError(f"clip_grad: {recipe.clip_grad}, expected a positive number or None")
 
 
+def _name(criterion: Criterion | None) -> str:
+    if criterion is None:
+        return "cross-entropy"
+    return getattr(criterion, "__qualname__", None) or repr(criterion)
+
+
+def _frozen(model: nn.Module, names: list[str]) -> str:
+    return fingerprint((n, p) for n, p in model.named_parameters() if n not in names)
+
+
 def _positive(name: str, value: int) -> int:
     if int(value) != value or value < 1:
         raise ValueError(f"{name}: {value}, expected a whole number of at least 1")
@@ -404,11 +421,13 @@ def _say_facts(console: Console, model, names, recipe: Recipe, accelerator) -> N
     parameters = dict(model.named_parameters())
     trained = sum(parameters[n].numel() for n in names)
     total = sum(p.numel() for p in parameters.values())
-    config = data_config(model)
     console.print(
         f"training {trained:,} of {total:,} parameters ({100 * trained / total:.2f}%), "
         f"lr {recipe.lr:g}, {recipe.epochs} epochs, on {accelerator.device}"
     )
+    if not isinstance(model, VPT):
+        return
+    config = data_config(model)
     console.print(
         f"the backbone expects images of {'x'.join(map(str, config['input_size']))} normalised by "
         f"mean {tuple(config['mean'])} and std {tuple(config['std'])}"

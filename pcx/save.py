@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pcx.files import written_whole
+from pcx.fingerprint import fingerprint
 from pcx.vpt import VPT
 
 FORMAT = "1"
@@ -49,7 +50,7 @@ def save(model: VPT, path: str | os.PathLike) -> None:
         "read_only": model.read_only,
         "trained_lr": model.trained_lr,
         "backbone": backbone_name(model.backbone),
-        "fingerprint": fingerprint(model),
+        "fingerprint": backbone_fingerprint(model),
     }
     tensors = {name: t.detach().cpu().contiguous() for name, t in _own(model).items()}
     with written_whole(path) as part:
@@ -71,11 +72,24 @@ def load(path: str | os.PathLike, backbone: nn.Module) -> VPT:
     if not path.is_file():
         raise FileNotFoundError(f"path: no file {path}")
     config, tensors = _read(path)
-    _check_backbone(path, config, VPT(backbone, 0, head_init="keep"))
-    model = _rebuilt(backbone, config, None)
-    if _shapes(_own(model)) != _shapes(tensors) and hasattr(backbone, "reset_classifier"):
-        heads = [t for name, t in tensors.items() if name.startswith("backbone.") and t.dim() == 2]
-        model = _rebuilt(backbone, config, heads[0].shape[0] if heads else 0)
+    try:
+        model = VPT(
+            backbone,
+            config["counts"],
+            kind=config["kind"],
+            dropout=config["dropout"],
+            dropout_groups=config["dropout_groups"],
+            path=config["path"],
+            read_only=config["read_only"],
+            num_classes=_other_head_size(backbone, tensors),
+            head_init="keep",
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"backbone: {path} was trained on {config['backbone']}, whose place "
+            f"{backbone_name(backbone)} cannot take: {error}"
+        ) from error
+    _check_backbone(path, config, model)
     own = _own(model)
     if _shapes(own) != _shapes(tensors):
         raise ValueError(
@@ -88,18 +102,16 @@ def load(path: str | os.PathLike, backbone: nn.Module) -> VPT:
     return model
 
 
-def _rebuilt(backbone: nn.Module, config: dict, num_classes: int | None) -> VPT:
-    return VPT(
-        backbone,
-        config["counts"],
-        kind=config["kind"],
-        dropout=config["dropout"],
-        dropout_groups=config["dropout_groups"],
-        path=config["path"],
-        read_only=config["read_only"],
-        num_classes=num_classes,
-        head_init="keep",
-    )
+def _other_head_size(backbone: Any, tensors: dict[str, Tensor]) -> int | None:
+    """The number of classes to give a timm backbone, None where its own head fits."""
+    if not hasattr(backbone, "reset_classifier"):
+        return None
+    heads = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone")}
+    own = dict(backbone.named_parameters())
+    if heads and all(n in own and own[n].shape == t.shape for n, t in heads.items()):
+        return None
+    sizes = [t.shape[0] for t in heads.values() if t.dim() == 2]
+    return sizes[0] if sizes else 0
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -107,25 +119,22 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def backbone_name(backbone: nn.Module) -> str:
-    """timm's architecture and tag, or the name of the class."""
+    """timm's architecture and tag, Hugging Face's name of the checkpoint, or the class's name."""
     config = getattr(backbone, "pretrained_cfg", None) or {}
-    name = config.get("architecture") or type(backbone).__name__
-    return f"{name}.{config['tag']}" if config.get("tag") else name
+    if config.get("architecture"):
+        return ".".join(filter(None, (config["architecture"], config.get("tag"))))
+    checkpoint = getattr(getattr(backbone, "config", None), "_name_or_path", "")
+    return checkpoint or type(backbone).__name__
 
 
-def fingerprint(model: VPT) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the frozen weights."""
-    own, marker = _own(model), f"{model.anatomy.blocks}."
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if name in own:
-            continue
-        if name.startswith(f"backbone.{marker}"):  # as the backbone names it, without our wrapper
-            name = name.replace(".block.", ".", 1)
-        tensor = parameter.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def backbone_fingerprint(model: VPT) -> str:
+    """Of the frozen weights, named as the backbone names them, without our wrappers."""
+    own, blocks = _own(model), f"backbone.{model.anatomy.blocks}."
+    return fingerprint(
+        (name.replace(".block.", ".", 1) if name.startswith(blocks) else name, parameter)
+        for name, parameter in model.named_parameters()
+        if name not in own
+    )
 
 
 def _own(model: VPT) -> dict[str, Tensor]:
@@ -160,7 +169,7 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def _check_backbone(path: Path, config: dict, model: VPT) -> None:
-    found = fingerprint(model)
+    found = backbone_fingerprint(model)
     if found != config["fingerprint"]:
         raise ValueError(
             f"backbone: {path} was trained on {config['backbone']} with weights "

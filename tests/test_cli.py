@@ -17,7 +17,17 @@ def pcx_command(*arguments, cwd, code=0):
 
 
 def test_train_condense_and_eval(tmp_path):
-    train = ["--prompts", "4", "--epochs", "2", "--lr", "0.3", "--clip-grad", "1", "--head-init"]
+    train = [
+        "--prompts",
+        "4,4,4,4,4,4",
+        "--epochs",
+        "2",
+        "--lr",
+        "0.3",
+        "--clip-grad",
+        "1",
+        "--head-init",
+    ]
     said = pcx_command(
         "train", "--task", "digits", "--out", "vpt.safetensors", *train, "keep", cwd=tmp_path
     )
@@ -44,6 +54,20 @@ def test_train_condense_and_eval(tmp_path):
         (
             ["train", "--task", "digits", "--out", "a", "--lr", "1", "--backbone", "vit_huge_x"],
             "pcx: --backbone: timm knows no 'vit_huge_x'",
+        ),
+        (
+            ["train", "--task", "digits", "--out", "a", "--lr", "1", "--prompts", "4,x"],
+            "pcx: --prompts: '4,x', expected",
+        ),
+        (
+            ["train", "--task", "digits", "--out", "a", "--backbone", "vit_tiny_patch16_224"]
+            + ["--weights", "none.pt"],
+            "pcx: --weights: no file none.pt",
+        ),
+        (
+            ["condense", "m", "--task", "digits", "--out", "a", "--keep", "auto"]
+            + ["--split", "trainval"],
+            "pcx: --split: 'trainval' holds the images of val",
         ),
     ],
 )

@@ -116,6 +116,13 @@ def test_resuming_another_run_is_an_error(backbone, loader, tmp_path):
         pcx.fit(new_model(backbone), loader, lr=0.2, resume=True, **arguments)
     with pytest.raises(ValueError, match="of another run: its parameters"):
         pcx.fit(pcx.VPT(backbone, 2), loader, lr=0.1, resume=True, **arguments)
+    smooth = torch.nn.CrossEntropyLoss(reduction="none", label_smoothing=0.1)
+    with pytest.raises(ValueError, match=r"criterion cross-entropy \(now CrossEntropyLoss"):
+        pcx.fit(new_model(backbone), loader, lr=0.1, resume=True, criterion=smooth, **arguments)
+    with torch.no_grad():
+        backbone.blocks[0].mlp.fc1.bias[0] += 1
+    with pytest.raises(ValueError, match="of another run: frozen "):
+        pcx.fit(new_model(backbone), loader, lr=0.1, resume=True, **arguments)
     (tmp_path / "last.pt").write_bytes(b"nonsense")
     with pytest.raises(ValueError, match="not a checkpoint of pcx.fit"):
         pcx.fit(new_model(backbone), loader, lr=0.1, resume=True, **arguments)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from families import randomise
+from torch.utils.data import DataLoader, TensorDataset
 
 import pcx
+from pcx.data import data_config
 
 transformers = pytest.importorskip("transformers")
 
@@ -85,3 +87,34 @@ def test_checkpointing_asked_for_in_the_backbone(x):
 def test_a_model_without_a_classifier_is_refused():
     with pytest.raises(ValueError, match="no linear classifier"):
         pcx.VPT(transformers.ViTModel(transformers.ViTConfig(**SIZE)), 2)
+
+
+def test_normalisation_is_the_checkpoint_s_own(tmp_path):
+    vit().save_pretrained(tmp_path)
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    transformers.ViTImageProcessor(image_mean=mean, image_std=std).save_pretrained(tmp_path)
+    backbone = transformers.ViTForImageClassification.from_pretrained(tmp_path)
+    config = data_config(pcx.VPT(backbone, 2))
+    assert (config["mean"], config["std"], config["input_size"]) == (mean, std, (3, 32, 32))
+    with pytest.warns(UserWarning, match="mean and std of its images are taken to be 0.5"):
+        data_config(pcx.VPT(vit(), 2))
+
+
+def test_dict_batches_and_the_checkpoint_s_name(tmp_path):
+    torch.manual_seed(0)
+    images, labels = torch.randn(6, 3, 32, 32), torch.arange(6) % 3
+    rows = [{"pixel_values": x, "labels": y} for x, y in zip(images, labels, strict=True)]
+    backbone = vit()
+    backbone.config._name_or_path = checkpoint = str(tmp_path)
+    model = pcx.VPT(backbone, 2, head_init="keep")
+    quiet = {"epochs": 1, "lr": 0.1, "progress": False}
+    with pytest.warns(UserWarning, match=f"{checkpoint} has no image processor"):
+        assert pcx.fit(model, DataLoader(rows, batch_size=3), **quiet)[0]["samples"] == 6
+    as_pairs = DataLoader(TensorDataset(images, labels), batch_size=3)
+    with pytest.warns(UserWarning, match=f"{checkpoint} has no image processor"):
+        found = pcx.score(model, DataLoader(rows, batch_size=3), progress=False)
+    with pytest.warns(UserWarning, match=f"{checkpoint} has no image processor"):
+        assert all(map(torch.equal, found, pcx.score(model, as_pairs, progress=False)))
+    pcx.save(model, tmp_path / "m")
+    with pytest.raises(ValueError, match=f"was trained on {checkpoint} with weights"):
+        pcx.load(tmp_path / "m", vit())

@@ -8,7 +8,7 @@ from families import build, randomise
 from safetensors.torch import load_file, save_file
 
 import pcx
-from pcx.save import fingerprint
+from pcx.save import backbone_fingerprint
 
 
 @pytest.fixture
@@ -71,10 +71,12 @@ def test_another_backbone_is_refused(backbone, tmp_path):
 
 def test_the_fingerprint_is_of_the_backbone_alone(backbone):
     model = pcx.VPT(backbone, 3)
-    assert fingerprint(model) == fingerprint(pcx.VPT(backbone, 1, kind="shallow", num_classes=9))
+    assert backbone_fingerprint(model) == backbone_fingerprint(
+        pcx.VPT(backbone, 1, kind="shallow", num_classes=9)
+    )
     with torch.no_grad():
         backbone.blocks[1].mlp.fc2.bias[0] += 1e-6
-    assert fingerprint(model) != fingerprint(pcx.VPT(build("vit"), 1))
+    assert backbone_fingerprint(model) != backbone_fingerprint(pcx.VPT(build("vit"), 1))
 
 
 def test_bad_files_are_named(backbone, tmp_path):

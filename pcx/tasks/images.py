@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -66,11 +68,38 @@ class FileImages(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         path, label = self.samples[i]
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{path}: listed in the split, but there is no file") from None
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise ValueError(f"{path}: not a whole image file ({error})") from error
-        return self.transform(image), label
+        return self.transform(_opened(path, path)), label
+
+
+class ReaderImages(Dataset):
+    """The images that a timm reader gives; `transform` and `eval_transform` as in `FileImages`.
+
+    timm's own data set replaces an image that it cannot read by the next one.
+
+    Raises:
+        ValueError: on reading a file that is no whole image; names it.
+    """
+
+    def __init__(self, reader: Any):
+        self.reader = reader
+        self.transform: Callable | None = None
+        self.eval_transform: Callable | None = None
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, i: int) -> tuple[Any, int]:
+        file, label = self.reader[i][:2]
+        with file if hasattr(file, "close") else nullcontext():
+            image = _opened(file, self.reader.filename(i))
+        return (image if self.transform is None else self.transform(image)), label
+
+
+def _opened(file: Any, name: Any) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: listed in the split, but there is no file") from None
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise ValueError(f"{name}: not a whole image file ({error})") from error

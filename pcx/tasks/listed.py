@@ -9,10 +9,11 @@ from typing import Any
 
 import timm.data
 import torch
+from timm.data import ImageDataset
 from torch.utils.data import Dataset, Subset
 from torchvision import transforms
 
-from pcx.tasks.images import FileImages
+from pcx.tasks.images import FileImages, ReaderImages
 
 VTAB_CLASSES = {
     "caltech101": 102,
@@ -124,12 +125,13 @@ def _timm_split(
             failures.append(f"no folder {root / split}")  # timm would read the whole root instead
             continue
         try:
-            return timm.data.create_dataset(
+            dataset = timm.data.create_dataset(
                 name,
                 root=str(root),
                 split=split,
                 class_map=classes,  # type: ignore[arg-type]  # None is its default
             )
+            return ReaderImages(dataset.reader) if type(dataset) is ImageDataset else dataset
         except Exception as error:  # whatever a reader raises, timm has dozens
             failures.append(f"{type(error).__name__}: {error}")
     if missing_ok:

@@ -242,8 +242,6 @@ def folders(root, split, names, count=1):
             Image.new("RGB", (40, 40)).save(root / split / name / f"{i}.png")
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # timm leaves its files to the collector
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_timm_reads_folders(tmp_path):
     folders(tmp_path, "train", ("ant", "bee", "cat"), 10)
     folders(tmp_path, "validation", ("bee", "cat"))
@@ -261,6 +259,16 @@ def test_timm_reads_folders(tmp_path):
     folders(tmp_path, "test", ("ant", "bee"))
     sizes = {k: len(v) for k, v in load_task("", CONFIG, root=tmp_path).splits.items()}
     assert sizes == {"trainval": 30, "train": 30, "val": 2, "test": 2}
+
+
+def test_a_corrupt_image_in_a_folder_is_named(tmp_path):
+    folders(tmp_path, "train", ("ant", "bee"), 2)
+    folders(tmp_path, "test", ("ant", "bee"), 2)
+    file = sorted((tmp_path / "test" / "bee").iterdir())[0]
+    file.write_bytes(file.read_bytes()[:60])
+    dataset = load_task("folder", CONFIG, root=tmp_path).splits["test"]
+    with pytest.raises(ValueError, match=rf"bee/{file.name}: not a whole image file"):
+        [dataset[i] for i in range(len(dataset))]
 
 
 def test_a_folder_without_a_test_split_is_refused(tmp_path):
