@@ -1,0 +1,1061 @@
+"""Attention over [a prefix shared by samples; own keys], forward and backward.
+
+Forward: one program per (sample, head, tile of queries) keeps one online softmax over the prefix's
+tiles, which every sample shares and L2 holds, and then over the sample's own (FlashAttention-2,
+arXiv:2307.08691, with two sources of keys). Backward: one program per tile of queries gives dq, one
+per tile of keys gives dk and dv. A sample's own keys are a prefix that it alone uses, so the same
+kernel gives both; the rows of all samples that share a prefix are folded into one axis, cut into
+chunks whose partial sums are added in a fixed order. No atomics: the same bits on every run.
+
+All functions take what `pcx.ops.prefix_attention` has checked:
+    q [B, H, N, d]; k, v [B, H, S, d]; prefix_k, prefix_v [H, m, d] or [G, H, m, d]; index [B];
+    lengths [G]; bias [B0 | 1, B1 | 1, H | 1, N | 1, S | 1] with B0 * B1 = B, additive or boolean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+RUNTIME = [
+    "N",
+    "S",
+    "m",
+    "B1",
+    "rows_per_chunk",
+]  # vary from call to call: one compiled form for all
+
+
+@triton.jit
+def _tile(
+    pointer,
+    rows,
+    stride,
+    limit,
+    DIM: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """[rows, WIDTH] of a matrix of DIM columns, from column FIRST; zeros outside of it."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    pointers = pointer + rows[:, None] * stride + columns[None, :]
+    if MASKED:
+        inside = (rows < limit)[:, None] & (columns < DIM)[None, :]
+        values = tl.load(pointers, mask=inside, other=0.0)
+    elif FIRST + WIDTH > DIM:
+        values = tl.load(pointers, mask=(columns < DIM)[None, :], other=0.0)
+    else:
+        values = tl.load(pointers)
+    return values
+
+
+@triton.jit
+def _store(
+    pointer,
+    rows,
+    stride,
+    limit,
+    values,
+    DIM: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The counterpart of `_tile`."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    inside = (rows < limit)[:, None]
+    if FIRST + WIDTH > DIM:
+        inside = inside & (columns < DIM)[None, :]
+    pointers = pointer + rows[:, None] * stride + columns[None, :]
+    tl.store(pointers, values.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _biased(
+    scores, bias, rows, columns, stride_n, stride_s, N, S, BOOLEAN: tl.constexpr
+):  # scores in units of log2
+    inside = (rows < N)[:, None] & (columns < S)[None, :]
+    pointers = bias + rows[:, None] * stride_n + columns[None, :] * stride_s
+    if BOOLEAN:
+        attends = tl.load(pointers, mask=inside, other=1)
+        scores = tl.where(attends != 0, scores, float("-inf"))
+    else:
+        scores += tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+    return scores
+
+
+@triton.jit
+def _set_of(b, index, G, INDEXED: tl.constexpr):
+    """The prefix set of a sample; an index out of range, which is asserted elsewhere, is clamped."""
+    chosen = b
+    if INDEXED:
+        chosen = tl.minimum(tl.maximum(tl.load(index + b), 0), G - 1)
+    return chosen.to(tl.int64)
+
+
+@triton.jit
+def _attend(
+    state,
+    queries,
+    keys,
+    values,
+    bias,
+    columns,
+    limit,
+    rows,
+    N,
+    factor,
+    stride_k,
+    stride_v,
+    stride_bn,
+    stride_bs,
+    DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    MASKED: tl.constexpr,
+    BIAS: tl.constexpr,
+    GUARD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds one tile of keys to the online softmax of a tile of queries."""
+    acc0, acc1, total, top = state
+    q0, q1 = queries
+    k0 = _tile(keys, columns, stride_k, limit, DIM, 0, D0, MASKED)
+    scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)  # [BM, BN]
+    if D1 > 0:
+        k1 = _tile(keys, columns, stride_k, limit, DIM, D0, D1, MASKED)
+        scores = tl.dot(q1, tl.trans(k1), acc=scores, input_precision=PRECISION)
+    if BIAS > 0:
+        scores = _biased(
+            scores * factor, bias, rows, columns, stride_bn, stride_bs, N, limit, BIAS == 2
+        )
+    if MASKED:
+        scores = tl.where((columns < limit)[None, :], scores, float("-inf"))
+    if BIAS > 0:
+        new = tl.maximum(top, tl.max(scores, 1))
+    else:  # the maximum before scaling: scaling and subtraction are then one instruction
+        new = tl.maximum(top, tl.max(scores, 1) * factor)
+    base = new
+    if GUARD:  # rows that attend to nothing so far
+        base = tl.where(new == float("-inf"), 0.0, new)
+    if BIAS > 0:
+        weights = tl.exp2(scores - base[:, None])
+    else:
+        weights = tl.exp2(scores * factor - base[:, None])
+    decay = tl.exp2(top - base)
+    total = total * decay + tl.sum(weights, 1)
+    v0 = _tile(values, columns, stride_v, limit, DIM, 0, D0, MASKED)
+    weights = weights.to(v0.dtype)
+    acc0 = tl.dot(weights, v0, acc=acc0 * decay[:, None], input_precision=PRECISION)
+    if D1 > 0:
+        v1 = _tile(values, columns, stride_v, limit, DIM, D0, D1, MASKED)
+        acc1 = tl.dot(weights, v1, acc=acc1 * decay[:, None], input_precision=PRECISION)
+    return acc0, acc1, total, new
+
+
+@triton.jit
+def _attend_to_all(
+    q,
+    k,
+    v,
+    prefix_k,
+    prefix_v,
+    valid,
+    bias,
+    out,
+    lse,
+    first,
+    factor,
+    sq_n,
+    sk_n,
+    sv_n,
+    spk_n,
+    spv_n,
+    sb_n,
+    sb_s,
+    so_n,
+    N,
+    S,
+    DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PREFIX_TAIL: tl.constexpr,
+    OWN_TAIL: tl.constexpr,
+    RAGGED: tl.constexpr,
+    BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """BM rows of queries from `first`, over a prefix of `valid` keys and S own keys."""
+    rows = first + tl.arange(0, BM)
+    q0 = _tile(q, rows, sq_n, N, DIM, 0, D0, True)
+    q1 = q0
+    acc0 = tl.zeros([BM, D0], tl.float32)
+    acc1 = acc0
+    if D1 > 0:
+        q1 = _tile(q, rows, sq_n, N, DIM, D0, D1, True)
+        acc1 = tl.zeros([BM, D1], tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    steps = tl.arange(0, BN)
+
+    if RAGGED:
+        for start in tl.range(0, valid, BN):
+            acc0, acc1, total, top = _attend(
+                (acc0, acc1, total, top), (q0, q1), prefix_k, prefix_v, bias, start + steps, valid,
+                rows, N, factor, spk_n, spv_n, 0, 0, DIM, D0, D1, True, 0, False, PRECISION,
+            )  # fmt: skip
+    else:
+        whole = valid - valid % BN
+        for start in tl.range(0, whole, BN):
+            acc0, acc1, total, top = _attend(
+                (acc0, acc1, total, top), (q0, q1), prefix_k, prefix_v, bias, start + steps, valid,
+                rows, N, factor, spk_n, spv_n, 0, 0, DIM, D0, D1, False, 0, False, PRECISION,
+            )  # fmt: skip
+        if PREFIX_TAIL > 0:
+            acc0, acc1, total, top = _attend(
+                (acc0, acc1, total, top), (q0, q1), prefix_k, prefix_v, bias,
+                whole + tl.arange(0, PREFIX_TAIL), valid, rows, N, factor, spk_n, spv_n, 0, 0,
+                DIM, D0, D1, True, 0, False, PRECISION,
+            )  # fmt: skip
+    whole = S - S % BN
+    for start in tl.range(0, whole, BN):
+        acc0, acc1, total, top = _attend(
+            (acc0, acc1, total, top), (q0, q1), k, v, bias, start + steps, S,
+            rows, N, factor, sk_n, sv_n, sb_n, sb_s, DIM, D0, D1, False, BIAS, BIAS > 0, PRECISION,
+        )  # fmt: skip
+    if OWN_TAIL > 0:
+        acc0, acc1, total, top = _attend(
+            (acc0, acc1, total, top), (q0, q1), k, v, bias, whole + tl.arange(0, OWN_TAIL), S,
+            rows, N, factor, sk_n, sv_n, sb_n, sb_s, DIM, D0, D1, True, BIAS, BIAS > 0, PRECISION,
+        )  # fmt: skip
+
+    denominator = total
+    if BIAS > 0:  # a row that attends to nothing gives zeros, as SDPA does
+        denominator = tl.where(total == 0.0, 1.0, total)
+    inverse = (1.0 / denominator)[:, None]
+    _store(out, rows, so_n, N, acc0 * inverse, DIM, 0, D0)
+    if D1 > 0:
+        _store(out, rows, so_n, N, acc1 * inverse, DIM, D0, D1)
+    tl.store(lse + rows, (top + tl.log2(total)) * LN_2, mask=rows < N)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _forward(
+    q,
+    k,
+    v,
+    prefix_k,
+    prefix_v,
+    index,
+    lengths,
+    bias,
+    out,
+    lse,
+    factor,
+    sq_b,
+    sq_h,
+    sq_n,
+    sk_b,
+    sk_h,
+    sk_n,
+    sv_b,
+    sv_h,
+    sv_n,
+    spk_g,
+    spk_h,
+    spk_n,
+    spv_g,
+    spv_h,
+    spv_n,
+    sb_0,
+    sb_1,
+    sb_h,
+    sb_n,
+    sb_s,
+    B,
+    H,
+    N,
+    S,
+    m,
+    G,
+    B1,
+    DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    FEW: tl.constexpr,
+    PREFIX_TAIL: tl.constexpr,
+    OWN_TAIL: tl.constexpr,
+    INDEXED: tl.constexpr,
+    RAGGED: tl.constexpr,
+    BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of BM queries; the last one has FEW rows, where 197 = 3 * 64 + 5 leaves few."""
+    tiles = tl.cdiv(N, BM)
+    pid = tl.program_id(0)
+    first = (pid % tiles) * BM
+    h = (pid // tiles) % H
+    b = pid // (tiles * H)
+    b64 = b.to(tl.int64)
+    chosen = _set_of(b, index, G, INDEXED)
+    q += b64 * sq_b + h * sq_h
+    k += b64 * sk_b + h * sk_h
+    v += b64 * sv_b + h * sv_h
+    prefix_k += chosen * spk_g + h * spk_h
+    prefix_v += chosen * spv_g + h * spv_h
+    bias += (b64 // B1) * sb_0 + (b64 % B1) * sb_1 + h * sb_h
+    out += (b64 * N * H + h) * DIM  # [B, N, H, d]
+    lse += (h.to(tl.int64) * B + b) * N
+    valid = m
+    if RAGGED:
+        valid = tl.minimum(tl.load(lengths + chosen).to(tl.int32), m)
+    if (FEW < BM) & (N - first <= FEW):
+        _attend_to_all(
+            q, k, v, prefix_k, prefix_v, valid, bias, out, lse, first, factor,
+            sq_n, sk_n, sv_n, spk_n, spv_n, sb_n, sb_s, H * DIM, N, S,
+            DIM, D0, D1, FEW, BN, PREFIX_TAIL, OWN_TAIL, RAGGED, BIAS, PRECISION,
+        )  # fmt: skip
+    else:
+        _attend_to_all(
+            q, k, v, prefix_k, prefix_v, valid, bias, out, lse, first, factor,
+            sq_n, sk_n, sv_n, spk_n, spv_n, sb_n, sb_s, H * DIM, N, S,
+            DIM, D0, D1, BM, BN, PREFIX_TAIL, OWN_TAIL, RAGGED, BIAS, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _slopes(
+    queries,
+    gradients,
+    keys,
+    values,
+    bias,
+    columns,
+    limit,
+    rows,
+    N,
+    lse,
+    delta,
+    factor,
+    stride_k,
+    stride_v,
+    stride_bn,
+    stride_bs,
+    DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    MASKED: tl.constexpr,
+    BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dL/d(scale * q k) of a tile [BM, BN], and the tile of keys it came from."""
+    k0 = _tile(keys, columns, stride_k, limit, DIM, 0, D0, MASKED)
+    k1 = k0
+    scores = tl.dot(queries[0], tl.trans(k0), input_precision=PRECISION)
+    if D1 > 0:
+        k1 = _tile(keys, columns, stride_k, limit, DIM, D0, D1, MASKED)
+        scores = tl.dot(queries[1], tl.trans(k1), acc=scores, input_precision=PRECISION)
+    scores *= factor
+    if BIAS > 0:
+        scores = _biased(scores, bias, rows, columns, stride_bn, stride_bs, N, limit, BIAS == 2)
+    weights = tl.exp2(scores - lse[:, None])
+    if MASKED:
+        weights = tl.where((columns < limit)[None, :], weights, 0.0)
+    v0 = _tile(values, columns, stride_v, limit, DIM, 0, D0, MASKED)
+    inner = tl.dot(gradients[0], tl.trans(v0), input_precision=PRECISION)
+    if D1 > 0:
+        v1 = _tile(values, columns, stride_v, limit, DIM, D0, D1, MASKED)
+        inner = tl.dot(gradients[1], tl.trans(v1), acc=inner, input_precision=PRECISION)
+    return weights * (inner - delta[:, None]), k0, k1
+
+
+@triton.jit
+def _add_query_gradient(
+    acc,
+    queries,
+    gradients,
+    keys,
+    values,
+    bias,
+    dbias,
+    columns,
+    limit,
+    rows,
+    N,
+    lse,
+    delta,
+    factor,
+    stride_k,
+    stride_v,
+    stride_bn,
+    stride_bs,
+    DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    MASKED: tl.constexpr,
+    BIAS: tl.constexpr,
+    NEED_DBIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    acc0, acc1 = acc
+    slopes, k0, k1 = _slopes(
+        queries, gradients, keys, values, bias, columns, limit, rows, N, lse, delta, factor,
+        stride_k, stride_v, stride_bn, stride_bs, DIM, D0, D1, MASKED, BIAS, PRECISION,
+    )  # fmt: skip
+    if NEED_DBIAS:
+        inside = (rows < N)[:, None] & (columns < limit)[None, :]
+        tl.store(dbias + rows[:, None] * limit + columns[None, :], slopes, mask=inside)
+    slopes = slopes.to(k0.dtype)
+    acc0 = tl.dot(slopes, k0, acc=acc0, input_precision=PRECISION)
+    if D1 > 0:
+        acc1 = tl.dot(slopes, k1, acc=acc1, input_precision=PRECISION)
+    return acc0, acc1
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _query_gradient(
+    q,
+    k,
+    v,
+    prefix_k,
+    prefix_v,
+    index,
+    lengths,
+    bias,
+    out,
+    lse,
+    grad_out,
+    grad_lse,
+    delta,
+    dq,
+    dbias,
+    factor,
+    scale,
+    sq_b,
+    sq_h,
+    sq_n,
+    sk_b,
+    sk_h,
+    sk_n,
+    sv_b,
+    sv_h,
+    sv_n,
+    spk_g,
+    spk_h,
+    spk_n,
+    spv_g,
+    spv_h,
+    spv_n,
+    sb_0,
+    sb_1,
+    sb_h,
+    sb_n,
+    sb_s,
+    so_b,
+    so_h,
+    so_n,
+    sg_b,
+    sg_h,
+    sg_n,
+    sl_b,
+    sl_h,
+    sl_n,
+    B,
+    H,
+    N,
+    S,
+    m,
+    G,
+    B1,
+    DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PREFIX_TAIL: tl.constexpr,
+    OWN_TAIL: tl.constexpr,
+    INDEXED: tl.constexpr,
+    RAGGED: tl.constexpr,
+    BIAS: tl.constexpr,
+    LSE_GRAD: tl.constexpr,
+    NEED_DQ: tl.constexpr,
+    NEED_DBIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """delta = rowsum(dO * O) - dLSE, [H, B, N]; dq [B, N, H, d]; the bias's gradient [B, H, N, S]."""
+    tiles = tl.cdiv(N, BM)
+    pid = tl.program_id(0)
+    h = (pid // tiles) % H
+    b = pid // (tiles * H)
+    rows = (pid % tiles) * BM + tl.arange(0, BM)
+    b64 = b.to(tl.int64)
+    out += b64 * so_b + h * so_h
+    grad_out += b64 * sg_b + h * sg_h
+    row_base = (h.to(tl.int64) * B + b) * N
+
+    o0 = _tile(out, rows, so_n, N, DIM, 0, D0, True)
+    g0 = _tile(grad_out, rows, sg_n, N, DIM, 0, D0, True)
+    g1 = g0
+    sums = tl.sum(o0.to(tl.float32) * g0.to(tl.float32), 1)
+    if D1 > 0:
+        o1 = _tile(out, rows, so_n, N, DIM, D0, D1, True)
+        g1 = _tile(grad_out, rows, sg_n, N, DIM, D0, D1, True)
+        sums += tl.sum(o1.to(tl.float32) * g1.to(tl.float32), 1)
+    if LSE_GRAD:
+        grad_lse += b64 * sl_b + h * sl_h
+        sums -= tl.load(grad_lse + rows * sl_n, mask=rows < N, other=0.0)
+    tl.store(delta + row_base + rows, sums, mask=rows < N)
+
+    if NEED_DQ:
+        normaliser = tl.load(lse + row_base + rows, mask=rows < N, other=float("inf")) * LOG2_E
+        # a row that attends to nothing has no gradient
+        normaliser = tl.where(normaliser == float("-inf"), float("inf"), normaliser)
+        chosen = _set_of(b, index, G, INDEXED)
+        q += b64 * sq_b + h * sq_h
+        k += b64 * sk_b + h * sk_h
+        v += b64 * sv_b + h * sv_h
+        prefix_k += chosen * spk_g + h * spk_h
+        prefix_v += chosen * spv_g + h * spv_h
+        bias += (b64 // B1) * sb_0 + (b64 % B1) * sb_1 + h * sb_h
+        q0 = _tile(q, rows, sq_n, N, DIM, 0, D0, True)
+        q1 = q0
+        acc0 = tl.zeros([BM, D0], tl.float32)
+        acc1 = acc0
+        if D1 > 0:
+            q1 = _tile(q, rows, sq_n, N, DIM, D0, D1, True)
+            acc1 = tl.zeros([BM, D1], tl.float32)
+        steps = tl.arange(0, BN)
+        if RAGGED:
+            valid = tl.minimum(tl.load(lengths + chosen).to(tl.int32), m)
+            for start in tl.range(0, valid, BN):
+                acc0, acc1 = _add_query_gradient(
+                    (acc0, acc1), (q0, q1), (g0, g1), prefix_k, prefix_v, bias, dbias,
+                    start + steps, valid, rows, N, normaliser, sums, factor, spk_n, spv_n, 0, 0,
+                    DIM, D0, D1, True, 0, False, PRECISION,
+                )  # fmt: skip
+        else:
+            whole = m - m % BN
+            for start in tl.range(0, whole, BN):
+                acc0, acc1 = _add_query_gradient(
+                    (acc0, acc1), (q0, q1), (g0, g1), prefix_k, prefix_v, bias, dbias,
+                    start + steps, m, rows, N, normaliser, sums, factor, spk_n, spv_n, 0, 0,
+                    DIM, D0, D1, False, 0, False, PRECISION,
+                )  # fmt: skip
+            if PREFIX_TAIL > 0:
+                acc0, acc1 = _add_query_gradient(
+                    (acc0, acc1), (q0, q1), (g0, g1), prefix_k, prefix_v, bias, dbias,
+                    whole + tl.arange(0, PREFIX_TAIL), m, rows, N, normaliser, sums, factor,
+                    spk_n, spv_n, 0, 0, DIM, D0, D1, True, 0, False, PRECISION,
+                )  # fmt: skip
+        dbias += (b64 * H + h) * N * S
+        whole = S - S % BN
+        for start in tl.range(0, whole, BN):
+            acc0, acc1 = _add_query_gradient(
+                (acc0, acc1), (q0, q1), (g0, g1), k, v, bias, dbias, start + steps, S, rows, N,
+                normaliser, sums, factor, sk_n, sv_n, sb_n, sb_s,
+                DIM, D0, D1, False, BIAS, NEED_DBIAS, PRECISION,
+            )  # fmt: skip
+        if OWN_TAIL > 0:
+            acc0, acc1 = _add_query_gradient(
+                (acc0, acc1), (q0, q1), (g0, g1), k, v, bias, dbias,
+                whole + tl.arange(0, OWN_TAIL), S, rows, N, normaliser, sums, factor,
+                sk_n, sv_n, sb_n, sb_s, DIM, D0, D1, True, BIAS, NEED_DBIAS, PRECISION,
+            )  # fmt: skip
+        dq += (b64 * N * H + h) * DIM
+        _store(dq, rows, H * DIM, N, acc0 * scale, DIM, 0, D0)
+        if D1 > 0:
+            _store(dq, rows, H * DIM, N, acc1 * scale, DIM, D0, D1)
+
+
+@triton.jit
+def _folded_rows(pointer, samples, rows, stride_b, stride_n, inside, DIM: tl.constexpr,
+                 FIRST: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Rows of several samples, [BM, WIDTH]; zeros outside of them."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    pointers = pointer + (samples * stride_b + rows * stride_n)[:, None] + columns[None, :]
+    mask = inside[:, None]
+    if FIRST + WIDTH > DIM:
+        mask = mask & (columns < DIM)[None, :]
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _key_gradients(
+    q,
+    keys,
+    values,
+    order,
+    bounds,
+    lengths,
+    bias,
+    lse,
+    grad_out,
+    delta,
+    dk,
+    dv,
+    dq_before,
+    dq,
+    factor,
+    scale,
+    sq_b,
+    sq_h,
+    sq_n,
+    sk_g,
+    sk_h,
+    sk_n,
+    sv_g,
+    sv_h,
+    sv_n,
+    sb_0,
+    sb_1,
+    sb_h,
+    sb_n,
+    sb_s,
+    sg_b,
+    sg_h,
+    sg_n,
+    B,
+    H,
+    N,
+    m,
+    G,
+    B1,
+    rows_per_chunk,
+    stride_chunk,
+    stride_set,
+    stride_head,
+    stride_key,
+    DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    USERS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    BIAS: tl.constexpr,
+    DQ: tl.constexpr,
+    DQ_BEFORE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Gradients of the keys and values of G sets, each over the rows of the samples that use it.
+
+    With DQ, for which one tile must hold all keys and one part the head dim, also the rows' dq by
+    these keys, added to `dq_before` with DQ_BEFORE; both [B, N, H, d].
+
+    USERS: "one", set g belongs to sample g; "all", one set for all samples; "listed", set g has
+    the samples order[bounds[g]:bounds[g + 1]].
+    """
+    tiles = tl.cdiv(m, BN)
+    pid = tl.program_id(0)
+    columns = (pid % tiles) * BN + tl.arange(0, BN)
+    h = (pid // tiles) % H
+    g = (pid // (tiles * H)) % G
+    chunk = pid // (tiles * H * G)
+    g64 = g.to(tl.int64)
+    keys += g64 * sk_g + h * sk_h
+    values += g64 * sv_g + h * sv_h
+    q += h * sq_h
+    grad_out += h * sg_h
+    lse += h.to(tl.int64) * B * N
+    delta += h.to(tl.int64) * B * N
+    bias += h * sb_h
+
+    limit = m
+    if RAGGED:
+        limit = tl.minimum(tl.load(lengths + g), m)
+    first = g
+    users = 1
+    if USERS == "all":
+        first = 0
+        users = B
+    elif USERS == "listed":
+        first = tl.load(bounds + g)
+        users = tl.load(bounds + g + 1) - first
+
+    k0 = _tile(keys, columns, sk_n, limit, DIM, 0, D0, True)
+    v0 = _tile(values, columns, sv_n, limit, DIM, 0, D0, True)
+    k1 = k0
+    v1 = v0
+    dk0 = tl.zeros([BN, D0], tl.float32)
+    dv0 = tl.zeros([BN, D0], tl.float32)
+    dk1 = dk0
+    dv1 = dv0
+    if D1 > 0:
+        k1 = _tile(keys, columns, sk_n, limit, DIM, D0, D1, True)
+        v1 = _tile(values, columns, sv_n, limit, DIM, D0, D1, True)
+        dk1 = tl.zeros([BN, D1], tl.float32)
+        dv1 = tl.zeros([BN, D1], tl.float32)
+
+    end = tl.minimum((chunk + 1) * rows_per_chunk, users * N)
+    for start in tl.range(chunk * rows_per_chunk, end, BM):
+        folded = start + tl.arange(0, BM)
+        inside = folded < end
+        if USERS == "one":
+            rows = folded
+            samples = tl.full([BM], 0, tl.int64) + g64
+        else:
+            rows = folded % N
+            samples = (first + folded // N).to(tl.int64)
+            if USERS == "listed":
+                samples = tl.load(order + samples, mask=inside, other=0).to(tl.int64)
+        q0 = _folded_rows(q, samples, rows, sq_b, sq_n, inside, DIM, 0, D0)
+        q1 = q0
+        scores = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)  # [BN, BM]
+        if D1 > 0:
+            q1 = _folded_rows(q, samples, rows, sq_b, sq_n, inside, DIM, D0, D1)
+            scores = tl.dot(k1, tl.trans(q1), acc=scores, input_precision=PRECISION)
+        scores *= factor
+        if BIAS > 0:
+            at = bias + (samples // B1) * sb_0 + (samples % B1) * sb_1 + rows * sb_n
+            pointers = at[None, :] + columns[:, None] * sb_s
+            both = inside[None, :] & (columns < limit)[:, None]
+            if BIAS == 2:
+                attends = tl.load(pointers, mask=both, other=1)
+                scores = tl.where(attends != 0, scores, float("-inf"))
+            else:
+                scores += tl.load(pointers, mask=both, other=0.0).to(tl.float32) * LOG2_E
+        place = samples * N + rows
+        normaliser = tl.load(lse + place, mask=inside, other=float("inf")) * LOG2_E
+        if BIAS > 0:
+            normaliser = tl.where(normaliser == float("-inf"), float("inf"), normaliser)
+        weights = tl.exp2(scores - normaliser[None, :])
+        if DQ:  # rows of absent keys would spoil the sum over keys
+            weights = tl.where((columns < limit)[:, None], weights, 0.0)
+        g0 = _folded_rows(grad_out, samples, rows, sg_b, sg_n, inside, DIM, 0, D0)
+        g1 = g0
+        lower = weights.to(g0.dtype)
+        dv0 = tl.dot(lower, g0, acc=dv0, input_precision=PRECISION)
+        inner = tl.dot(v0, tl.trans(g0), input_precision=PRECISION)
+        if D1 > 0:
+            g1 = _folded_rows(grad_out, samples, rows, sg_b, sg_n, inside, DIM, D0, D1)
+            dv1 = tl.dot(lower, g1, acc=dv1, input_precision=PRECISION)
+            inner = tl.dot(v1, tl.trans(g1), acc=inner, input_precision=PRECISION)
+        sums = tl.load(delta + place, mask=inside, other=0.0)
+        slopes = (weights * (inner - sums[None, :])).to(q0.dtype)
+        dk0 = tl.dot(slopes, q0, acc=dk0, input_precision=PRECISION)
+        if D1 > 0:
+            dk1 = tl.dot(slopes, q1, acc=dk1, input_precision=PRECISION)
+        if DQ:
+            change = tl.dot(tl.trans(k0), slopes, input_precision=PRECISION) * scale  # [d, BM]
+            features = tl.arange(0, D0)
+            at = ((samples * N + rows) * H + h)[None, :] * DIM + features[:, None]
+            mask = inside[None, :] & (features < DIM)[:, None]
+            if DQ_BEFORE:
+                change += tl.load(dq_before + at, mask=mask, other=0.0)
+            tl.store(dq + at, change.to(dq.dtype.element_ty), mask=mask)
+
+    valid = (columns < limit)[:, None]  # absent keys of a ragged set get zeros
+    written = (columns < m)[:, None]
+    place = chunk * stride_chunk + g64 * stride_set + h * stride_head
+    at = place + columns[:, None] * stride_key
+    inner0 = tl.arange(0, D0)[None, :]
+    element = dk.dtype.element_ty
+    tl.store(dk + at + inner0, tl.where(valid, dk0 * scale, 0.0).to(element), mask=written)
+    tl.store(dv + at + inner0, tl.where(valid, dv0, 0.0).to(element), mask=written)
+    if D1 > 0:
+        inner1 = D0 + tl.arange(0, D1)[None, :]
+        inside1 = written & (inner1 < DIM)
+        tl.store(dk + at + inner1, tl.where(valid, dk1 * scale, 0.0).to(element), mask=inside1)
+        tl.store(dv + at + inner1, tl.where(valid, dv1, 0.0).to(element), mask=inside1)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    index: Tensor | None,
+    lengths: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    tiles: tuple[int, int, int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, H, N, d], in memory [B, N, H, d], and LSE [B, H, N] float32, in memory [H, B, N].
+
+    `tiles` is (queries, keys, warps, stages) in place of the shipped configuration.
+    """
+    batch, heads, n, dim = q.shape
+    own, m = k.shape[2], prefix_k.shape[-2]
+    out = q.new_empty(batch, n, heads, dim).transpose(1, 2)
+    lse = q.new_empty(heads, batch, n, dtype=torch.float32).transpose(0, 1)
+    if not out.numel():
+        return out, lse
+    bm, bn, warps, stages = tiles or _configuration("forward", q, n)
+    q, k, v, prefix_k, prefix_v = map(_rowwise, (q, k, v, prefix_k, prefix_v))
+    with _on(q):
+        _forward[(triton.cdiv(n, bm) * heads * batch,)](
+            q, k, v, prefix_k, prefix_v, _or(index, q), _or(lengths, q), *_bias(bias, q)[:1],
+            out, lse, scale * LOG2_E.value,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *_set_strides(prefix_k), *_set_strides(prefix_v), *_bias(bias, q)[1],
+            batch, heads, n, own, m, _sets(prefix_k, batch), _bias(bias, q)[2],
+            **_parts(dim), BM=bm, BN=bn, FEW=16 if 0 < n % bm <= 16 else bm,
+            PREFIX_TAIL=_tail(m, bn), OWN_TAIL=_tail(own, bn),
+            INDEXED=index is not None, RAGGED=lengths is not None, BIAS=_bias_kind(bias),
+            PRECISION=_precision(q), num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    index: Tensor | None,
+    lengths: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    needs: tuple[bool, bool, bool, bool],
+    tiles: dict[str, tuple[int, int, int, int]] | None = None,
+) -> tuple[Tensor | None, ...]:
+    """(dq, dk, dv, dprefix_k, dprefix_v, dbias); None where `needs` (q, own, prefix, bias) says no.
+
+    dq, dk and dv lie in memory as [B, N, H, d]; the bias's gradient is [B, H, N, S] float32, to be
+    summed to its shape.
+    """
+    need_q, need_own, need_prefix, need_bias = needs
+    batch, heads, n, dim = q.shape
+    own, m = k.shape[2], prefix_k.shape[-2]
+    q, k, v, prefix_k, prefix_v, grad_out = map(_rowwise, (q, k, v, prefix_k, prefix_v, grad_out))
+    tiles = tiles or {}
+    delta = q.new_empty(heads, batch, n, dtype=torch.float32)
+    dq = q.new_empty(batch, n, heads, dim).transpose(1, 2) if need_q else None
+    dbias = q.new_empty(batch, heads, n, own, dtype=torch.float32) if need_bias else None
+    resident = _resident(q, m, own, needs, tiles)
+    split_q = (need_q or need_bias) and not resident
+    bm, bn, warps, stages = tiles.get("query") or _configuration("query", q, n)
+    bias_pointer, bias_strides, inner_batch = _bias(bias, q)
+    if q.numel():
+        with _on(q):
+            _query_gradient[(triton.cdiv(n, bm) * heads * batch,)](
+                q, k, v, prefix_k, prefix_v, _or(index, q), _or(lengths, q), bias_pointer,
+                out, lse, grad_out, _or(grad_lse, lse), delta, _or(dq, delta), _or(dbias, delta),
+                scale * LOG2_E.value, scale,
+                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+                *_set_strides(prefix_k), *_set_strides(prefix_v), *bias_strides,
+                *out.stride()[:3], *grad_out.stride()[:3], *_or(grad_lse, lse).stride(),
+                batch, heads, n, own, m, _sets(prefix_k, batch), inner_batch,
+                **_parts(dim), BM=bm, BN=bn, PREFIX_TAIL=_tail(m, bn), OWN_TAIL=_tail(own, bn),
+                INDEXED=index is not None, RAGGED=lengths is not None, BIAS=_bias_kind(bias),
+                LSE_GRAD=grad_lse is not None, NEED_DQ=split_q, NEED_DBIAS=need_bias,
+                PRECISION=_precision(q), num_warps=warps, num_stages=stages,
+            )  # fmt: skip
+    dk = dv = dprefix_k = dprefix_v = dq_prefix = None
+    rows = _Rows(q, lse, grad_out, delta, scale)
+    if need_prefix:
+        config = tiles.get("prefix") or _configuration("prefix", q, n)
+        if resident:
+            config = tiles.get("resident_prefix") or _resident_configuration(m)
+            dq_prefix = torch.empty_like(dq, dtype=torch.float32) if m else None
+        dprefix_k, dprefix_v = _prefix_gradients(
+            prefix_k, prefix_v, rows, index, lengths, config, dq_prefix
+        )
+    if need_own:
+        dk, dv = (q.new_empty(batch, own, heads, dim).transpose(1, 2) for _ in range(2))
+        config = tiles.get("own") or _configuration("own", q, n)
+        if resident:
+            config = tiles.get("resident_own") or _resident_configuration(own)
+        _launch_key_gradients(
+            k, v, dk[None], dv[None], rows, config, bias=bias,
+            dq_before=dq_prefix, dq=dq if resident else None,
+        )  # fmt: skip
+    return dq, dk, dv, dprefix_k, dprefix_v, dbias
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What the backward pass reads by query."""
+
+    q: Tensor
+    lse: Tensor
+    grad_out: Tensor
+    delta: Tensor
+    scale: float
+
+
+def _prefix_gradients(
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    rows: _Rows,
+    index: Tensor | None,
+    lengths: Tensor | None,
+    config: tuple[int, int, int, int],
+    dq: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, n, dim = rows.q.shape
+    m, sets = prefix_k.shape[-2], _sets(prefix_k, batch)
+    programs = triton.cdiv(max(m, 1), config[1]) * heads * sets
+    chunks = _chunk_count(rows.q, programs, batch * n // max(sets, 1))
+    users = None
+    if index is not None:
+        ordered, order = index.clamp(0, sets - 1).sort(stable=True)
+        first = torch.searchsorted(ordered, torch.arange(sets + 1, device=index.device))
+        users = (order, first)
+    dtype = rows.q.dtype if chunks == 1 else torch.float32
+    partial = rows.q.new_empty(2, chunks, sets, heads, m, dim, dtype=dtype)
+    _launch_key_gradients(
+        prefix_k, prefix_v, *partial, rows, config, users=users, lengths=lengths, dq=dq
+    )
+    both = partial[:, 0] if chunks == 1 else partial.sum(1).to(rows.q.dtype)
+    dprefix_k, dprefix_v = both.unbind()
+    return dprefix_k.view(prefix_k.shape), dprefix_v.view(prefix_v.shape)
+
+
+def _launch_key_gradients(
+    keys: Tensor,
+    values: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    rows: _Rows,
+    config: tuple[int, int, int, int],
+    *,
+    users: tuple[Tensor, Tensor] | None = None,
+    lengths: Tensor | None = None,
+    bias: Tensor | None = None,
+    dq_before: Tensor | None = None,
+    dq: Tensor | None = None,
+) -> None:
+    """Fills dk and dv [chunks, G, H, m, d], of the same strides, and dq."""
+    q, grad_out = rows.q, rows.grad_out
+    batch, heads, n, dim = q.shape
+    chunks, sets, _, m, _ = dk.shape
+    if not dk.numel():
+        return
+    if not q.numel():
+        dk.zero_(), dv.zero_()
+        return
+    bm, bn, warps, stages = config
+    kind = "listed" if users else "all" if keys.dim() == 3 else "one"
+    order, bounds = users or (q, q)
+    bias_pointer, bias_strides, inner_batch = _bias(bias, q)
+    count = n if kind == "one" else batch * n
+    per_chunk = triton.cdiv(triton.cdiv(count, chunks), bm) * bm
+    with _on(q):
+        _key_gradients[(triton.cdiv(m, bn) * heads * sets * chunks,)](
+            q, keys, values, order, bounds, _or(lengths, q), bias_pointer, rows.lse, grad_out,
+            rows.delta, dk, dv, _or(dq_before, q), _or(dq, q),
+            rows.scale * LOG2_E.value, rows.scale,
+            *q.stride()[:3], *_set_strides(keys), *_set_strides(values), *bias_strides,
+            *grad_out.stride()[:3],
+            batch, heads, n, m, sets, inner_batch, per_chunk, *dk.stride()[:4],
+            **_parts(dim), BM=bm, BN=bn, USERS=kind, RAGGED=lengths is not None,
+            BIAS=_bias_kind(bias), DQ=dq is not None, DQ_BEFORE=dq_before is not None,
+            PRECISION=_precision(q), num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+
+
+def _chunk_count(q: Tensor, programs: int, rows: int) -> int:
+    """Into how many parts the batch is cut so that the programs fill the chip four times."""
+    cores = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
+    return max(1, min(4 * cores // programs, rows // 256))
+
+
+_TILES = {  # (queries, keys, warps, stages) by kernel, for 16-bit and for float32 inputs
+    "forward": ((64, 64, 4, 3), (64, 32, 4, 2)),
+    "query": ((64, 64, 4, 3), (32, 32, 4, 2)),
+    "own": ((64, 64, 4, 3), (32, 32, 4, 2)),
+    "prefix": ((64, 64, 4, 3), (32, 32, 4, 2)),
+}
+
+
+_RESIDENT_TILES = {  # (queries, keys, warps, stages) by the least power of two that holds all keys
+    16: (64, 16, 4, 2),
+    32: (64, 32, 4, 2),
+    64: (64, 64, 4, 2),
+    128: (32, 128, 8, 2),
+    256: (32, 256, 8, 2),
+}
+
+
+def _resident(q: Tensor, m: int, own: int, needs: tuple[bool, ...], tiles: dict) -> bool:
+    """Whether dq comes from the programs that hold all keys of a prefix, or of a sample."""
+    need_q, need_own, need_prefix, need_bias = needs
+    asked = need_q and need_own and (need_prefix or not m) and not need_bias
+    fits = q.dtype != torch.float32 and q.shape[-1] in (16, 32, 64) and max(m, own) <= 256
+    return asked and (fits or "resident_own" in tiles)
+
+
+def _resident_configuration(keys: int) -> tuple[int, int, int, int]:
+    return _RESIDENT_TILES[max(16, triton.next_power_of_2(keys))]
+
+
+def _configuration(kernel: str, q: Tensor, n: int) -> tuple[int, int, int, int]:
+    bm, bn, warps, stages = _TILES[kernel][q.dtype == torch.float32]
+    if kernel in ("forward", "query") and n <= 16:  # queries of [CLS] only
+        bm = 16
+    return bm, bn, warps, stages
+
+
+def _parts(dim: int) -> dict[str, int]:
+    """The head dim as a power of two and, padded to one, the rest: 80 = 64 + 16."""
+    first = max(16, 1 << (dim.bit_length() - 1))
+    rest = dim - first
+    return {"DIM": dim, "D0": first, "D1": max(16, triton.next_power_of_2(rest)) if rest > 0 else 0}
+
+
+def _tail(count: int, tile: int) -> int:
+    """The tile that holds what whole tiles leave over."""
+    rest = count % tile
+    return max(16, triton.next_power_of_2(rest)) if rest else 0
+
+
+def _rowwise(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _or(x: Tensor | None, other: Tensor) -> Tensor:
+    return other if x is None else x
+
+
+def _sets(prefix: Tensor, batch: int) -> int:
+    return prefix.shape[0] if prefix.dim() == 4 else 1
+
+
+def _set_strides(x: Tensor) -> tuple[int, ...]:
+    return x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2])
+
+
+def _bias(bias: Tensor | None, q: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
+    """The bias as bytes or numbers, its five strides (0 along broadcast axes), and B1."""
+    if bias is None:
+        return q, (0, 0, 0, 0, 0), 1
+    strides = tuple(
+        0 if size == 1 else s for size, s in zip(bias.shape, bias.stride(), strict=True)
+    )
+    inner = bias.shape[1] if bias.shape[1] > 1 else q.shape[0] // max(bias.shape[0], 1)
+    return (bias.view(torch.uint8) if bias.dtype == torch.bool else bias), strides, max(inner, 1)
+
+
+def _bias_kind(bias: Tensor | None) -> int:
+    """0 none, 1 additive, 2 boolean."""
+    return 0 if bias is None else 1 + (bias.dtype == torch.bool)
+
+
+def _precision(q: Tensor) -> str:
+    """float32 products as torch's own setting has them."""
+    tf32 = q.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def _on(q: Tensor) -> Any:
+    """Triton launches on the current device."""
+    return torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()
