@@ -53,7 +53,9 @@ def extension_arguments() -> dict:
         kind, flags = cpp_extension.CUDAExtension, {**flags, "nvcc": ["-O3"]}
         sources += kernels
     say(f"building pcx._C from {len(sources)} sources with torch {torch.__version__}")
-    extension = kind("pcx._C", sources, extra_compile_args=flags, extra_link_args=["-fopenmp"])
+    # Not linked with OpenMP: torch brings its own, and a second one would not see the first's
+    # threads.
+    extension = kind("pcx._C", sources, extra_compile_args=flags)
 
     class OptionalBuild(cpp_extension.BuildExtension):
         """Goes on in pure Python where the compiler fails."""

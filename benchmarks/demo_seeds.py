@@ -28,7 +28,6 @@ def rows(seed: int) -> list[dict]:
             "test_images": found["test_images"],
             "parameters": found["parameters"][method],
             "learning_rate": found["learning_rate"].get(method, ""),
-            "demo_seconds": result["seconds"],
             "threads": result["threads"],
             "torch": torch.__version__,
             "timm": timm.__version__,

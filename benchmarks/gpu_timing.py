@@ -45,9 +45,7 @@ def quantiles(
     return first, median, third
 
 
-def graphed(
-    calls: Sequence[Callable[[], object]], repeats: int = 30
-) -> tuple[float, float, float]:
+def graphed(calls: Sequence[Callable[[], object]], repeats: int = 30) -> tuple[float, float, float]:
     """Quartiles in microseconds of one call, over a graph of calls with different inputs."""
     graph = graph_of(calls)
     return quantiles(graph.replay, len(calls), repeats)

@@ -94,7 +94,7 @@ def _biased(
 
 @triton.jit
 def _set_of(b, index, G, INDEXED: tl.constexpr):
-    """The prefix set of a sample; an index out of range, which is asserted elsewhere, is clamped."""
+    """The prefix set of a sample; an index out of range, asserted elsewhere, is clamped."""
     chosen = b
     if INDEXED:
         chosen = tl.minimum(tl.maximum(tl.load(index + b), 0), G - 1)
@@ -294,7 +294,6 @@ def _forward(
     D1: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    FEW: tl.constexpr,
     PREFIX_TAIL: tl.constexpr,
     OWN_TAIL: tl.constexpr,
     INDEXED: tl.constexpr,
@@ -302,7 +301,6 @@ def _forward(
     BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of BM queries; the last one has FEW rows, where 197 = 3 * 64 + 5 leaves few."""
     tiles = tl.cdiv(N, BM)
     pid = tl.program_id(0)
     first = (pid % tiles) * BM
@@ -321,18 +319,11 @@ def _forward(
     valid = m
     if RAGGED:
         valid = tl.minimum(tl.load(lengths + chosen).to(tl.int32), m)
-    if (FEW < BM) & (N - first <= FEW):
-        _attend_to_all(
-            q, k, v, prefix_k, prefix_v, valid, bias, out, lse, first, factor,
-            sq_n, sk_n, sv_n, spk_n, spv_n, sb_n, sb_s, H * DIM, N, S,
-            DIM, D0, D1, FEW, BN, PREFIX_TAIL, OWN_TAIL, RAGGED, BIAS, PRECISION,
-        )  # fmt: skip
-    else:
-        _attend_to_all(
-            q, k, v, prefix_k, prefix_v, valid, bias, out, lse, first, factor,
-            sq_n, sk_n, sv_n, spk_n, spv_n, sb_n, sb_s, H * DIM, N, S,
-            DIM, D0, D1, BM, BN, PREFIX_TAIL, OWN_TAIL, RAGGED, BIAS, PRECISION,
-        )  # fmt: skip
+    _attend_to_all(
+        q, k, v, prefix_k, prefix_v, valid, bias, out, lse, first, factor,
+        sq_n, sk_n, sv_n, spk_n, spv_n, sb_n, sb_s, H * DIM, N, S,
+        DIM, D0, D1, BM, BN, PREFIX_TAIL, OWN_TAIL, RAGGED, BIAS, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -494,7 +485,7 @@ def _query_gradient(
     NEED_DBIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """delta = rowsum(dO * O) - dLSE, [H, B, N]; dq [B, N, H, d]; the bias's gradient [B, H, N, S]."""
+    """delta = rowsum(dO * O) - dLSE [H, B, N]; dq [B, N, H, d]; dbias [B, H, N, S]."""
     tiles = tl.cdiv(N, BM)
     pid = tl.program_id(0)
     h = (pid // tiles) % H
@@ -580,15 +571,111 @@ def _query_gradient(
 
 
 @triton.jit
-def _folded_rows(pointer, samples, rows, stride_b, stride_n, inside, DIM: tl.constexpr,
-                 FIRST: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """Rows of several samples, [BM, WIDTH]; zeros outside of them."""
+def _rows_at(pointer, offsets, inside, DIM: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+             MASKED: tl.constexpr):  # fmt: skip
+    """[rows, WIDTH] of rows that begin anywhere; zeros outside of them."""
     columns = FIRST + tl.arange(0, WIDTH)
-    pointers = pointer + (samples * stride_b + rows * stride_n)[:, None] + columns[None, :]
-    mask = inside[:, None]
-    if FIRST + WIDTH > DIM:
-        mask = mask & (columns < DIM)[None, :]
-    return tl.load(pointers, mask=mask, other=0.0)
+    pointers = pointer + offsets[:, None] + columns[None, :]
+    if MASKED:
+        values = tl.load(pointers, mask=inside[:, None] & (columns < DIM)[None, :], other=0.0)
+    elif FIRST + WIDTH > DIM:
+        values = tl.load(pointers, mask=(columns < DIM)[None, :], other=0.0)
+    else:
+        values = tl.load(pointers)
+    return values
+
+
+@triton.jit
+def _add_key_gradients(
+    acc,
+    keys,
+    values,
+    q,
+    grad_out,
+    lse,
+    delta,
+    bias,
+    columns,
+    limit,
+    first,
+    order,
+    start,
+    end,
+    factor,
+    sq_b,
+    sq_n,
+    sg_b,
+    sg_n,
+    sb_0,
+    sb_1,
+    sb_n,
+    sb_s,
+    N,
+    B1,
+    DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BM: tl.constexpr,
+    MASKED: tl.constexpr,
+    USERS: tl.constexpr,
+    BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds what BM rows of queries give to the gradients of a tile of keys and values."""
+    dk0, dk1, dv0, dv1 = acc
+    folded = start + tl.arange(0, BM)
+    inside = folded < end
+    if USERS == "one":  # the pointers stand at the sample
+        q_at = folded * sq_n
+        g_at = folded * sg_n
+        place = folded
+        bias_at = folded * sb_n
+    else:
+        rows = folded % N
+        samples = (first + folded // N).to(tl.int64)
+        if USERS == "listed":
+            samples = tl.load(order + samples, mask=inside, other=0).to(tl.int64)
+        q_at = samples * sq_b + rows * sq_n
+        g_at = samples * sg_b + rows * sg_n
+        place = samples * N + rows
+        bias_at = (samples // B1) * sb_0 + (samples % B1) * sb_1 + rows * sb_n
+    q0 = _rows_at(q, q_at, inside, DIM, 0, D0, MASKED)
+    q1 = q0
+    scores = tl.dot(keys[0], tl.trans(q0), input_precision=PRECISION)  # [BN, BM]
+    if D1 > 0:
+        q1 = _rows_at(q, q_at, inside, DIM, D0, D1, MASKED)
+        scores = tl.dot(keys[1], tl.trans(q1), acc=scores, input_precision=PRECISION)
+    scores *= factor
+    if BIAS > 0:
+        pointers = bias + bias_at[None, :] + columns[:, None] * sb_s
+        both = inside[None, :] & (columns < limit)[:, None]
+        if BIAS == 2:
+            attends = tl.load(pointers, mask=both, other=1)
+            scores = tl.where(attends != 0, scores, float("-inf"))
+        else:
+            scores += tl.load(pointers, mask=both, other=0.0).to(tl.float32) * LOG2_E
+    if MASKED:
+        normaliser = tl.load(lse + place, mask=inside, other=float("inf")) * LOG2_E
+        sums = tl.load(delta + place, mask=inside, other=0.0)
+    else:
+        normaliser = tl.load(lse + place) * LOG2_E
+        sums = tl.load(delta + place)
+    if BIAS > 0:  # a row that attends to nothing has no gradient
+        normaliser = tl.where(normaliser == float("-inf"), float("inf"), normaliser)
+    weights = tl.exp2(scores - normaliser[None, :])
+    g0 = _rows_at(grad_out, g_at, inside, DIM, 0, D0, MASKED)
+    lower = weights.to(g0.dtype)
+    dv0 = tl.dot(lower, g0, acc=dv0, input_precision=PRECISION)
+    inner = tl.dot(values[0], tl.trans(g0), input_precision=PRECISION)
+    if D1 > 0:
+        g1 = _rows_at(grad_out, g_at, inside, DIM, D0, D1, MASKED)
+        dv1 = tl.dot(lower, g1, acc=dv1, input_precision=PRECISION)
+        inner = tl.dot(values[1], tl.trans(g1), acc=inner, input_precision=PRECISION)
+    slopes = (weights * (inner - sums[None, :])).to(q0.dtype)
+    dk0 = tl.dot(slopes, q0, acc=dk0, input_precision=PRECISION)
+    if D1 > 0:
+        dk1 = tl.dot(slopes, q1, acc=dk1, input_precision=PRECISION)
+    return dk0, dk1, dv0, dv1
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -605,8 +692,6 @@ def _key_gradients(
     delta,
     dk,
     dv,
-    dq_before,
-    dq,
     factor,
     scale,
     sq_b,
@@ -642,17 +727,13 @@ def _key_gradients(
     D1: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    ROW_TAIL: tl.constexpr,
     USERS: tl.constexpr,
     RAGGED: tl.constexpr,
     BIAS: tl.constexpr,
-    DQ: tl.constexpr,
-    DQ_BEFORE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Gradients of the keys and values of G sets, each over the rows of the samples that use it.
-
-    With DQ, for which one tile must hold all keys and one part the head dim, also the rows' dq by
-    these keys, added to `dq_before` with DQ_BEFORE; both [B, N, H, d].
 
     USERS: "one", set g belongs to sample g; "all", one set for all samples; "listed", set g has
     the samples order[bounds[g]:bounds[g + 1]].
@@ -674,15 +755,20 @@ def _key_gradients(
 
     limit = m
     if RAGGED:
-        limit = tl.minimum(tl.load(lengths + g), m)
-    first = g
+        limit = tl.minimum(tl.load(lengths + g).to(tl.int32), m)
+    first = 0
     users = 1
-    if USERS == "all":
-        first = 0
+    if USERS == "one":
+        q += g64 * sq_b
+        grad_out += g64 * sg_b
+        lse += g64 * N
+        delta += g64 * N
+        bias += (g64 // B1) * sb_0 + (g64 % B1) * sb_1
+    elif USERS == "all":
         users = B
-    elif USERS == "listed":
-        first = tl.load(bounds + g)
-        users = tl.load(bounds + g + 1) - first
+    else:
+        first = tl.load(bounds + g).to(tl.int32)
+        users = tl.load(bounds + g + 1).to(tl.int32) - first
 
     k0 = _tile(keys, columns, sk_n, limit, DIM, 0, D0, True)
     v0 = _tile(values, columns, sv_n, limit, DIM, 0, D0, True)
@@ -698,77 +784,31 @@ def _key_gradients(
         dk1 = tl.zeros([BN, D1], tl.float32)
         dv1 = tl.zeros([BN, D1], tl.float32)
 
-    end = tl.minimum((chunk + 1) * rows_per_chunk, users * N)
-    for start in tl.range(chunk * rows_per_chunk, end, BM):
-        folded = start + tl.arange(0, BM)
-        inside = folded < end
-        if USERS == "one":
-            rows = folded
-            samples = tl.full([BM], 0, tl.int64) + g64
-        else:
-            rows = folded % N
-            samples = (first + folded // N).to(tl.int64)
-            if USERS == "listed":
-                samples = tl.load(order + samples, mask=inside, other=0).to(tl.int64)
-        q0 = _folded_rows(q, samples, rows, sq_b, sq_n, inside, DIM, 0, D0)
-        q1 = q0
-        scores = tl.dot(k0, tl.trans(q0), input_precision=PRECISION)  # [BN, BM]
-        if D1 > 0:
-            q1 = _folded_rows(q, samples, rows, sq_b, sq_n, inside, DIM, D0, D1)
-            scores = tl.dot(k1, tl.trans(q1), acc=scores, input_precision=PRECISION)
-        scores *= factor
-        if BIAS > 0:
-            at = bias + (samples // B1) * sb_0 + (samples % B1) * sb_1 + rows * sb_n
-            pointers = at[None, :] + columns[:, None] * sb_s
-            both = inside[None, :] & (columns < limit)[:, None]
-            if BIAS == 2:
-                attends = tl.load(pointers, mask=both, other=1)
-                scores = tl.where(attends != 0, scores, float("-inf"))
-            else:
-                scores += tl.load(pointers, mask=both, other=0.0).to(tl.float32) * LOG2_E
-        place = samples * N + rows
-        normaliser = tl.load(lse + place, mask=inside, other=float("inf")) * LOG2_E
-        if BIAS > 0:
-            normaliser = tl.where(normaliser == float("-inf"), float("inf"), normaliser)
-        weights = tl.exp2(scores - normaliser[None, :])
-        if DQ:  # rows of absent keys would spoil the sum over keys
-            weights = tl.where((columns < limit)[:, None], weights, 0.0)
-        g0 = _folded_rows(grad_out, samples, rows, sg_b, sg_n, inside, DIM, 0, D0)
-        g1 = g0
-        lower = weights.to(g0.dtype)
-        dv0 = tl.dot(lower, g0, acc=dv0, input_precision=PRECISION)
-        inner = tl.dot(v0, tl.trans(g0), input_precision=PRECISION)
-        if D1 > 0:
-            g1 = _folded_rows(grad_out, samples, rows, sg_b, sg_n, inside, DIM, D0, D1)
-            dv1 = tl.dot(lower, g1, acc=dv1, input_precision=PRECISION)
-            inner = tl.dot(v1, tl.trans(g1), acc=inner, input_precision=PRECISION)
-        sums = tl.load(delta + place, mask=inside, other=0.0)
-        slopes = (weights * (inner - sums[None, :])).to(q0.dtype)
-        dk0 = tl.dot(slopes, q0, acc=dk0, input_precision=PRECISION)
-        if D1 > 0:
-            dk1 = tl.dot(slopes, q1, acc=dk1, input_precision=PRECISION)
-        if DQ:
-            change = tl.dot(tl.trans(k0), slopes, input_precision=PRECISION) * scale  # [d, BM]
-            features = tl.arange(0, D0)
-            at = ((samples * N + rows) * H + h)[None, :] * DIM + features[:, None]
-            mask = inside[None, :] & (features < DIM)[:, None]
-            if DQ_BEFORE:
-                change += tl.load(dq_before + at, mask=mask, other=0.0)
-            tl.store(dq + at, change.to(dq.dtype.element_ty), mask=mask)
+    begin = chunk * rows_per_chunk
+    end = tl.minimum(begin + rows_per_chunk, users * N)
+    whole = end
+    if USERS == "one":  # whole tiles, then the rows left over in a tile of their own
+        whole = begin + (end - begin) // BM * BM
+    for start in tl.range(begin, whole, BM):
+        dk0, dk1, dv0, dv1 = _add_key_gradients(
+            (dk0, dk1, dv0, dv1), (k0, k1), (v0, v1), q, grad_out, lse, delta, bias, columns,
+            limit, first, order, start, end, factor, sq_b, sq_n, sg_b, sg_n,
+            sb_0, sb_1, sb_n, sb_s, N, B1, DIM, D0, D1, BM, USERS != "one", USERS, BIAS, PRECISION,
+        )  # fmt: skip
+    if ROW_TAIL > 0:
+        dk0, dk1, dv0, dv1 = _add_key_gradients(
+            (dk0, dk1, dv0, dv1), (k0, k1), (v0, v1), q, grad_out, lse, delta, bias, columns,
+            limit, first, order, whole, end, factor, sq_b, sq_n, sg_b, sg_n,
+            sb_0, sb_1, sb_n, sb_s, N, B1, DIM, D0, D1, ROW_TAIL, True, USERS, BIAS, PRECISION,
+        )  # fmt: skip
 
     valid = (columns < limit)[:, None]  # absent keys of a ragged set get zeros
-    written = (columns < m)[:, None]
     place = chunk * stride_chunk + g64 * stride_set + h * stride_head
-    at = place + columns[:, None] * stride_key
-    inner0 = tl.arange(0, D0)[None, :]
-    element = dk.dtype.element_ty
-    tl.store(dk + at + inner0, tl.where(valid, dk0 * scale, 0.0).to(element), mask=written)
-    tl.store(dv + at + inner0, tl.where(valid, dv0, 0.0).to(element), mask=written)
+    _store(dk + place, columns, stride_key, m, tl.where(valid, dk0 * scale, 0.0), DIM, 0, D0)
+    _store(dv + place, columns, stride_key, m, tl.where(valid, dv0, 0.0), DIM, 0, D0)
     if D1 > 0:
-        inner1 = D0 + tl.arange(0, D1)[None, :]
-        inside1 = written & (inner1 < DIM)
-        tl.store(dk + at + inner1, tl.where(valid, dk1 * scale, 0.0).to(element), mask=inside1)
-        tl.store(dv + at + inner1, tl.where(valid, dv1, 0.0).to(element), mask=inside1)
+        _store(dk + place, columns, stride_key, m, tl.where(valid, dk1 * scale, 0.0), DIM, D0, D1)
+        _store(dv + place, columns, stride_key, m, tl.where(valid, dv1, 0.0), DIM, D0, D1)
 
 
 def forward(
@@ -793,7 +833,7 @@ def forward(
     lse = q.new_empty(heads, batch, n, dtype=torch.float32).transpose(0, 1)
     if not out.numel():
         return out, lse
-    bm, bn, warps, stages = tiles or _configuration("forward", q, n)
+    bm, bn, warps, stages = tiles or _configuration("forward", q, own)
     q, k, v, prefix_k, prefix_v = map(_rowwise, (q, k, v, prefix_k, prefix_v))
     with _on(q):
         _forward[(triton.cdiv(n, bm) * heads * batch,)](
@@ -802,10 +842,9 @@ def forward(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *_set_strides(prefix_k), *_set_strides(prefix_v), *_bias(bias, q)[1],
             batch, heads, n, own, m, _sets(prefix_k, batch), _bias(bias, q)[2],
-            **_parts(dim), BM=bm, BN=bn, FEW=16 if 0 < n % bm <= 16 else bm,
-            PREFIX_TAIL=_tail(m, bn), OWN_TAIL=_tail(own, bn),
+            **_parts(dim), BM=bm, BN=bn, PREFIX_TAIL=_tail(m, bn), OWN_TAIL=_tail(own, bn),
             INDEXED=index is not None, RAGGED=lengths is not None, BIAS=_bias_kind(bias),
-            PRECISION=_precision(q), num_warps=warps, num_stages=stages,
+            PRECISION=_precision(q), num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
 
@@ -840,9 +879,7 @@ def backward(
     delta = q.new_empty(heads, batch, n, dtype=torch.float32)
     dq = q.new_empty(batch, n, heads, dim).transpose(1, 2) if need_q else None
     dbias = q.new_empty(batch, heads, n, own, dtype=torch.float32) if need_bias else None
-    resident = _resident(q, m, own, needs, tiles)
-    split_q = (need_q or need_bias) and not resident
-    bm, bn, warps, stages = tiles.get("query") or _configuration("query", q, n)
+    bm, bn, warps, stages = tiles.get("query") or _configuration("query", q, own)
     bias_pointer, bias_strides, inner_batch = _bias(bias, q)
     if q.numel():
         with _on(q):
@@ -856,28 +893,18 @@ def backward(
                 batch, heads, n, own, m, _sets(prefix_k, batch), inner_batch,
                 **_parts(dim), BM=bm, BN=bn, PREFIX_TAIL=_tail(m, bn), OWN_TAIL=_tail(own, bn),
                 INDEXED=index is not None, RAGGED=lengths is not None, BIAS=_bias_kind(bias),
-                LSE_GRAD=grad_lse is not None, NEED_DQ=split_q, NEED_DBIAS=need_bias,
-                PRECISION=_precision(q), num_warps=warps, num_stages=stages,
+                LSE_GRAD=grad_lse is not None, NEED_DQ=need_q or need_bias, NEED_DBIAS=need_bias,
+                PRECISION=_precision(q), num_warps=warps, num_stages=stages, enable_fp_fusion=True,
             )  # fmt: skip
-    dk = dv = dprefix_k = dprefix_v = dq_prefix = None
+    dk = dv = dprefix_k = dprefix_v = None
     rows = _Rows(q, lse, grad_out, delta, scale)
-    if need_prefix:
-        config = tiles.get("prefix") or _configuration("prefix", q, n)
-        if resident:
-            config = tiles.get("resident_prefix") or _resident_configuration(m)
-            dq_prefix = torch.empty_like(dq, dtype=torch.float32) if m else None
-        dprefix_k, dprefix_v = _prefix_gradients(
-            prefix_k, prefix_v, rows, index, lengths, config, dq_prefix
-        )
     if need_own:
         dk, dv = (q.new_empty(batch, own, heads, dim).transpose(1, 2) for _ in range(2))
-        config = tiles.get("own") or _configuration("own", q, n)
-        if resident:
-            config = tiles.get("resident_own") or _resident_configuration(own)
-        _launch_key_gradients(
-            k, v, dk[None], dv[None], rows, config, bias=bias,
-            dq_before=dq_prefix, dq=dq if resident else None,
-        )  # fmt: skip
+        config = tiles.get("own") or _configuration("own", q, own)
+        _launch_key_gradients(k, v, dk[None], dv[None], rows, config, bias=bias)
+    if need_prefix:
+        config = tiles.get("prefix") or _configuration("prefix", q, m)
+        dprefix_k, dprefix_v = _prefix_gradients(prefix_k, prefix_v, rows, index, lengths, config)
     return dq, dk, dv, dprefix_k, dprefix_v, dbias
 
 
@@ -899,24 +926,28 @@ def _prefix_gradients(
     index: Tensor | None,
     lengths: Tensor | None,
     config: tuple[int, int, int, int],
-    dq: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, n, dim = rows.q.shape
     m, sets = prefix_k.shape[-2], _sets(prefix_k, batch)
-    programs = triton.cdiv(max(m, 1), config[1]) * heads * sets
-    chunks = _chunk_count(rows.q, programs, batch * n // max(sets, 1))
-    users = None
+    chunks, users = 1, None
+    if index is not None or prefix_k.dim() == 3:
+        programs = triton.cdiv(max(m, 1), config[1]) * heads * sets
+        chunks = _chunk_count(rows.q, programs, batch * n // max(sets, 1))
     if index is not None:
         ordered, order = index.clamp(0, sets - 1).sort(stable=True)
         first = torch.searchsorted(ordered, torch.arange(sets + 1, device=index.device))
         users = (order, first)
     dtype = rows.q.dtype if chunks == 1 else torch.float32
-    partial = rows.q.new_empty(2, chunks, sets, heads, m, dim, dtype=dtype)
-    _launch_key_gradients(
-        prefix_k, prefix_v, *partial, rows, config, users=users, lengths=lengths, dq=dq
+    partial_k, partial_v = (
+        rows.q.new_empty(chunks, sets, heads, m, dim, dtype=dtype) for _ in range(2)
     )
-    both = partial[:, 0] if chunks == 1 else partial.sum(1).to(rows.q.dtype)
-    dprefix_k, dprefix_v = both.unbind()
+    _launch_key_gradients(
+        prefix_k, prefix_v, partial_k, partial_v, rows, config, users=users, lengths=lengths
+    )
+    dprefix_k, dprefix_v = (
+        (part[0] if chunks == 1 else part.sum(0).to(rows.q.dtype))
+        for part in (partial_k, partial_v)
+    )
     return dprefix_k.view(prefix_k.shape), dprefix_v.view(prefix_v.shape)
 
 
@@ -931,10 +962,8 @@ def _launch_key_gradients(
     users: tuple[Tensor, Tensor] | None = None,
     lengths: Tensor | None = None,
     bias: Tensor | None = None,
-    dq_before: Tensor | None = None,
-    dq: Tensor | None = None,
 ) -> None:
-    """Fills dk and dv [chunks, G, H, m, d], of the same strides, and dq."""
+    """Fills dk and dv [chunks, G, H, m, d], of the same strides."""
     q, grad_out = rows.q, rows.grad_out
     batch, heads, n, dim = q.shape
     chunks, sets, _, m, _ = dk.shape
@@ -948,18 +977,18 @@ def _launch_key_gradients(
     order, bounds = users or (q, q)
     bias_pointer, bias_strides, inner_batch = _bias(bias, q)
     count = n if kind == "one" else batch * n
-    per_chunk = triton.cdiv(triton.cdiv(count, chunks), bm) * bm
+    per_chunk = n if kind == "one" else triton.cdiv(triton.cdiv(count, chunks), bm) * bm
+    assert kind != "one" or chunks == 1
     with _on(q):
         _key_gradients[(triton.cdiv(m, bn) * heads * sets * chunks,)](
             q, keys, values, order, bounds, _or(lengths, q), bias_pointer, rows.lse, grad_out,
-            rows.delta, dk, dv, _or(dq_before, q), _or(dq, q),
-            rows.scale * LOG2_E.value, rows.scale,
+            rows.delta, dk, dv, rows.scale * LOG2_E.value, rows.scale,
             *q.stride()[:3], *_set_strides(keys), *_set_strides(values), *bias_strides,
             *grad_out.stride()[:3],
             batch, heads, n, m, sets, inner_batch, per_chunk, *dk.stride()[:4],
-            **_parts(dim), BM=bm, BN=bn, USERS=kind, RAGGED=lengths is not None,
-            BIAS=_bias_kind(bias), DQ=dq is not None, DQ_BEFORE=dq_before is not None,
-            PRECISION=_precision(q), num_warps=warps, num_stages=stages,
+            **_parts(dim), BM=bm, BN=bn, ROW_TAIL=_tail(n, bm) if kind == "one" else 0,
+            USERS=kind, RAGGED=lengths is not None, BIAS=_bias_kind(bias),
+            PRECISION=_precision(q), num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -969,39 +998,38 @@ def _chunk_count(q: Tensor, programs: int, rows: int) -> int:
     return max(1, min(4 * cores // programs, rows // 256))
 
 
-_TILES = {  # (queries, keys, warps, stages) by kernel, for 16-bit and for float32 inputs
-    "forward": ((64, 64, 4, 3), (64, 32, 4, 2)),
-    "query": ((64, 64, 4, 3), (32, 32, 4, 2)),
-    "own": ((64, 64, 4, 3), (32, 32, 4, 2)),
-    "prefix": ((64, 64, 4, 3), (32, 32, 4, 2)),
+# (queries, keys, warps, stages), tuned on an H200, none of which spills registers at d = 64 and 80;
+# float32 without TF32 goes through plain multiply-adds and spills at d = 128.
+_TILES = {
+    "16 bits, d <= 64": {
+        "forward": (64, 32, 4, 3),
+        "query": (64, 32, 4, 3),
+        "own": (64, 64, 4, 3),
+        "prefix": (16, 128, 4, 3),
+    },
+    "16 bits, d > 64": {
+        "forward": (64, 32, 4, 2),
+        "query": (64, 32, 8, 2),
+        "own": (32, 64, 8, 2),
+        "prefix": (32, 64, 8, 2),
+    },
+    "float32": {
+        "forward": (64, 32, 8, 2),
+        "query": (16, 32, 8, 2),
+        "own": (32, 32, 8, 2),
+        "prefix": (32, 32, 8, 2),
+    },
 }
 
 
-_RESIDENT_TILES = {  # (queries, keys, warps, stages) by the least power of two that holds all keys
-    16: (64, 16, 4, 2),
-    32: (64, 32, 4, 2),
-    64: (64, 64, 4, 2),
-    128: (32, 128, 8, 2),
-    256: (32, 256, 8, 2),
-}
-
-
-def _resident(q: Tensor, m: int, own: int, needs: tuple[bool, ...], tiles: dict) -> bool:
-    """Whether dq comes from the programs that hold all keys of a prefix, or of a sample."""
-    need_q, need_own, need_prefix, need_bias = needs
-    asked = need_q and need_own and (need_prefix or not m) and not need_bias
-    fits = q.dtype != torch.float32 and q.shape[-1] in (16, 32, 64) and max(m, own) <= 256
-    return asked and (fits or "resident_own" in tiles)
-
-
-def _resident_configuration(keys: int) -> tuple[int, int, int, int]:
-    return _RESIDENT_TILES[max(16, triton.next_power_of_2(keys))]
-
-
-def _configuration(kernel: str, q: Tensor, n: int) -> tuple[int, int, int, int]:
-    bm, bn, warps, stages = _TILES[kernel][q.dtype == torch.float32]
-    if kernel in ("forward", "query") and n <= 16:  # queries of [CLS] only
+def _configuration(kernel: str, q: Tensor, keys: int) -> tuple[int, int, int, int]:
+    size = "d <= 64" if q.shape[-1] <= 64 else "d > 64"
+    group = "float32" if q.dtype == torch.float32 else f"16 bits, {size}"
+    bm, bn, warps, stages = _TILES[group][kernel]
+    if kernel in ("forward", "query") and q.shape[2] <= 16:  # queries of [CLS] only
         bm = 16
+    if kernel == "prefix" and keys <= bn // 2:
+        bm, bn = 32, max(32, triton.next_power_of_2(keys))
     return bm, bn, warps, stages
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcx import seam
-from pcx.ops import prefix_attention, reference
+from pcx.ops import reference
+from pcx.ops.prefix_attention import prefix_attention
 
 PATHS = ("folded", "concat")
 
@@ -148,8 +149,8 @@ class PromptedBlock(nn.Module):
         return [(call.k[0], call.v[0]) for call in calls]
 
     def _sets(self, prompts: Tensor, batch: int) -> Tensor | None:
-        """The set of each sample, None for one set for all."""
-        if prompts.dim() == (4 if self.kind == "prefix" else 3):
+        """The set of each sample, None for one set for all, or one for each."""
+        if prompts.dim() == (4 if self.kind == "prefix" else 3) and prompts.shape[0] != batch:
             return torch.arange(batch, device=prompts.device) * prompts.shape[0] // max(batch, 1)
         return None
 
@@ -160,7 +161,7 @@ class PromptedBlock(nn.Module):
             return prefix_attention(*tensors, prefix_index=sets, bias=call.bias, scale=call.scale)
         if self.observer.watch_cls:
             m, batch = key.shape[-2], call.q.shape[0]
-            front = key[sets] if sets is not None else key.expand(batch, *key.shape)
+            front = _per_sample(key, sets, (batch, *key.shape[-3:]))
             self.observer.watch(call, torch.cat([front, call.k], -2), slice(0, m), added=m)
         gate = self.observer.gate
         return reference.prefix_attention(
@@ -179,9 +180,7 @@ class PromptedBlock(nn.Module):
         start = self.prefix_tokens
         if prompts is not None:
             sets = self._sets(prompts, x.shape[0])
-            tokens = (
-                prompts[sets] if sets is not None else prompts.expand(x.shape[0], *prompts.shape)
-            )
+            tokens = _per_sample(prompts, sets, (x.shape[0], *prompts.shape[-2:]))
             x = torch.cat([x[:, :start], tokens.to(x.dtype), x[:, start:]], 1)
         width = self._owner[0][0 if self.kind == "shallow" else self.index].shape[-2]
 
@@ -212,6 +211,10 @@ class PromptedBlock(nn.Module):
         return F.scaled_dot_product_attention(
             call.q, call.k, call.v, attn_mask=bias, scale=call.scale
         )
+
+
+def _per_sample(x: Tensor, sets: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    return x.expand(shape) if sets is None else x[sets]
 
 
 def _read_rows(call: seam.Call, full: seam.Call) -> seam.Call:

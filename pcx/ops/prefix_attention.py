@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pcx.ops import reference
+from pcx.ops import reference, registration
+from pcx.ops.checks import check_prefix_attention
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "triton", "cpu", "reference")
+TRITON = importlib.util.find_spec("triton") is not None
 
 
 def prefix_attention(
@@ -30,46 +34,115 @@ def prefix_attention(
 
     softmax([q K_P^T, q k^T + bias] * scale) [V_P; v], which is VPT-Deep's attention seen from the
     image tokens (VPT paper, Eq. 7). Equals `F.scaled_dot_product_attention` over the concatenated
-    keys and values.
+    keys and values, with the bias added after scaling as there.
 
     Args:
-        q: [B, H, N, d].
+        q: [B, H, N, d]; more leading batch dimensions may stand in the place of B.
         k: [B, H, S, d].
         v: [B, H, S, dv].
         prefix_k: [H, m, d], one prefix for the whole batch, or [G, H, m, d], G prefix sets; m may
-        be 0.
+            be 0.
         prefix_v: [H, m, dv] or [G, H, m, dv].
         prefix_index: [B] int64, the set of each sample; needed with G sets unless G = B.
         prefix_lengths: [G] int64, the valid length of each set where they differ.
         bias: as SDPA's attn_mask, additive or boolean (True attends), broadcastable to [B, H, N,
-            S]; the prefix has none.
+            S]; the prefix has none. A row that attends to nothing gives zeros.
         scale: factor on the logits, 1 / sqrt(d) by default.
-        return_lse: also return the natural log of the softmax's denominator, [B, H, N].
-        backend: "auto" or "reference" (torch).
+        return_lse: also return the natural log of the softmax's denominator, [B, H, N] in float32
+            (float64 for float64), differentiable.
+        backend: "triton" (CUDA), "cpu" (C++), "reference" (torch, by concatenation), or "auto", the
+            fastest that can run. The first two give the same bits on every run and have no second
+            derivative.
 
     Returns:
         [B, H, N, dv], with the LSE as a second item where asked for.
 
     Raises:
         TypeError: an argument is no tensor, or dtypes differ outside autocast.
-        ValueError: a shape, device, index or backend does not fit; the message names the argument.
+        ValueError: a shape, device, index or backend does not fit, or the backend asked for cannot
+            run; the message names the argument.
     """
     q, k, v, prefix_k, prefix_v, bias = _autocast(q, k, v, prefix_k, prefix_v, bias)
-    _check(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lengths, bias)
+    check_prefix_attention(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lengths, bias)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    lead = q.shape[:-3]
+    if bias is not None:
+        bias = _five_dimensions(bias, lead)
+    if prefix_index is not None:
+        prefix_index = prefix_index.reshape(-1)
+    tensors = (q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4), prefix_k, prefix_v)
+    if _choose(backend, *tensors, scale) == "reference":
+        found = reference.prefix_attention(
+            *tensors,
+            prefix_index=prefix_index,
+            prefix_lengths=prefix_lengths,
+            bias=None if bias is None else _four_dimensions(bias, tensors[0].shape[0]),
+            scale=scale,
+            return_lse=return_lse,
+        )
+        out, lse = found if return_lse else (found, None)
+    else:
+        _assert_later(prefix_index, prefix_k)
+        out, lse = torch.ops.pcx.prefix_attention(
+            *tensors, prefix_index, prefix_lengths, bias, scale
+        )
+    if len(lead) != 1:
+        out, lse = out.unflatten(0, lead), None if lse is None else lse.unflatten(0, lead)
+    return (out, lse) if return_lse else out
+
+
+def can_run(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, scale: float
+) -> str | None:
+    """None where the backend can run on checked arguments, or the reason why not."""
+    if backend == "triton":
+        return _triton_cannot(q, k, v, scale)
+    if backend == "cpu":
+        return _cpu_cannot(q)
+    return None
+
+
+def _triton_cannot(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+    if q.device.type != "cuda":
+        return f"it needs CUDA tensors, q is on {q.device.type}"
+    if not TRITON:
+        return "triton is not installed"
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it computes bfloat16, float16 and float32, q has {q.dtype}"
+    if q.shape[-1] != v.shape[-1]:
+        return f"it needs d = dv, got {q.shape[-1]} and {v.shape[-1]}"
+    if q.shape[-1] > 128:
+        return f"it needs d <= 128, got {q.shape[-1]}"
+    if scale <= 0:
+        return f"it needs scale > 0, got {scale}"
+    if k.shape[-2] == 0:
+        return "it needs own keys, S is 0"
+    return None
+
+
+def _cpu_cannot(q: Tensor) -> str | None:
+    if q.device.type != "cpu":
+        return f"it needs CPU tensors, q is on {q.device.type}"
+    if not registration.EXTENSION:
+        return "pcx was installed without its compiled extension pcx._C"
+    if q.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        return f"it computes float32, float64 and bfloat16, q has {q.dtype}"
+    return None
+
+
+def _choose(backend: str, q, k, v, prefix_k, prefix_v, scale: float) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {BACKENDS}")
-    return reference.prefix_attention(
-        q,
-        k,
-        v,
-        prefix_k,
-        prefix_v,
-        prefix_index=prefix_index,
-        prefix_lengths=prefix_lengths,
-        bias=bias,
-        scale=scale,
-        return_lse=return_lse,
-    )
+    tensors = (q, k, v, prefix_k, prefix_v)
+    if backend == "auto":
+        if torch.compiler.is_exporting():  # the exported program then needs torch alone
+            return "reference"
+        candidates = ("triton",) if q.device.type == "cuda" else ()
+        return next((b for b in candidates if can_run(b, *tensors, scale) is None), "reference")
+    reason = can_run(backend, *tensors, scale)
+    if reason:
+        raise ValueError(f"backend: {backend!r} cannot run: {reason}")
+    return backend
 
 
 def _autocast(*tensors: Tensor | None) -> tuple:
@@ -86,76 +159,32 @@ def _autocast(*tensors: Tensor | None) -> tuple:
     )
 
 
-def _check(q, k, v, prefix_k, prefix_v, index, lengths, bias) -> None:
-    named = {"q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v}
-    for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        ranks = (3, 4) if name.startswith("prefix") else (4,)
-        if tensor.dim() not in ranks:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected rank {ranks}")
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{name}: dtype {tensor.dtype}, but q has {q.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name}: on {tensor.device}, but q is on {q.device}")
-    batch, heads, _, dim = q.shape
-    own, m = k.shape[2], prefix_k.shape[-2]
-    _expect("k", k, (batch, heads, own, dim))
-    _expect("v", v, (batch, heads, own, v.shape[3]))
-    sets = prefix_k.shape[:-3]
-    _expect("prefix_k", prefix_k, (*sets, heads, m, dim))
-    _expect("prefix_v", prefix_v, (*sets, heads, m, v.shape[3]))
-    _check_sets(batch, sets, index, lengths)
-    for name, tensor in {"prefix_index": index, "prefix_lengths": lengths, "bias": bias}.items():
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if bias is not None:
-        try:
-            fits = torch.broadcast_shapes(bias.shape, (batch, heads, q.shape[2], own)) == (
-                batch,
-                heads,
-                q.shape[2],
-                own,
-            )
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"bias: shape {tuple(bias.shape)} does not broadcast to [B, H, N, S] = "
-                f"{(batch, heads, q.shape[2], own)}; the prefix takes no bias"
-            )
+def _assert_later(index: Tensor | None, prefix: Tensor) -> None:
+    """Checks an index on a GPU without waiting for it; the kernels clamp what it finds."""
+    if index is not None and index.is_cuda:
+        fits = ((index >= 0) & (index < prefix.shape[0])).all()
+        torch._assert_async(fits, "prefix_index: a value lies outside of 0..G-1")
 
 
-def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {shape}")
+def _five_dimensions(bias: Tensor, lead: torch.Size) -> Tensor:
+    """As [B0 | 1, B1 | 1, H | 1, N | 1, S | 1] with B0 * B1 samples in all.
+
+    A bias that is the same along some neighbouring batch dimensions, as Swin's is for all images
+    of a batch of windows, is not expanded along them.
+    """
+    bias = bias.reshape((1,) * (len(lead) + 3 - bias.dim()) + bias.shape)
+    own = bias.shape[:-3]
+    front = next((i for i, size in enumerate(own) if size > 1), len(own))
+    if tuple(own[front:]) == tuple(lead[front:]):  # the same along the first dimensions
+        return bias.flatten(0, -4)[None]
+    back = next((i for i in reversed(range(len(own))) if own[i] > 1), -1) + 1
+    if tuple(own[:back]) == tuple(lead[:back]):  # the same along the last
+        return bias.flatten(0, -4)[:, None]
+    return bias.expand(*lead, *bias.shape[-3:]).flatten(0, -4)[:, None]
 
 
-def _check_sets(batch: int, sets: torch.Size, index: Tensor | None, lengths: Tensor | None) -> None:
-    count = sets[0] if sets else None
-    if index is None:
-        if lengths is not None and count is None:
-            raise ValueError(
-                "prefix_lengths: given, but prefix_k has no set dimension [G, H, m, d]"
-            )
-        if count not in (None, batch):
-            raise ValueError(
-                f"prefix_index: needed to choose among {count} prefix sets for a batch of {batch}"
-            )
-    else:
-        if count is None:
-            raise ValueError("prefix_index: given, but prefix_k has no set dimension [G, H, m, d]")
-        if tuple(index.shape) != (batch,) or index.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"prefix_index: {index.dtype} of shape {tuple(index.shape)}, expected int64 "
-                f"[{batch}]"
-            )
-        if index.device.type == "cpu" and batch and not torch.compiler.is_compiling():
-            low, high = int(index.min()), int(index.max())
-            if low < 0 or high >= count:
-                raise ValueError(f"prefix_index: values {low}..{high}, expected 0..{count - 1}")
-    if lengths is not None and (tuple(lengths.shape) != (count,) or lengths.is_floating_point()):
-        raise ValueError(
-            f"prefix_lengths: {lengths.dtype} of shape {tuple(lengths.shape)}, expected int64 "
-            f"({count},)"
-        )
+def _four_dimensions(bias: Tensor, batch: int) -> Tensor:
+    outer, inner = registration.batches(bias, batch)
+    if bias.shape[:2] == (1, 1):
+        return bias[0]
+    return bias.expand(outer, inner, *bias.shape[2:]).flatten(0, 1)

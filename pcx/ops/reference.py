@@ -41,8 +41,11 @@ def prefix_attention(
     logits = (q @ keys.transpose(-2, -1)).to(wide) * scale  # [B, H, N, m+S]
     if mask is not None:
         logits = logits + mask
-    lse = logits.logsumexp(dim=-1)  # [B, H, N]
-    return (logits - lse[..., None]).exp().to(v.dtype) @ values, lse
+    nothing = (logits == -math.inf).all(-1, keepdim=True)  # such a row gives zeros, as SDPA's
+    logits = logits.masked_fill(nothing, 0)
+    lse = logits.logsumexp(dim=-1, keepdim=True)  # [B, H, N, 1]
+    weights = (logits - lse).exp().masked_fill(nothing, 0).to(v.dtype)
+    return weights @ values, lse.masked_fill(nothing, -math.inf).squeeze(-1)
 
 
 def _per_sample(prefix: Tensor, index: Tensor | None, batch: int) -> Tensor:
@@ -78,5 +81,5 @@ def additive(bias: Tensor, dtype: torch.dtype) -> Tensor:
     """A bias of rank 4 to add to logits: 0 and minus infinity for a boolean one."""
     bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
     if bias.dtype != torch.bool:
-        return bias
+        return bias.to(dtype)
     return torch.zeros_like(bias, dtype=dtype).masked_fill(~bias, -math.inf)

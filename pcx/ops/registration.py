@@ -1,0 +1,166 @@
+"""Registration with torch of the operations that have compiled backends.
+
+Schemas, fakes and gradients are defined here, in Python, so that they exist without the compiled
+part; a backend adds an implementation for its dispatch key: Triton for CUDA here, C++ for CPU when
+`pcx._C` is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("pcx", "FRAGMENT")
+
+LIBRARY.define(
+    "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
+    "Tensor? prefix_index, Tensor? prefix_lengths, Tensor? bias, float scale) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "prefix_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
+    "Tensor prefix_k, Tensor prefix_v, Tensor? prefix_index, Tensor? prefix_lengths, "
+    "Tensor? bias, Tensor out, Tensor lse, float scale, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _token_major(like: Tensor, tokens: int, dim: int) -> Tensor:
+    """[B, H, tokens, dim] over memory [B, tokens, H, dim], as all backends give it."""
+    return like.new_empty(like.shape[0], tokens, like.shape[1], dim).transpose(1, 2)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("pcx::prefix_attention", lib=LIBRARY)
+def _fake(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lengths, bias, scale):
+    batch, heads, n, _ = q.shape
+    lse = q.new_empty(heads, batch, n, dtype=_wide(q.dtype)).transpose(0, 1)
+    return _token_major(q, n, v.shape[3]), lse
+
+
+@torch.library.register_fake("pcx::prefix_attention_backward", lib=LIBRARY)
+def _fake_backward(
+    grad_out,
+    grad_lse,
+    q,
+    k,
+    v,
+    prefix_k,
+    prefix_v,
+    prefix_index,
+    prefix_lengths,
+    bias,
+    out,
+    lse,
+    scale,
+    needs,
+):
+    need_q, need_own, need_prefix, need_bias = needs
+    own, bias_shape = k.shape[2], (*q.shape[:3], k.shape[2])
+    return (
+        _token_major(q, q.shape[2], q.shape[3]) if need_q else q.new_empty(0),
+        _token_major(q, own, k.shape[3]) if need_own else q.new_empty(0),
+        _token_major(q, own, v.shape[3]) if need_own else q.new_empty(0),
+        q.new_empty(prefix_k.shape) if need_prefix else q.new_empty(0),
+        q.new_empty(prefix_v.shape) if need_prefix else q.new_empty(0),
+        q.new_empty(bias_shape, dtype=_wide(q.dtype)) if need_bias else q.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple:
+    *tensors, out, lse = ctx.saved_tensors
+    bias = tensors[7]
+    q, k, v, prefix_k, prefix_v, _, _, bias_too, _ = ctx.needs_input_grad
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    dq, dk, dv, dprefix_k, dprefix_v, dbias = torch.ops.pcx.prefix_attention_backward(
+        grad_out,
+        grad_lse,
+        *tensors,
+        out,
+        lse,
+        ctx.scale,
+        [q, k or v, prefix_k or prefix_v, bias_too],
+    )
+    if bias_too:
+        dbias = dbias.unflatten(0, batches(bias, out.shape[0])).sum_to_size(bias.shape)
+    return (
+        dq if q else None,
+        dk if k else None,
+        dv if v else None,
+        dprefix_k if prefix_k else None,
+        dprefix_v if prefix_v else None,
+        None,
+        None,
+        dbias.to(bias.dtype) if bias_too else None,
+        None,
+    )
+
+
+def batches(bias: Tensor, batch: int) -> tuple[int, int]:
+    """(B0, B1) of a bias [B0 | 1, B1 | 1, H | 1, N | 1, S | 1] for a batch of B0 * B1."""
+    inner = bias.shape[1] if bias.shape[1] > 1 else batch // bias.shape[0]
+    return batch // inner, inner
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "prefix_attention: has no second derivative; use backend='reference' under create_graph"
+    )
+
+
+torch.library.register_autograd(
+    "pcx::prefix_attention", _gradients, setup_context=_setup_context, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "pcx::prefix_attention_backward", _no_second_derivative, lib=LIBRARY
+)
+
+
+@torch.library.impl(LIBRARY, "prefix_attention", "CUDA")
+def _triton(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lengths, bias, scale):
+    from pcx.kernels import prefix_attention as kernel
+
+    return kernel.forward(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lengths, bias, scale)
+
+
+@torch.library.impl(LIBRARY, "prefix_attention_backward", "CUDA")
+def _triton_backward(
+    grad_out,
+    grad_lse,
+    q,
+    k,
+    v,
+    prefix_k,
+    prefix_v,
+    prefix_index,
+    prefix_lengths,
+    bias,
+    out,
+    lse,
+    scale,
+    needs,
+):
+    from pcx.kernels import prefix_attention as kernel
+
+    tensors = (q, k, v, prefix_k, prefix_v, prefix_index, prefix_lengths, bias, out, lse)
+    found = kernel.backward(grad_out, grad_lse, *tensors, scale, tuple(needs))
+    return tuple(q.new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+try:
+    from pcx import _C  # type: ignore[attr-defined]  # noqa: F401  # registers what it has
+except ImportError:
+    EXTENSION = False
+else:
+    EXTENSION = True

@@ -1,0 +1,195 @@
+"""The Triton kernels in Triton's interpreter, on the CPU; run by test_prefix_attention.py.
+
+The interpreter has to be chosen before the kernels are imported, hence a process of its own.
+"""
+
+import math
+import os
+
+import pytest
+import torch
+
+from pcx.kernels import prefix_attention as kernel
+from pcx.ops import reference
+from pcx.ops.prefix_attention import _five_dimensions, _four_dimensions
+
+assert os.environ["TRITON_INTERPRET"] == "1"
+SMALL = (16, 16, 4, 1)  # several tiles of small inputs
+TILES = {"query": SMALL, "own": SMALL, "prefix": SMALL}
+ALL = (True, True, True, False)
+
+
+def rand(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def inputs(batch=2, heads=2, n=21, own=None, m=9, dim=16, sets=(), dtype=torch.float32):
+    """Queries, keys and values as timm lays them out, and prefixes."""
+    own = n if own is None else own
+    shapes = ((batch, n, heads, dim), (batch, own, heads, dim), (batch, own, heads, dim))
+    tokens = [rand(*shape, seed=i, dtype=dtype).transpose(1, 2) for i, shape in enumerate(shapes)]
+    return *tokens, *(rand(*sets, heads, m, dim, seed=i, dtype=dtype) for i in (3, 4))
+
+
+def check(tensors, index=None, lengths=None, bias=None, scale=None, poison=True, rtol=1e-5):
+    """Forward and backward against the reference in float64."""
+    q = tensors[0]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    wide = [t.double().requires_grad_() for t in tensors]
+    trained = bias is not None and bias.dtype != torch.bool
+    wide_bias = bias.double().requires_grad_() if trained else bias
+    five = None if bias is None else _five_dimensions(bias, q.shape[:1])
+    expected, expected_lse = reference.prefix_attention(
+        *wide,
+        prefix_index=index,
+        prefix_lengths=lengths,
+        bias=None
+        if bias is None
+        else _four_dimensions(_five_dimensions(wide_bias, q.shape[:1]), len(q)),
+        scale=scale,
+        return_lse=True,
+    )
+    out, lse = kernel.forward(*tensors, index, lengths, five, scale, SMALL)
+    grad_out, grad_lse = rand(*out.shape, seed=7, dtype=q.dtype), rand(*lse.shape, seed=8)
+    finite = expected_lse.detach().isfinite()
+    grad_lse = grad_lse * finite
+    found = kernel.backward(
+        grad_out,
+        grad_lse,
+        *tensors,
+        index,
+        lengths,
+        five,
+        out,
+        lse,
+        scale,
+        (True, True, True, trained),
+        TILES,
+    )
+    loss = (expected * grad_out).sum() + (expected_lse.masked_fill(~finite, 0) * grad_lse).sum()
+    wanted = torch.autograd.grad(loss, [*wide, wide_bias] if trained else wide)
+    found = [g for g in found if g is not None]
+    if trained:
+        found[-1] = found[-1].sum_to_size(bias.shape)
+    pairs = [(out, expected), (lse, expected_lse), *zip(found, wanted, strict=True)]
+    for a, b in pairs:
+        torch.testing.assert_close(a.double(), b.detach(), rtol=rtol, atol=rtol)
+    return out, lse, found
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory that is not written shows."""
+    new_empty = torch.Tensor.new_empty
+
+    def filled(self, *args, **kwargs):
+        made = new_empty(self, *args, **kwargs)
+        return made.fill_(math.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+
+
+@pytest.mark.parametrize("m", [0, 1, 16, 23, 40])
+def test_prefix_lengths(m):
+    check(inputs(m=m))
+
+
+@pytest.mark.parametrize("dim", [32, 24, 40])  # 24 = 16 + 8, 40 = 32 + 8
+def test_head_dims(dim):
+    check(inputs(dim=dim))
+
+
+@pytest.mark.parametrize(("n", "own"), [(1, 30), (2, 16), (33, 5), (16, 16)])
+def test_own_keys_of_another_number(n, own):
+    check(inputs(n=n, own=own))
+
+
+def test_half_precision():
+    check(inputs(dtype=torch.float16), rtol=3e-2)
+
+
+def test_many_samples_share_a_prefix_in_chunks():
+    check(inputs(batch=40, n=17, heads=1))
+
+
+def test_a_scale_of_one_s_own():
+    check(inputs(), scale=0.7)
+
+
+@pytest.mark.parametrize("lengths", [None, [9, 0, 4]])
+def test_sets(lengths):
+    lengths = None if lengths is None else torch.tensor(lengths)
+    index = torch.tensor([2, 0, 2, 2, 1])
+    check(inputs(batch=5, sets=(3,)), index=index, lengths=lengths)
+    unused = torch.tensor([2, 0, 2, 2, 2])  # nobody has set 1
+    check(inputs(batch=5, sets=(3,)), index=unused, lengths=lengths)
+
+
+def test_one_set_for_each_sample_also_without_memory_of_its_own():
+    check(inputs(batch=3, sets=(3,)))
+    q, k, v, pk, pv = inputs(batch=3)
+    check((q, k, v, pk.expand(3, *pk.shape), pv.expand(3, *pv.shape)))
+
+
+@pytest.mark.parametrize(
+    "shape", [(21, 21), (1, 2, 21, 21), (4, 1, 1, 21), (4, 2, 21, 1), (4, 2, 21, 21)]
+)
+def test_bias(shape):
+    check(inputs(batch=4), bias=rand(*shape))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinities
+def test_a_mask_also_of_whole_rows():
+    seen = rand(2, 1, 21, 21) > 0
+    check(inputs(), bias=seen)
+    seen[1, :, 4] = False
+    out, lse, _ = check(inputs(m=0), bias=seen)
+    assert not out[1, :, 4].any()
+    assert (lse[1, :, 4] == -math.inf).all()
+
+
+def test_windows_share_a_bias():
+    """Swin's: 3 windows per image, the same bias for every image."""
+    q, k, v, pk, pv = inputs(batch=6)
+    bias = rand(1, 3, 2, 21, 21)
+    out, _ = kernel.forward(q, k, v, pk, pv, None, None, bias, 0.25, SMALL)
+    for b in range(6):
+        alone = (t[b : b + 1] for t in (q, k, v))
+        expected = reference.prefix_attention(*alone, pk, pv, bias=bias[:, b % 3], scale=0.25)
+        torch.testing.assert_close(out[b : b + 1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_not_needed_is_not_computed():
+    q, k, v, pk, pv = inputs()
+    out, lse = kernel.forward(q, k, v, pk, pv, None, None, None, 0.25, SMALL)
+    rest = (out, None, q, k, v, pk, pv, None, None, None, out, lse, 0.25)
+    whole = kernel.backward(*rest, ALL, TILES)
+    part = kernel.backward(*rest, (False, False, True, False), TILES)
+    assert [g is None for g in part] == [True, True, True, False, False, True]
+    assert torch.equal(part[3], whole[3])
+    assert torch.equal(part[4], whole[4])
+
+
+def test_repeats_bit_by_bit():
+    q, k, v, pk, pv = inputs(batch=40, n=17, heads=1)
+    out, lse = kernel.forward(q, k, v, pk, pv, None, None, None, 0.25, SMALL)
+    rest = (out, None, q, k, v, pk, pv, None, None, None, out, lse, 0.25)
+    one, two = (kernel.backward(*rest, ALL, TILES) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(one[:5], two[:5], strict=True))
+
+
+def test_layout_is_the_fake_s():
+    q, k, v, pk, pv = inputs()
+    out, lse = kernel.forward(q, k, v, pk, pv, None, None, None, 0.25)
+    assert out.transpose(1, 2).is_contiguous()
+    assert lse.transpose(0, 1).is_contiguous()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of infinities
+def test_what_is_not_finite_is_passed_on():
+    q, k, v, pk, pv = inputs()
+    q[0, 0, 1, 0], v[1, 1, 2, 3] = math.nan, math.inf
+    out, _ = kernel.forward(q, k, v, pk, pv, None, None, None, 0.25, SMALL)
+    expected = reference.prefix_attention(q, k, v, pk, pv, scale=0.25)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, equal_nan=True)

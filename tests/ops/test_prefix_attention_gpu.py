@@ -1,0 +1,227 @@
+"""prefix_attention's Triton backend on a CUDA device, against the reference in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pcx import prefix_attention
+from pcx.ops import reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def rand(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).cuda()
+
+
+def inputs(dtype=torch.bfloat16, batch=3, heads=4, n=197, own=None, m=50, dim=64, sets=()):
+    """Queries, keys and values as timm's qkv projection lays them out, and prefixes."""
+    if own is None:
+        q, k, v = rand(batch, n, 3, heads, dim).permute(2, 0, 3, 1, 4).unbind(0)
+    else:
+        q = rand(batch, n, heads, dim).transpose(1, 2)
+        k, v = (rand(batch, own, heads, dim, seed=s).transpose(1, 2) for s in (1, 2))
+    prefixes = (rand(*sets, heads, m, dim, seed=s) for s in (3, 4))
+    return [t.to(dtype).requires_grad_() for t in (q, k, v, *prefixes)]
+
+
+def outcome(attend, tensors, wide=False):
+    """Output, LSE, and the gradients of a loss of both, in float64."""
+    out, lse = attend(*tensors)
+    weight = rand(*out.shape, seed=5).to(out.dtype)
+    loss = (out * weight).sum().double() + lse.double().sin().sum()
+    return [t.detach().double() for t in (out, lse, *torch.autograd.grad(loss, tensors))]
+
+
+def check(tensors, **arguments):
+    """No output or gradient is further from the truth than twice torch's own at that precision."""
+
+    def mine(*tensors):
+        return prefix_attention(*tensors, return_lse=True, backend="triton", **arguments)
+
+    def torch_s(*tensors):
+        return prefix_attention(*tensors, return_lse=True, backend="reference", **arguments)
+
+    found, plain = outcome(mine, tensors), outcome(torch_s, tensors)
+    bias = arguments.get("bias")
+    if bias is not None and bias.dtype != torch.bool:
+        arguments["bias"] = bias.double()
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    exact = outcome(torch_s, wide)
+    eps = torch.finfo(tensors[0].dtype).eps
+    for a, b, right in zip(found, plain, exact, strict=True):
+        if right.numel():
+            bound = 2 * (b - right).abs().max() + eps * right.abs().max()
+            assert (a - right).abs().max() <= bound
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("m", [0, 1, 10, 50, 100, 200, 1024])
+def test_prefix_lengths(m, dtype):
+    check(inputs(dtype, m=m))
+
+
+@pytest.mark.parametrize("dim", [16, 24, 32, 64, 72, 80, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_head_dims(dim, dtype):
+    check(inputs(dtype, dim=dim, n=70))
+
+
+@pytest.mark.parametrize(("n", "own"), [(1, 197), (2, 50), (49, 49), (577, 577), (33, 5), (7, 300)])
+def test_tokens(n, own):
+    check(inputs(n=n, own=own))
+
+
+def test_tf32_is_torch_s_choice():
+    tensors = inputs(torch.float32)
+    exact = prefix_attention(*(t.double() for t in tensors))
+    error = {}
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        try:
+            found = prefix_attention(*tensors, backend="triton")
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        error[precision] = float((found - exact).abs().max())
+    assert error["highest"] < 1e-5 < error["high"] < 1e-2
+
+
+@pytest.mark.parametrize("lengths", [None, [50, 0, 17]])
+def test_sets(lengths):
+    lengths = None if lengths is None else torch.tensor(lengths).cuda()
+    index = torch.tensor([2, 0, 2, 2, 0]).cuda()  # nobody has set 1
+    check(inputs(batch=5, sets=(3,)), prefix_index=index, prefix_lengths=lengths)
+
+
+def test_a_set_for_each_sample_without_memory_of_its_own():
+    q, k, v, pk, pv = inputs()
+    sets = [p.detach().expand(3, *p.shape).requires_grad_() for p in (pk, pv)]
+    check([q, k, v, *sets])
+    weight = rand(*q.shape).bfloat16()
+    shared = torch.autograd.grad((prefix_attention(q, k, v, pk, pv) * weight).sum(), pk)[0]
+    each = torch.autograd.grad((prefix_attention(q, k, v, *sets) * weight).sum(), sets[0])[0]
+    torch.testing.assert_close(each.float().sum(0), shared.float(), rtol=2e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("shape", [(197, 197), (1, 4, 197, 197), (3, 1, 1, 197), (3, 4, 197, 1)])
+@pytest.mark.parametrize("boolean", [False, True])
+def test_bias(shape, boolean):
+    bias = rand(*shape, seed=9)
+    check(inputs(), bias=bias > -1 if boolean else bias.bfloat16())
+
+
+def test_the_gradient_of_a_bias():
+    tensors, bias = inputs(torch.float32), rand(1, 4, 197, 197).requires_grad_()
+    tensors = [t.detach() for t in tensors]
+    (found,) = torch.autograd.grad(prefix_attention(*tensors, bias=bias).square().sum(), bias)
+    wide, wide_bias = [t.double() for t in tensors], bias.detach().double().requires_grad_()
+    right = reference.prefix_attention(*wide, bias=wide_bias).square().sum()
+    (expected,) = torch.autograd.grad(right, wide_bias)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_windows_share_a_bias():
+    q, k, v = (rand(2, 9, 4, 49, 32, seed=s) for s in range(3))
+    pk, pv, bias = rand(4, 5, 32, seed=3), rand(4, 5, 32, seed=4), rand(9, 4, 49, 49)
+    found = prefix_attention(q, k, v, pk, pv, bias=bias, backend="triton")
+    expected = prefix_attention(q, k, v, pk, pv, bias=bias, backend="reference")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_repeats_bit_by_bit():
+    tensors = inputs(batch=64, m=200)
+    once, again = (
+        torch.autograd.grad(prefix_attention(*tensors).float().square().sum(), tensors)
+        for _ in range(2)
+    )
+    assert all(map(torch.equal, once, again))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck's own
+@pytest.mark.parametrize("sets", [(), (2,)])
+def test_opcheck(sets):
+    tensors = inputs(torch.float32, n=20, m=7, sets=sets)
+    index = torch.tensor([1, 0, 1]).cuda() if sets else None
+    lengths = torch.tensor([3, 7]).cuda() if sets else None
+    bias = rand(1, 1, 1, 20, 20).requires_grad_()
+    torch.library.opcheck(
+        torch.ops.pcx.prefix_attention.default,
+        (*tensors, index, lengths, bias, 0.5),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # inductor's own
+def test_inductor_compiles_into_one_graph_that_a_cuda_graph_replays():
+    tensors = inputs()
+
+    def step(*tensors):
+        return prefix_attention(*tensors).float().square().sum()
+
+    expected = torch.autograd.grad(step(*tensors), tensors)
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    for _ in range(3):
+        found = torch.autograd.grad(compiled(*tensors), tensors)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+def test_a_cuda_graph_captures_forward_and_backward():
+    tensors = inputs()
+    weight = rand(*tensors[0].shape).bfloat16()
+
+    def step():
+        return torch.autograd.grad(prefix_attention(*tensors), tensors, weight)
+
+    expected = step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for t in found:
+        t.zero_()
+    graph.replay()
+    assert all(map(torch.equal, found, expected))
+
+
+def test_autocast_casts_as_sdpa_does():
+    tensors = [t.detach() for t in inputs(torch.float32)]
+    q, k, v, pk, pv = tensors
+    with torch.autocast("cuda", torch.bfloat16):
+        found = prefix_attention(q, k.bfloat16(), v, pk, pv, bias=rand(197, 197))
+        assert found.dtype == torch.bfloat16
+        keys, values = (torch.cat([p.expand(3, *p.shape), x], 2) for p, x in ((pk, k), (pv, v)))
+        expected = F.scaled_dot_product_attention(q, keys, values)
+        torch.testing.assert_close(prefix_attention(*tensors), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_a_second_derivative_is_refused():
+    tensors = inputs()
+    out = prefix_attention(*tensors)
+    (grad,) = torch.autograd.grad(out.square().sum(), tensors[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
+
+
+def test_no_samples():
+    q, k, v, pk, pv = inputs()
+    out = prefix_attention(q[:0], k[:0], v[:0], pk, pv, backend="triton")
+    assert out.shape == (0, 4, 197, 64)
+    out.sum().backward()
+    assert not pk.grad.any()
+
+
+def test_float64_is_the_reference_s():
+    tensors = inputs(torch.float64)
+    with pytest.raises(ValueError, match="'triton' cannot run: it computes bfloat16"):
+        prefix_attention(*tensors, backend="triton")
+    assert prefix_attention(*tensors).dtype == torch.float64
