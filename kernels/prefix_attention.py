@@ -1080,8 +1080,10 @@ def _bias_kind(bias: Tensor | None) -> int:
 
 def _precision(q: Tensor) -> str:
     """float32 products as torch's own setting has them."""
-    tf32 = q.is_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee"
+    setting = torch.backends.cuda.matmul.fp32_precision
+    if setting == "none":
+        setting = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if q.is_cuda and setting == "tf32" else "ieee"
 
 
 def _on(q: Tensor) -> Any:

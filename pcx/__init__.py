@@ -4,6 +4,7 @@ from pcx.condense import Condensation, condense
 from pcx.cost import token_cost
 from pcx.evaluate import evaluate
 from pcx.fit import NonFiniteLoss, fit
+from pcx.freeze import ensemble, freeze
 from pcx.ops import prefix_attention
 from pcx.save import load, save
 from pcx.score import score
@@ -17,8 +18,10 @@ __all__ = [
     "Condensation",
     "NonFiniteLoss",
     "condense",
+    "ensemble",
     "evaluate",
     "fit",
+    "freeze",
     "load",
     "prefix_attention",
     "save",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +57,8 @@ class PromptedBlock(nn.Module):
         last: whether this is the last block.
     """
 
+    lengths: Tensor | None
+
     def __init__(
         self,
         block: nn.Module,
@@ -84,7 +87,11 @@ class PromptedBlock(nn.Module):
         self.path = "folded"
         self.checkpoint = False
         self.observer: Observer | None = None
-        self._owner = (prompts,)  # in a tuple, so that the list is registered once, by the owner
+        self.register_buffer("lengths", None)  # of constant prefix sets where they differ, [G]
+        self.constants = 0  # attention calls whose prompts' keys and values are buffers
+        self._owner: tuple[nn.ParameterList, ...] = (
+            prompts,
+        )  # in a tuple, so that the list is registered once, by the owner
         self._positions: Any = tuple(
             (module, module.num_prefix_tokens)
             for module in block.modules()
@@ -103,6 +110,35 @@ class PromptedBlock(nn.Module):
             if module.num_prefix_tokens != base + width:
                 module.num_prefix_tokens = base + width
 
+    def make_constant(
+        self, prefixes: Sequence[tuple[Tensor, Tensor]], lengths: Tensor | None = None
+    ) -> None:
+        """Keys and values for each attention call in place of the prompts, for inference alone.
+
+        [H, m, d] for all samples, or G sets [G, H, m, d] (of `lengths` [G]) for as many equal
+        parts of a batch.
+        """
+        for n, (key, value) in enumerate(prefixes):
+            self.register_buffer(f"prefix_k{n}", key)
+            self.register_buffer(f"prefix_v{n}", value)
+        self.lengths = lengths
+        self.constants = len(prefixes)
+        self._owner = ()
+
+    def _this_step(self, batch: int) -> tuple[list[tuple[Tensor, Tensor]] | None, Tensor | None]:
+        """Keys and values for each attention call, None without prompts, and each sample's set."""
+        if self.constants:
+            pairs = [
+                (self.get_buffer(f"prefix_k{n}"), self.get_buffer(f"prefix_v{n}"))
+                for n in range(self.constants)
+            ]
+            keys = pairs[0][0]
+            return (pairs if keys.shape[-2] else None), _neighbours(keys, 4, batch)
+        prompts = self.prompt_sets(batch)
+        if not prompts.shape[-2]:
+            return None, None
+        return self.prefixes(prompts), self._sets(prompts, batch)
+
     def prompt_sets(self, batch: int) -> Tensor:
         """This step's prompts after dropout: [m, D] ([2, m, D]), or with G sets in front."""
         prompts = self._owner[0][self.index]
@@ -115,15 +151,13 @@ class PromptedBlock(nn.Module):
 
     def _folded(self, x: Tensor, *args, **kwargs) -> Tensor:
         self._place(0)
-        prompts = self.prompt_sets(x.shape[0])
+        prefixes, sets = self._this_step(x.shape[0])
         full = None
         if self.read_tokens is not None and self.last:
             full = seam.capture(self.block, self.calls, x, *args, **kwargs)
             x, args, kwargs = x[:, : self.read_tokens], (), {}
-        elif prompts.shape[-2] == 0:
+        elif prefixes is None:
             return self.block(x, *args, **kwargs)
-        prefixes = self._prefixes(prompts) if prompts.shape[-2] else None
-        sets = self._sets(prompts, x.shape[0])
 
         def attend(n: int, call: seam.Call) -> Tensor:
             if full is not None:  # the read tokens' queries over every token's keys and values
@@ -136,7 +170,7 @@ class PromptedBlock(nn.Module):
 
         return seam.run(self.block, self.calls, attend, x, *args, **kwargs)
 
-    def _prefixes(self, prompts: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def prefixes(self, prompts: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the prompts for each attention call: [H, m, d] or [G, H, m, d]."""
         if self.kind == "prefix":
             heads = self.head_dims[0]
@@ -150,15 +184,19 @@ class PromptedBlock(nn.Module):
 
     def _sets(self, prompts: Tensor, batch: int) -> Tensor | None:
         """The set of each sample, None for one set for all, or one for each."""
-        if prompts.dim() == (4 if self.kind == "prefix" else 3) and prompts.shape[0] != batch:
-            return torch.arange(batch, device=prompts.device) * prompts.shape[0] // max(batch, 1)
-        return None
+        return _neighbours(prompts, 4 if self.kind == "prefix" else 3, batch)
 
     def _attend(self, call: seam.Call, key: Tensor, value: Tensor, sets: Tensor | None) -> Tensor:
         key, value = key.to(call.k.dtype), value.to(call.v.dtype)
         tensors = (call.q, call.k, call.v, key, value)
         if self.observer is None:
-            return prefix_attention(*tensors, prefix_index=sets, bias=call.bias, scale=call.scale)
+            return prefix_attention(
+                *tensors,
+                prefix_index=sets,
+                prefix_lengths=self.lengths,
+                bias=call.bias,
+                scale=call.scale,
+            )
         if self.observer.watch_cls:
             m, batch = key.shape[-2], call.q.shape[0]
             front = _per_sample(key, sets, (batch, *key.shape[-3:]))
@@ -211,6 +249,13 @@ class PromptedBlock(nn.Module):
         return F.scaled_dot_product_attention(
             call.q, call.k, call.v, attn_mask=bias, scale=call.scale
         )
+
+
+def _neighbours(x: Tensor, rank: int, batch: int) -> Tensor | None:
+    """The set of each sample where a tensor of `rank` holds G sets for G parts of the batch."""
+    if x.dim() < rank or x.shape[0] == batch:
+        return None
+    return torch.arange(batch, device=x.device) * x.shape[0] // max(batch, 1)
 
 
 def _per_sample(x: Tensor, sets: Tensor | None, shape: tuple[int, ...]) -> Tensor:

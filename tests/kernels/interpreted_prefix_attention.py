@@ -95,7 +95,7 @@ def test_prefix_lengths(m):
     check(inputs(m=m))
 
 
-@pytest.mark.parametrize("dim", [32, 24, 40])  # 24 = 16 + 8, 40 = 32 + 8
+@pytest.mark.parametrize("dim", [32, 12, 24, 40])  # 24 = 16 + 8, 40 = 32 + 8
 def test_head_dims(dim):
     check(inputs(dim=dim))
 

@@ -1,0 +1,232 @@
+"""prefix_attention against concatenation before each SDPA backend.
+
+`pytest benchmarks/bench_prefix_attention.py` checks and times a few shapes on the CPU, or the GPU
+where there is one. On a GPU, `python benchmarks/bench_prefix_attention.py` writes
+`results/prefix_attention_<gpu>.csv`; rows already there are not measured again. All GPU times are
+of CUDA graphs over three sets of inputs, in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import pcx
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gpu_timing import graphed
+
+RESULTS = Path(__file__).parent / "results"
+HEADS = 12
+BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+HEADLINE = {"batch": 64, "n": 197, "dim": 64}
+FIELDS = (
+    "pass form batch n m dim heads dtype us_median us_q1 us_q3 max_error gpu torch triton driver"
+)
+
+
+def inputs(batch, n, m, dim, dtype, device, seed=0) -> list[Tensor]:
+    """q, k, v laid out as timm's projection gives them, prefix keys and values, output gradient."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+    q, k, v = rand(batch, n, 3, HEADS, dim).permute(2, 0, 3, 1, 4).unbind(0)
+    gradient = rand(batch, n, HEADS, dim).transpose(1, 2)
+    return [q, k, v, rand(HEADS, m, dim), rand(HEADS, m, dim), gradient]
+
+
+def concatenate(k, v, prefix_k, prefix_v) -> tuple[Tensor, Tensor]:
+    shape = (len(k), *prefix_k.shape)
+    return torch.cat([prefix_k.expand(shape), k], 2), torch.cat([prefix_v.expand(shape), v], 2)
+
+
+def concatenating(q, k, v, prefix_k, prefix_v) -> Tensor:
+    if not prefix_k.shape[1]:
+        return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, *concatenate(k, v, prefix_k, prefix_v))
+
+
+def gradients(attend, tensors, gradient) -> tuple[Tensor, ...]:
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    used = leaves if leaves[3].shape[1] else leaves[:3]
+    return torch.autograd.grad(attend(*leaves), used, gradient)
+
+
+def largest_error(found: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> float:
+    """Relative to the largest element."""
+    return max(
+        float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, right, strict=True)
+    )
+
+
+def check(attend, tensors, gradient) -> tuple[float, float]:
+    """Errors of the output and of the gradients against float32; raises where they are wrong."""
+    small = [t[:2].float() if i < 3 else t.float() for i, t in enumerate(tensors)]
+    part = [t[:2] if i < 3 else t for i, t in enumerate(tensors)]
+    with torch.no_grad():
+        out = largest_error((attend(*part).float(),), (concatenating(*small),))
+    found = gradients(attend, part, gradient[:2])
+    right = gradients(concatenating, small, gradient[:2].float())
+    back = largest_error(tuple(g.float() for g in found), right)
+    bound = 3e-2 if tensors[0].dtype != torch.float32 else 1e-3
+    if not max(out, back) < bound:
+        raise AssertionError(f"wrong by {out:.1e} forward, {back:.1e} backward")
+    return out, back
+
+
+@pytest.mark.parametrize("m", [0, 50, 200])
+@pytest.mark.parametrize("form", ["pcx", "concatenating"])
+@pytest.mark.parametrize("which", ["forward", "forward+backward"])
+def test_prefix_attention(benchmark, which, form, m):
+    on_gpu = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    *tensors, gradient = inputs(64 if on_gpu else 4, 197, m, 64, dtype, device)
+    attend = pcx.prefix_attention if form == "pcx" else concatenating
+    check(attend, tensors, gradient)
+
+    def run():
+        if which == "forward":
+            with torch.no_grad():
+                attend(*tensors)
+        else:
+            gradients(attend, tensors, gradient)
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(run, rounds=10, warmup_rounds=3)
+
+
+def forms_at(shape: dict) -> dict[str, tuple[Callable, SDPBackend | None]]:
+    """Name -> (attention over (q, k, v, prefix_k, prefix_v), the SDPA backend it is to use)."""
+    forms: dict[str, tuple[Callable, SDPBackend | None]] = {"pcx": (pcx.prefix_attention, None)}
+    headline = all(shape[key] == value for key, value in HEADLINE.items())
+    for name, backend in BACKENDS.items():
+        if name != "efficient" or headline:
+            forms[f"cat + {name}"] = (concatenating, backend)
+    if headline:
+        compiled = torch.compile(concatenating, fullgraph=True, dynamic=False)
+        for name in ("cudnn", "flash"):
+            forms[f"compiled cat + {name}"] = (compiled, BACKENDS[name])
+    return forms
+
+
+def measure(shape: dict, m: int, done: set[tuple]) -> list[dict]:
+    """Rows of one shape that are not done yet; a backend's time is that of its backward alone."""
+    rows: list[dict] = []
+
+    def missing(which: str, form: str) -> bool:
+        return (which, form, shape["batch"], shape["n"], m, shape["dim"]) not in done
+
+    def add(which: str, form: str, quartiles, error: float) -> None:
+        first, median, third = quartiles
+        row = {
+            "pass": which,
+            "form": form,
+            **shape,
+            "m": m,
+            "heads": HEADS,
+            "dtype": "bfloat16",
+            "us_median": round(median, 2),
+            "us_q1": round(first, 2),
+            "us_q3": round(third, 2),
+            "max_error": f"{error:.1e}",
+        }
+        rows.append(row)
+        print(*row.values(), flush=True)
+
+    sets = [
+        inputs(shape["batch"], shape["n"], m, shape["dim"], torch.bfloat16, "cuda", seed)
+        for seed in range(3)
+    ]
+    for form, (attend, backend) in forms_at(shape).items():
+        if not (missing("forward", form) or missing("backward", form)):
+            continue
+        with sdpa_kernel(backend or list(BACKENDS.values())):
+            errors = check(attend, sets[0][:5], sets[0][5])
+            add("forward", form, graphed([_forward(attend, s) for s in sets]), errors[0])
+            whole = graphed([_both(attend, s) for s in sets])
+            # The forward inside it saves what the backward reads, and is timed as such.
+            alone = graphed([_saving_forward(attend, s) for s in sets])
+            back = tuple(w - alone[1] for w in whole)
+            add("backward", form, back, errors[1])
+    if missing("forward", "concatenated before + cudnn"):
+        for name in ("cudnn", "flash"):
+            joined = [(s[0], *concatenate(*s[1:5])) for s in sets]
+            with sdpa_kernel(BACKENDS[name]):
+                calls = [_forward(F.scaled_dot_product_attention, j) for j in joined]
+                add("forward", f"concatenated before + {name}", graphed(calls), 0.0)
+    return rows
+
+
+def _forward(attend, tensors):
+    def run():
+        with torch.no_grad():
+            return attend(*tensors[:5])
+
+    return run
+
+
+def _saving_forward(attend, tensors):
+    leaves = [t.detach().requires_grad_() for t in tensors[:5]]
+    return lambda: attend(*leaves)
+
+
+def _both(attend, tensors):
+    return lambda: gradients(attend, tensors[:5], tensors[5])
+
+
+def shapes():
+    """Headline shape first, then the rest; smaller ones before larger ones."""
+    yield dict(HEADLINE)
+    for dim, n, batch in itertools.product((64, 80), (49, 197, 577), (1, 64, 256)):
+        shape = {"batch": batch, "n": n, "dim": dim}
+        if shape != HEADLINE:
+            yield shape
+
+
+def main() -> None:
+    import triton
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    name = torch.cuda.get_device_name().removeprefix("NVIDIA ").lower().replace(" ", "_")
+    file = parser.parse_args().out / f"prefix_attention_{name}.csv"
+    before = list(csv.DictReader(open(file))) if file.exists() else []
+    done = {
+        (r["pass"], r["form"], *(int(r[k]) for k in ("batch", "n", "m", "dim"))) for r in before
+    }
+    machine = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "driver": torch._C._cuda_getDriverVersion(),
+    }
+    with open(file, "a", newline="") as output:
+        writer = csv.DictWriter(output, FIELDS.split())
+        if not before:
+            writer.writeheader()
+        for shape in shapes():
+            for m in (0, 10, 50, 100, 200):
+                for row in measure(shape, m, done):
+                    writer.writerow({**row, **machine})
+                output.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""Deployment: constants in place of prompts, and several models in one batch."""
+
+import pickle
+
+import pytest
+import torch
+from families import FAMILIES, build, images
+
+import pcx
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["vit", "deit-distilled", "eva02", "beit", "vit-18x2", "siglip"])
+def test_a_frozen_model_computes_the_same(family):
+    assert family in FAMILIES
+    model, x = pcx.VPT(build(family), [4, 0, 2]), images(family)
+    frozen = pcx.freeze(model)
+    close(frozen(x), model.eval()(x))
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert not [name for name, _ in frozen.named_parameters() if "prompts" in name]
+    close(pickle.loads(pickle.dumps(frozen))(x), frozen(x))
+
+
+def test_kind_prefix_and_path_concat(backbone, dataset):
+    x = dataset.tensors[0]
+    for model in (pcx.VPT(backbone, 3, kind="prefix"), pcx.VPT(backbone, 3, path="concat")):
+        close(pcx.freeze(model)(x), model.eval()(x))
+
+
+def test_freezing_leaves_the_model_alone(backbone, dataset):
+    model = pcx.VPT(backbone, 3, dropout=0.5).train()
+    frozen, x = pcx.freeze(model), dataset.tensors[0]
+    before = frozen(x)
+    assert model.training
+    assert model.counts == (3, 3)
+    with torch.no_grad():
+        model.prompts[0].add_(1)
+    close(frozen(x), before)  # constants
+    assert frozen.backbone.blocks[0].block.mlp.fc1.weight.data_ptr() == (
+        backbone.blocks[0].mlp.fc1.weight.data_ptr()
+    )
+    with pytest.raises(ValueError, match="mode: this model is for inference"):
+        frozen.train()
+
+
+@pytest.mark.parametrize("family", ["vit", "deit-distilled", "vit-avg", "dinov3"])
+def test_an_ensemble_is_its_members_side_by_side(family):
+    backbone, x = build(family), images(family, batch=3)
+    models = [pcx.VPT(backbone, counts) for counts in ([4, 0, 2], 3, [0, 0, 5])]
+    joined = pcx.ensemble(models)
+    expected = torch.stack([model.eval()(x) for model in models])
+    close(joined(x), expected)
+    assert expected.shape == (3, 3, 7)
+    assert (expected[0] - expected[1]).norm() > 1e-3
+
+
+def test_members_of_kind_prefix_and_of_equal_counts(backbone, dataset):
+    models = [pcx.VPT(backbone, 3, kind="prefix") for _ in range(2)]
+    x = dataset.tensors[0]
+    close(pcx.ensemble(models)(x), torch.stack([model.eval()(x) for model in models]))
+    assert pcx.ensemble(models).backbone.blocks[0].lengths is None
+
+
+def test_what_cannot_be_frozen_or_joined_is_named(backbone):
+    good = pcx.VPT(backbone, 3)
+    with pytest.raises(ValueError, match="model: the prompts of kind='shallow' do not fold"):
+        pcx.freeze(pcx.VPT(backbone, 3, kind="shallow"))
+    with pytest.raises(ValueError, match="model: a Linear, expected a pcx.VPT"):
+        pcx.freeze(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="models: none given"):
+        pcx.ensemble([])
+    other = build("vit")
+    with pytest.raises(ValueError, match=r"models\[1\]: its backbone's weights are not those"):
+        pcx.ensemble([good, pcx.VPT(other, 3)])
+    with pytest.raises(ValueError, match=r"models\[1\]: heads of"):
+        pcx.ensemble([good, pcx.VPT(backbone, 3, num_classes=5)])
