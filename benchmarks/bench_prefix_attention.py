@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     name = torch.cuda.get_device_name().removeprefix("NVIDIA ").lower().replace(" ", "_")
     file = parser.parse_args().out / f"prefix_attention_{name}.csv"
-    before = list(csv.DictReader(open(file))) if file.exists() else []
+    before = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
     done = {
         (r["pass"], r["form"], *(int(r[k]) for k in ("batch", "n", "m", "dim"))) for r in before
     }

@@ -25,9 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 BATCH, CLASSES = 64, 100
 MODELS = {"vit_base_patch16_224": (50, 100, 200), "vit_large_patch16_224": (200,)}
 FORMS = ("plain", "plain read", "folded", "folded read", "concat")
-FIELDS = (
-    ["model", "work", "form", "mode", "prompts", "batch", "dtype", "ms_median", "ms_q1", "ms_q3", "peak_mib", "gpu", "torch", "timm"]
-)
+FIELDS = "model work form mode prompts batch dtype ms_median ms_q1 ms_q3 peak_mib gpu torch timm"
 
 
 def build(name: str, form: str, prompts: int) -> torch.nn.Module:
@@ -129,11 +127,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     name = torch.cuda.get_device_name().removeprefix("NVIDIA ").lower().replace(" ", "_")
     file = parser.parse_args().out / f"vpt_{name}.csv"
-    before = list(csv.DictReader(open(file))) if file.exists() else []
+    before = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
     done = {tuple(r[k] for k in ("model", "work", "form", "mode", "prompts")) for r in before}
     images = torch.randn(4, 3, 224, 224, device="cuda")
     with open(file, "a", newline="") as output:
-        writer = csv.DictWriter(output, FIELDS)
+        writer = csv.DictWriter(output, FIELDS.split())
         if not before:
             writer.writeheader()
         checked = set()

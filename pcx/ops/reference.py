@@ -30,9 +30,8 @@ def prefix_attention(
     scores that differentiate by a prompt's attention logit need and what the public operation
     leaves out.
     """
-    batch = q.shape[0]
-    keys = torch.cat([_per_sample(prefix_k, prefix_index, batch), k], dim=-2)  # [B, H, m+S, d]
-    values = torch.cat([_per_sample(prefix_v, prefix_index, batch), v], dim=-2)  # [B, H, m+S, dv]
+    keys = _joined(prefix_k, k, prefix_index)  # [B, H, m+S, d]
+    values = _joined(prefix_v, v, prefix_index)  # [B, H, m+S, dv]
     mask = _joint_bias(q, k, prefix_k.shape[-2], prefix_index, prefix_lengths, bias, prefix_bias)
     if not return_lse:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
@@ -48,10 +47,14 @@ def prefix_attention(
     return weights @ values, lse.masked_fill(nothing, -math.inf).squeeze(-1)
 
 
-def _per_sample(prefix: Tensor, index: Tensor | None, batch: int) -> Tensor:
+def _joined(prefix: Tensor, own: Tensor, index: Tensor | None) -> Tensor:
+    if (
+        prefix.shape[-2] == 0 and not prefix.requires_grad
+    ):  # joining nothing would copy all the same
+        return own
     if index is not None:
-        return prefix.index_select(0, index)
-    return prefix.expand(batch, *prefix.shape[-3:])
+        prefix = prefix.index_select(0, index)
+    return torch.cat([prefix.expand(own.shape[0], *prefix.shape[-3:]), own], dim=-2)
 
 
 def _joint_bias(
