@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -200,6 +201,11 @@ def shapes():
             yield shape
 
 
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+
+
 def main() -> None:
     import triton
 
@@ -215,7 +221,7 @@ def main() -> None:
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "driver": torch._C._cuda_getDriverVersion(),
+        "driver": _driver(),
     }
     with open(file, "a", newline="") as output:
         writer = csv.DictWriter(output, FIELDS.split())
