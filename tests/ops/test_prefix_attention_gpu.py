@@ -65,7 +65,7 @@ def test_prefix_lengths(m, dtype):
     check(inputs(dtype, m=m))
 
 
-@pytest.mark.parametrize("dim", [16, 24, 32, 64, 72, 80, 96, 128])
+@pytest.mark.parametrize("dim", [16, 24, 32, 40, 48, 64, 72, 80, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_head_dims(dim, dtype):
     check(inputs(dtype, dim=dim, n=70))
