@@ -35,6 +35,7 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 HEADLINE = {"batch": 64, "n": 197, "dim": 64}
+BOUND = 3e-2  # of an error, relative to the largest element
 FIELDS = (
     "pass form batch n m dim heads dtype us_median us_q1 us_q3 max_error gpu torch triton driver"
 )
@@ -76,22 +77,21 @@ def largest_error(found: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> float
     )
 
 
-def check(attend, tensors, gradient) -> tuple[float, float]:
-    """Errors of the output and of the gradients against float32; raises where they are wrong."""
+def errors_of(attend, tensors, gradient) -> tuple[float, float]:
+    """Of the output and of the gradients, against float32."""
     small = [t[:2].float() if i < 3 else t.float() for i, t in enumerate(tensors)]
     part = [t[:2] if i < 3 else t for i, t in enumerate(tensors)]
     found = gradients(attend, part, gradient[:2])
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        expected = concatenating(*small)
+    with torch.no_grad():
+        out = attend(*part)
     with sdpa_kernel(SDPBackend.MATH):
         right = gradients(concatenating, small, gradient[:2].float())
-    with torch.no_grad():
-        out = largest_error((attend(*part).float(),), (expected,))
-    back = largest_error(tuple(g.float() for g in found), right)
-    bound = 3e-2 if tensors[0].dtype != torch.float32 else 1e-3
-    if not max(out, back) < bound:
-        raise AssertionError(f"wrong by {out:.1e} forward, {back:.1e} backward")
-    return out, back
+        with torch.no_grad():
+            expected = concatenating(*small)
+    return (
+        largest_error((out.float(),), (expected,)),
+        largest_error(tuple(g.float() for g in found), right),
+    )
 
 
 @pytest.mark.parametrize("m", [0, 50, 200])
@@ -102,7 +102,7 @@ def test_prefix_attention(benchmark, which, form, m):
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     *tensors, gradient = inputs(64 if on_gpu else 4, 197, m, 64, dtype, device)
     attend = pcx.prefix_attention if form == "pcx" else concatenating
-    check(attend, tensors, gradient)
+    assert max(errors_of(attend, tensors, gradient)) < BOUND
 
     def run():
         if which == "forward":
@@ -124,9 +124,9 @@ def forms_at(shape: dict) -> dict[str, tuple[Callable, SDPBackend | None]]:
         if name != "efficient" or headline:
             forms[f"cat + {name}"] = (concatenating, backend)
     if headline:
+        torch._dynamo.reset()
         compiled = torch.compile(concatenating, fullgraph=True, dynamic=False)
-        for name in ("cudnn", "flash"):
-            forms[f"compiled cat + {name}"] = (compiled, BACKENDS[name])
+        forms["compiled cat + cudnn"] = (compiled, BACKENDS["cudnn"])
     return forms
 
 
@@ -162,13 +162,21 @@ def measure(shape: dict, m: int, done: set[tuple]) -> list[dict]:
         if not (missing("forward", form) or missing("backward", form)):
             continue
         with sdpa_kernel(backend or list(BACKENDS.values())):
-            errors = check(attend, sets[0][:5], sets[0][5])
-            add("forward", form, graphed([_forward(attend, s) for s in sets]), errors[0])
+            out_error, error = errors_of(attend, sets[0][:5], sets[0][5])
+            if form == "pcx":
+                assert max(out_error, error) < BOUND, (shape, m, out_error, error)
+            if not out_error < BOUND:
+                print(form, shape, m, f"is wrong by {out_error:.1e}: not timed", flush=True)
+                continue
+            add("forward", form, graphed([_forward(attend, s) for s in sets]), out_error)
+            if not error < BOUND:
+                print(form, shape, m, f"backward is wrong by {error:.1e}: not timed", flush=True)
+                continue
             whole = graphed([_both(attend, s) for s in sets])
             # The forward inside it saves what the backward reads, and is timed as such.
             alone = graphed([_saving_forward(attend, s) for s in sets])
             back = tuple(w - alone[1] for w in whole)
-            add("backward", form, back, errors[1])
+            add("backward", form, back, error)
     for name in ("cudnn", "flash"):
         if missing("forward", f"concatenated before + {name}"):
             joined = [(s[0], *concatenate(*s[1:5])) for s in sets]
@@ -196,9 +204,9 @@ def _both(attend, tensors):
 
 
 def shapes():
-    """Headline shape first, then the rest; smaller ones before larger ones."""
+    """The headline first."""
     yield dict(HEADLINE)
-    for dim, n, batch in itertools.product((64, 80), (49, 197, 577), (1, 64, 256)):
+    for dim, n, batch in itertools.product((64, 80), (197, 49, 577), (64, 1, 256)):
         shape = {"batch": batch, "n": n, "dim": dim}
         if shape != HEADLINE:
             yield shape

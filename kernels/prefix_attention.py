@@ -998,10 +998,10 @@ def _chunk_count(q: Tensor, programs: int, rows: int) -> int:
     return max(1, min(4 * cores // programs, rows // 256))
 
 
-# (queries, keys, warps, stages), tuned on an H200; none spills registers at d = 64 (float32 without
-# TF32 goes through plain multiply-adds and does at d = 128). Head dims of two parts keep to tiles
-# that Triton 3.6 was seen to compile rightly: at 8 warps, or in 64x64 tiles, some gradients were
-# wrong (d = 40 and 96).
+# (queries, keys, warps, stages), tuned on an H200. In 16 bits none spills registers at d = 64 and 80;
+# float32 without TF32 goes through plain multiply-adds and does. Triton 3.6 compiles some tiles
+# wrongly, so keep to what the tests on a GPU have passed: with head dims of two parts (40, 96), 8
+# warps or 64x64 tiles gave wrong gradients; 16x16 tiles at 8 warps in float32, illegal instructions.
 _TILES = {
     "16 bits": {
         "forward": (64, 32, 4, 3),
@@ -1016,8 +1016,8 @@ _TILES = {
         "prefix": (32, 64, 4, 2),
     },
     "float32": {
-        "forward": (32, 32, 8, 2),
-        "query": (16, 16, 8, 2),
+        "forward": (64, 32, 8, 2),
+        "query": (16, 32, 8, 2),
         "own": (32, 32, 8, 2),
         "prefix": (32, 32, 8, 2),
     },
