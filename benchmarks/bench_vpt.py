@@ -28,7 +28,10 @@ def backbone() -> torch.nn.Module:
 
 
 def forms(prompts: int) -> dict:
-    """Name -> model; "read" computes in the last block only what the head reads."""
+    """Name -> model; "read" computes in the last block only what the head reads.
+
+    "frozen" is "folded" with the prompts' keys and values as constants.
+    """
     plain = backbone()
     folded, concat = (
         pcx.VPT(plain, prompts, path=path, read_only=False) for path in ("folded", "concat")
@@ -42,6 +45,7 @@ def forms(prompts: int) -> dict:
         "concat": concat,
         "plain read": pcx.VPT(plain, 0),
         "folded read": read,
+        "frozen": pcx.freeze(folded),
     }
 
 
@@ -49,7 +53,7 @@ def check(models: dict, images: torch.Tensor) -> None:
     """The three forms with prompts agree, and differ from the backbone without."""
     with torch.inference_mode():
         expected = models["concat"](images)
-        for name in ("folded", "folded read"):
+        for name in ("folded", "folded read", "frozen"):
             torch.testing.assert_close(models[name](images), expected, rtol=1e-3, atol=1e-3)
         without = pcx.VPT(models["plain"], 0)
         without.load_state_dict(
@@ -69,7 +73,9 @@ def setting():
 MEDIANS: dict[str, float] = {}
 
 
-@pytest.mark.parametrize("form", ["plain", "folded", "concat", "plain read", "folded read"])
+@pytest.mark.parametrize(
+    "form", ["plain", "folded", "concat", "plain read", "folded read", "frozen"]
+)
 def test_forward(benchmark, setting, form):
     models, images = setting
     model = models[form]
@@ -84,7 +90,7 @@ def test_the_fold_pays():
     By operations alone concat is 2.10 and folded 1.07 of plain; the bounds leave room for the noise
     of a shared machine. `results/vpt_cpu.csv` has what was measured.
     """
-    if len(MEDIANS) < 5:
+    if len(MEDIANS) < 6:
         pytest.skip("needs the timings of test_forward")
     print({name: round(seconds, 3) for name, seconds in MEDIANS.items()})
     assert MEDIANS["concat"] / MEDIANS["folded"] >= 1.7

@@ -877,7 +877,8 @@ def backward(
     q, k, v, prefix_k, prefix_v, grad_out = map(_rowwise, (q, k, v, prefix_k, prefix_v, grad_out))
     tiles = tiles or {}
     delta = q.new_empty(heads, batch, n, dtype=torch.float32)
-    dq = q.new_empty(batch, n, heads, dim).transpose(1, 2) if need_q else None
+    # A bias's gradient comes from the kernel that makes dq, which then needs a place for it.
+    dq = q.new_empty(batch, n, heads, dim).transpose(1, 2) if need_q or need_bias else None
     dbias = q.new_empty(batch, heads, n, own, dtype=torch.float32) if need_bias else None
     bm, bn, warps, stages = tiles.get("query") or _configuration("query", q, own)
     bias_pointer, bias_strides, inner_batch = _bias(bias, q)
@@ -905,7 +906,7 @@ def backward(
     if need_prefix:
         config = tiles.get("prefix") or _configuration("prefix", q, m)
         dprefix_k, dprefix_v = _prefix_gradients(prefix_k, prefix_v, rows, index, lengths, config)
-    return dq, dk, dv, dprefix_k, dprefix_v, dbias
+    return dq if need_q else None, dk, dv, dprefix_k, dprefix_v, dbias
 
 
 @dataclass(frozen=True)
@@ -998,10 +999,10 @@ def _chunk_count(q: Tensor, programs: int, rows: int) -> int:
     return max(1, min(4 * cores // programs, rows // 256))
 
 
-# (queries, keys, warps, stages), tuned on an H200. In 16 bits none spills registers at d = 64 and 80;
-# float32 without TF32 goes through plain multiply-adds and does. Triton 3.6 compiles some tiles
-# wrongly, so keep to what the tests on a GPU have passed: with head dims of two parts (40, 96), 8
-# warps or 64x64 tiles gave wrong gradients; 16x16 tiles at 8 warps in float32, illegal instructions.
+# (queries, keys, warps, stages), tuned on an H200. In 16 bits none spills at d = 64 and 80; float32
+# without TF32 goes through plain multiply-adds and does. With head dims of two parts (d = 40 and 96)
+# Triton 3.6 gave wrong gradients at 8 warps and in 64x64 tiles, so these keep to what the tests on a
+# GPU have passed.
 _TILES = {
     "16 bits": {
         "forward": (64, 32, 4, 3),

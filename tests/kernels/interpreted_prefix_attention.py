@@ -171,6 +171,17 @@ def test_what_is_not_needed_is_not_computed():
     assert torch.equal(part[4], whole[4])
 
 
+def test_the_gradient_of_a_bias_alone():
+    q, k, v, pk, pv = inputs()
+    bias = rand(1, 1, 2, 21, 21)
+    out, lse = kernel.forward(q, k, v, pk, pv, None, None, bias, 0.25, SMALL)
+    rest = (out, None, q, k, v, pk, pv, None, None, bias, out, lse, 0.25)
+    whole = kernel.backward(*rest, (True, True, True, True), TILES)
+    alone = kernel.backward(*rest, (False, False, False, True), TILES)
+    assert alone[:5] == (None,) * 5
+    assert torch.equal(alone[5], whole[5])
+
+
 def test_repeats_bit_by_bit():
     q, k, v, pk, pv = inputs(batch=40, n=17, heads=1)
     out, lse = kernel.forward(q, k, v, pk, pv, None, None, None, 0.25, SMALL)
