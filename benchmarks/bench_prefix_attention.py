@@ -3,7 +3,7 @@
 `pytest benchmarks/bench_prefix_attention.py` checks and times a few shapes on the CPU, or the GPU
 where there is one. On a GPU, `python benchmarks/bench_prefix_attention.py` writes
 `results/prefix_attention_<gpu>.csv`; rows already there are not measured again. All GPU times are
-of CUDA graphs over three sets of inputs, in turn.
+of CUDA graphs over three sets of inputs, in turn. `--draw <csv>` draws the figure of a table.
 """
 
 from __future__ import annotations
@@ -217,13 +217,47 @@ def _driver() -> str:
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
-def main() -> None:
-    import triton
+def draw(table: Path) -> None:
+    """Times against the number of prompts at the headline shape, beside the table."""
+    from matplotlib.figure import Figure
 
+    rows = list(csv.DictReader(table.read_text().splitlines()))
+    rows = [r for r in rows if all(int(r[key]) == value for key, value in HEADLINE.items())]
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    labels = {
+        "cat + cudnn": "concatenation + cuDNN, eager",
+        "compiled cat + cudnn": "concatenation + cuDNN, compiled",
+        "concatenated before + cudnn": "cuDNN, already concatenated",
+        "pcx": "pcx.prefix_attention",
+    }
+    for axes, which in zip(figure.subplots(1, 2), ("forward", "backward"), strict=True):
+        for form, label in labels.items():
+            found = [
+                (int(r["m"]), float(r["us_median"]))
+                for r in rows
+                if (r["pass"], r["form"]) == (which, form)
+            ]
+            if found:
+                colour = f"C{list(labels).index(form)}"
+                axes.plot(*zip(*sorted(found), strict=True), "o-", color=colour, label=label)
+        axes.set(title=which, xlabel="prompts", ylabel="microseconds", ylim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=7)
+    figure.suptitle(f"{rows[0]['gpu']}, bfloat16, B=64, H=12, N=197, d=64", fontsize=9)
+    figure.savefig(table.with_suffix(".png"), dpi=150)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--draw", type=Path)
+    arguments = parser.parse_args()
+    if arguments.draw:
+        return draw(arguments.draw)
+    import triton
+
     name = torch.cuda.get_device_name().removeprefix("NVIDIA ").lower().replace(" ", "_")
-    file = parser.parse_args().out / f"prefix_attention_{name}.csv"
+    file = arguments.out / f"prefix_attention_{name}.csv"
     before = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
     done = {
         (r["pass"], r["form"], *(int(r[k]) for k in ("batch", "n", "m", "dim"))) for r in before
