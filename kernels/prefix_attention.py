@@ -834,6 +834,7 @@ def forward(
     if not out.numel():
         return out, lse
     bm, bn, warps, stages = tiles or _configuration("forward", q, own)
+    index, lengths = _dense(index), _dense(lengths)
     q, k, v, prefix_k, prefix_v = map(_rowwise, (q, k, v, prefix_k, prefix_v))
     with _on(q):
         _forward[(triton.cdiv(n, bm) * heads * batch,)](
@@ -842,7 +843,8 @@ def forward(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *_set_strides(prefix_k), *_set_strides(prefix_v), *_bias(bias, q)[1],
             batch, heads, n, own, m, _sets(prefix_k, batch), _bias(bias, q)[2],
-            **_parts(dim), BM=bm, BN=bn, PREFIX_TAIL=_tail(m, bn), OWN_TAIL=_tail(own, bn),
+            **_parts(dim), BM=bm, BN=bn,
+            PREFIX_TAIL=0 if lengths is not None else _tail(m, bn), OWN_TAIL=_tail(own, bn),
             INDEXED=index is not None, RAGGED=lengths is not None, BIAS=_bias_kind(bias),
             PRECISION=_precision(q), num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
@@ -874,7 +876,10 @@ def backward(
     need_q, need_own, need_prefix, need_bias = needs
     batch, heads, n, dim = q.shape
     own, m = k.shape[2], prefix_k.shape[-2]
-    q, k, v, prefix_k, prefix_v, grad_out = map(_rowwise, (q, k, v, prefix_k, prefix_v, grad_out))
+    q, k, v, prefix_k, prefix_v = map(_rowwise, (q, k, v, prefix_k, prefix_v))
+    grad_out, out = _rowwise(grad_out), _rowwise(out)
+    lse = lse.transpose(0, 1).contiguous().transpose(0, 1)  # hooks on saved tensors may move it
+    index, lengths = _dense(index), _dense(lengths)
     tiles = tiles or {}
     delta = q.new_empty(heads, batch, n, dtype=torch.float32)
     # A bias's gradient comes from the kernel that makes dq, which then needs a place for it.
@@ -892,7 +897,8 @@ def backward(
                 *_set_strides(prefix_k), *_set_strides(prefix_v), *bias_strides,
                 *out.stride()[:3], *grad_out.stride()[:3], *_or(grad_lse, lse).stride(),
                 batch, heads, n, own, m, _sets(prefix_k, batch), inner_batch,
-                **_parts(dim), BM=bm, BN=bn, PREFIX_TAIL=_tail(m, bn), OWN_TAIL=_tail(own, bn),
+                **_parts(dim), BM=bm, BN=bn,
+                PREFIX_TAIL=0 if lengths is not None else _tail(m, bn), OWN_TAIL=_tail(own, bn),
                 INDEXED=index is not None, RAGGED=lengths is not None, BIAS=_bias_kind(bias),
                 LSE_GRAD=grad_lse is not None, NEED_DQ=need_q or need_bias, NEED_DBIAS=need_bias,
                 PRECISION=_precision(q), num_warps=warps, num_stages=stages, enable_fp_fusion=True,
@@ -996,7 +1002,7 @@ def _launch_key_gradients(
 def _chunk_count(q: Tensor, programs: int, rows: int) -> int:
     """Into how many parts the batch is cut so that the programs fill the chip four times."""
     cores = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
-    return max(1, min(4 * cores // programs, rows // 256))
+    return max(1, min(4 * cores // max(programs, 1), rows // 256))
 
 
 # (queries, keys, warps, stages), tuned on an H200. In 16 bits none spills at d = 64 and 80;
@@ -1052,6 +1058,10 @@ def _tail(count: int, tile: int) -> int:
 
 def _rowwise(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _or(x: Tensor | None, other: Tensor) -> Tensor:

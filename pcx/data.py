@@ -11,6 +11,7 @@ from typing import Any
 import timm.data
 from torch import nn
 from torch.utils.data import (
+    BatchSampler,
     ConcatDataset,
     DataLoader,
     IterableDataset,
@@ -44,7 +45,8 @@ def data_config(model: nn.Module) -> dict:
     if hasattr(backbone, "pretrained_cfg"):
         config = timm.data.resolve_model_data_config(backbone)
         embed: Any = getattr(backbone, "patch_embed", None)
-        channels = embed.proj.weight.shape[1] if hasattr(embed, "proj") else config["input_size"][0]
+        plain = hasattr(embed, "proj") and not hasattr(embed, "backbone")  # no stem before it
+        channels = embed.proj.weight.shape[1] if plain else config["input_size"][0]
         size = getattr(embed, "img_size", None) or config["input_size"][1:]
         return {**config, "input_size": (channels, *size)}
     size = getattr(getattr(backbone, "config", None), "image_size", 224)
@@ -104,16 +106,19 @@ def plain_loader(loader, config: dict) -> PlainLoader:
         return PlainLoader(
             loader, "the loader as given (not a DataLoader over a map-style data set)"
         )
-    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    batches = loader.batch_sampler
+    if batches is not None and type(batches) is not BatchSampler:
+        return PlainLoader(loader, f"the samples that {type(batches).__name__} gives, as given")
     dataset, transform = _without_augmentation(loader.dataset, config)
-    if isinstance(sampler, SubsetRandomSampler):
-        dataset = Subset(dataset, list(sampler.indices))
-    elif not isinstance(sampler, RandomSampler | SequentialSampler):
-        return PlainLoader(loader, f"the samples that {type(sampler).__name__} gives, {transform}")
+    given, sampler, said = getattr(batches, "sampler", loader.sampler), None, "in order"
+    if isinstance(given, SubsetRandomSampler):
+        dataset = Subset(dataset, list(given.indices))
+    elif not isinstance(given, RandomSampler | SequentialSampler):
+        sampler, said = given, f"as {type(given).__name__} gives them"
     plain = DataLoader(
         dataset,
-        batch_size=loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1),
-        shuffle=False,
+        batch_size=loader.batch_size or getattr(batches, "batch_size", None),
+        sampler=sampler,
         drop_last=False,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
@@ -121,7 +126,7 @@ def plain_loader(loader, config: dict) -> PlainLoader:
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
     )
-    return PlainLoader(plain, f"{len(dataset)} samples in order, {transform}")
+    return PlainLoader(plain, f"{len(dataset)} samples {said}, {transform}")
 
 
 def _without_augmentation(dataset: Any, config: dict) -> tuple[Any, str]:

@@ -67,7 +67,7 @@ def evaluate_on(
     accelerator: Accelerator, model: nn.Module, loader, criterion: Criterion | None = None
 ) -> dict:
     """`evaluate` with a model on the accelerator's device and a loader it has prepared."""
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     loss, correct, samples = 0.0, 0, 0
     model.eval()
     try:
@@ -81,7 +81,8 @@ def evaluate_on(
             correct += int(hits.sum())
             samples += len(losses)
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
     if not samples:
         raise ValueError("loader: it yielded no sample")
     return {"accuracy": 100 * correct / samples, "loss": loss / samples, "samples": samples}

@@ -99,7 +99,7 @@ def ensemble(models: Sequence[VPT]) -> Ensemble:
         `.softmax(-1).mean(0)` averages the members.
 
     Raises:
-        ValueError: no models, another backbone, kind, dtype or size of head, or prompts that do not
+        ValueError: no models, another backbone or size of head, or prompts that do not
             fold.
 
     Example:

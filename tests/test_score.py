@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 from families import build, images
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 from torchvision import transforms
 
 import pcx
@@ -327,6 +333,11 @@ def test_augmentation_is_taken_away():
     plain = plain_loader(DataLoader(Images(float), shuffle=True, drop_last=True), config)
     assert plain.loader.dataset.transform is float
     assert "evaluation transform" in plain.description
+    weighted = WeightedRandomSampler([1.0] * 5, 5)
+    drawn = plain_loader(DataLoader(Images(float), batch_size=4, sampler=weighted), config)
+    assert drawn.loader.dataset.transform is float
+    assert drawn.loader.sampler is weighted
+    assert "as WeightedRandomSampler gives them" in drawn.description
     both = ConcatDataset([Images(float), Images(float)])
     plain = plain_loader(DataLoader(both), config)
     assert all(part.transform is float for part in plain.loader.dataset.datasets)

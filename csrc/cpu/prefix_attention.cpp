@@ -1,7 +1,7 @@
 // prefix_attention on the CPU: forward and backward over [a prefix shared by samples; own keys],
 // which are never concatenated. One task is one head of one sample (forward) or of a group of
 // samples that share a prefix (backward); its matrix products are torch's own, run on one thread.
-// bfloat16 and float16 are computed in float32, double in double. The same bits on every run,
+// bfloat16 is computed in float32, double in double. The same bits on every run,
 // whatever the number of threads.
 
 #include <ATen/Parallel.h>
@@ -16,6 +16,7 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -31,6 +32,12 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int64_t kGroups = 8;  // parts of a batch that shares one prefix; fixed, for fixed sums
+
+// Torch's operations without autograd and without autocast, in whichever thread.
+struct Plain {
+  at::AutoDispatchBelowADInplaceOrView below;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
 
 at::ScalarType compute_type(const Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -60,6 +67,13 @@ struct Inputs {
     if (index) copy(*index, set);
     length.assign(sets, prefix_k.size(-2));
     if (lengths) copy(*lengths, length);
+    for (const int64_t g : set) {
+      TORCH_CHECK_INDEX(0 <= g && g < sets, "prefix_index: ", g, ", expected 0..", sets - 1);
+    }
+    for (const int64_t m : length) {
+      TORCH_CHECK_INDEX(0 <= m && m <= prefix_k.size(-2), "prefix_lengths: ", m, ", expected 0..",
+                        prefix_k.size(-2));
+    }
   }
 
   static void copy(const Tensor& from, std::vector<int64_t>& to) {
@@ -116,7 +130,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   Tensor out = token_major(q, n, v.size(3));
   Tensor lse = at::empty({heads, batch, n}, q.options().dtype(in.type)).transpose(0, 1);
   at::parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView below;  // threads have dispatch states of their own
+    const Plain plain;  // threads have dispatch states of their own
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / heads, h = task % heads;
       const Tensor queries = in.head(q, b, h), keys = in.head(k, b, h), values = in.head(v, b, h);
@@ -166,7 +180,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor dprefix_v = at::zeros({need_prefix ? count : 0, heads, m, prefix_v.size(-1)}, wide);
 
   at::parallel_for(0, count * heads, 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView below;
+    const Plain plain;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / heads, h = task % heads;
       for (const int64_t b : groups[group]) {

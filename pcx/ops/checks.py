@@ -52,6 +52,8 @@ def _check_tensors(named: dict[str, Tensor]) -> None:
             raise TypeError(f"{name}: dtype {tensor.dtype}, but q has {q.dtype}")
         if tensor.device != q.device:
             raise ValueError(f"{name}: on {tensor.device}, but q is on {q.device}")
+    if q.shape[-1] == 0:
+        raise ValueError(f"q: shape {tuple(q.shape)}, expected a head dim of at least 1")
     if not q.is_floating_point():
         raise TypeError(f"q: dtype {q.dtype}, expected a floating one")
 
@@ -77,14 +79,14 @@ def _check_sets(
         if tuple(index.shape) != tuple(lead) or index.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"prefix_index: {index.dtype} of shape {tuple(index.shape)}, expected int64 "
-                f"{list(lead)}"
+                f"or int32 {list(lead)}"
             )
         _check_values("prefix_index", index, 0, count - 1)
     if lengths is not None:
         if tuple(lengths.shape) != (count,) or lengths.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"prefix_lengths: {lengths.dtype} of shape {tuple(lengths.shape)}, expected int64 "
-                f"({count},)"
+                f"or int32 ({count},)"
             )
         _check_values("prefix_lengths", lengths, 0, m)
 

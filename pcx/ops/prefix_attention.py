@@ -98,7 +98,7 @@ def can_run(
     if backend == "triton":
         return _triton_cannot(q, k, v, scale)
     if backend == "cpu":
-        return _cpu_cannot(q)
+        return _cpu_cannot(q, k)
     return None
 
 
@@ -113,6 +113,9 @@ def _triton_cannot(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
         return f"it needs d = dv, got {q.shape[-1]} and {v.shape[-1]}"
     if q.shape[-1] > 128:
         return f"it needs d <= 128, got {q.shape[-1]}"
+    for name, tensor in {"q": q, "k": k, "v": v}.items():
+        if any((tensor.shape[i] - 1) * tensor.stride(i) >= 2**31 for i in (-3, -2)):
+            return f"the heads or tokens of {name} lie 2**31 elements apart"
     if scale <= 0:
         return f"it needs scale > 0, got {scale}"
     if k.shape[-2] == 0:
@@ -120,13 +123,15 @@ def _triton_cannot(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     return None
 
 
-def _cpu_cannot(q: Tensor) -> str | None:
+def _cpu_cannot(q: Tensor, k: Tensor) -> str | None:
     if q.device.type != "cpu":
         return f"it needs CPU tensors, q is on {q.device.type}"
     if not registration.EXTENSION:
         return "pcx was installed without its compiled extension pcx._C"
     if q.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         return f"it computes float32, float64 and bfloat16, q has {q.dtype}"
+    if k.shape[-2] == 0:
+        return "it needs own keys, S is 0"
     return None
 
 

@@ -110,7 +110,7 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tu
 def batches(bias: Tensor, batch: int) -> tuple[int, int]:
     """(B0, B1) of a bias [B0 | 1, B1 | 1, H | 1, N | 1, S | 1] for a batch of B0 * B1."""
     inner = bias.shape[1] if bias.shape[1] > 1 else batch // bias.shape[0]
-    return batch // inner, inner
+    return (batch // inner if inner else bias.shape[0]), inner  # inner is 0 for no samples
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:

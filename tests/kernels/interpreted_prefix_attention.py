@@ -126,6 +126,23 @@ def test_sets(lengths):
     check(inputs(batch=5, sets=(3,)), index=unused, lengths=lengths)
 
 
+def test_sets_and_saved_tensors_of_other_strides():
+    q, k, v, pk, pv = inputs(batch=5, sets=(3,))
+    index, lengths = torch.tensor([2, 0, 2, 2, 1]), torch.tensor([9, 0, 4])
+    apart = [torch.stack([t, t + 7], 1)[:, 0] for t in (index, lengths)]
+    check((q, k, v, pk, pv), index=apart[0], lengths=apart[1])
+    one = torch.tensor([1]).expand(5)
+    check((q, k, v, pk, pv), index=one)
+    out, lse = kernel.forward(q, k, v, pk, pv, index, lengths, None, 0.25, SMALL)
+    rest = (q, k, v, pk, pv, index, lengths, None)
+    right = kernel.backward(out, None, *rest, out, lse, 0.25, ALL, TILES)
+    moved = out.mT.contiguous().mT, lse.contiguous()
+    for a, b in zip(
+        kernel.backward(out, None, *rest, *moved, 0.25, ALL, TILES)[:5], right[:5], strict=True
+    ):
+        assert torch.equal(a, b)
+
+
 def test_one_set_for_each_sample_also_without_memory_of_its_own():
     check(inputs(batch=3, sets=(3,)))
     q, k, v, pk, pv = inputs(batch=3)

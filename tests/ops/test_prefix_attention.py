@@ -312,11 +312,33 @@ def test_a_named_backend_that_cannot_run_says_why(backend, change, message):
         prefix_attention(*tensors, backend=backend)
 
 
-def test_autocast_casts_as_sdpa_does():
-    q, k, v, pk, pv = (t.float() for t in inputs())
+def test_autocast_casts_as_sdpa_does(backend):
+    q, k, v, pk, pv = (t.float().requires_grad_() for t in inputs())
     bias = rand(1, 1, N, S).float()
     with torch.autocast("cpu", torch.bfloat16):
-        assert prefix_attention(q, k.bfloat16(), v, pk, pv, bias=bias).dtype == torch.bfloat16
+        out = prefix_attention(q, k.bfloat16(), v, pk, pv, bias=bias, backend=backend)
+        assert out.dtype == torch.bfloat16
+        out.sum().backward()
+    expected = prefix_attention(q, k, v, pk, pv, bias=bias)
+    torch.testing.assert_close(out.float(), expected, rtol=3e-2, atol=3e-2)
+    assert q.grad.dtype == torch.float32
+
+
+def test_no_samples_with_a_bias(backend):
+    q, k, v, pk, pv = inputs()
+    bias = rand(1, H, N, S).requires_grad_()
+    out = prefix_attention(q[:0], k[:0], v[:0], pk, pv, bias=bias, backend=backend)
+    assert out.shape == (0, H, N, DV)
+    out.sum().backward()
+    assert bias.grad is None or not bias.grad.any()
+
+
+def test_an_index_out_of_range_is_found_without_the_check():
+    if not EXTENSION:
+        pytest.skip("pcx._C was not built here")
+    index = torch.tensor([0, -1, 1])
+    with pytest.raises(IndexError, match=r"prefix_index: -1, expected 0\.\.1"):
+        torch.ops.pcx.prefix_attention(*inputs(sets=(2,)), index, None, None, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +374,7 @@ def test_bad_arguments_are_named(change, error, message):
     [
         ({}, "prefix_index: needed"),
         ({"prefix_index": torch.tensor([0, 1, 2])}, r"values 0\.\.2, expected 0\.\.1"),
-        ({"prefix_index": torch.tensor([0, 1])}, r"prefix_index: .* expected int64 \[3\]"),
+        ({"prefix_index": torch.tensor([0, 1])}, r"prefix_index: .* expected int64 or int32 \[3\]"),
         (
             {"prefix_index": torch.tensor([0, 1, 1]), "prefix_lengths": torch.tensor([1])},
             "prefix_lengths: .* expected int64",
