@@ -47,18 +47,16 @@ def test_hugging_face_s_attention_interface():
         return out.transpose(1, 2), None
 
     transformers.AttentionInterface.register("pcx", attend)
-    config = transformers.ViTConfig(
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        image_size=32,
-        attn_implementation="pcx",
+    size = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size |= {"intermediate_size": 48, "image_size": 32}
+    model, plain = (
+        transformers.ViTForImageClassification(
+            transformers.ViTConfig(**size, attn_implementation=implementation)
+        )
+        for implementation in ("pcx", "sdpa")
     )
-    model = transformers.ViTForImageClassification(config).double().eval()
-    plain = transformers.ViTForImageClassification(config).double().eval()
     plain.load_state_dict(model.state_dict())
-    plain.set_attn_implementation("sdpa")
+    model, plain = model.double().eval(), plain.double().eval()
     attention = [m for m in model.modules() if type(m).__name__ == "ViTAttention"]
     assert len(attention) == 2
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
