@@ -92,7 +92,7 @@ def test_prefix_kind_equals_the_keys_of_a_deep_model(family):
         for head, other in zip(prefix.heads, deep.heads, strict=True):
             head.load_state_dict(other.state_dict())
         for layer, target, prompts in zip(deep.layers, prefix.prompts, deep.prompts, strict=True):
-            ((key, value),) = layer._prefixes(prompts)  # [H, m, d] each
+            ((key, value),) = layer.prefixes(prompts)  # [H, m, d] each
             target.copy_(torch.stack([t.transpose(0, 1).flatten(1) for t in (key, value)]))
     assert relative(prefix(x), deep(x)) < 1e-12
 
