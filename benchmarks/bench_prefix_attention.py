@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import pcx
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu_timing import graphed
+from gpu_timing import graphed, table
 
 RESULTS = Path(__file__).parent / "results"
 HEADS = 12
@@ -217,11 +217,11 @@ def _driver() -> str:
     return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
-def draw(table: Path) -> None:
+def draw(file: Path) -> None:
     """Times against the number of prompts at the headline shape, beside the table."""
     from matplotlib.figure import Figure
 
-    rows = list(csv.DictReader(table.read_text().splitlines()))
+    rows = list(csv.DictReader(file.read_text().splitlines()))
     rows = [r for r in rows if all(int(r[key]) == value for key, value in HEADLINE.items())]
     figure = Figure(figsize=(8, 3), layout="constrained")
     labels = {
@@ -244,7 +244,7 @@ def draw(table: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=7)
     figure.suptitle(f"{rows[0]['gpu']}, bfloat16, B=64, H=12, N=197, d=64", fontsize=9)
-    figure.savefig(table.with_suffix(".png"), dpi=150)
+    figure.savefig(file.with_suffix(".png"), dpi=150)
 
 
 def main() -> None:
@@ -256,9 +256,7 @@ def main() -> None:
         return draw(arguments.draw)
     import triton
 
-    name = torch.cuda.get_device_name().removeprefix("NVIDIA ").lower().replace(" ", "_")
-    file = arguments.out / f"prefix_attention_{name}.csv"
-    before = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+    file, before = table(arguments.out, "prefix_attention")
     done = {
         (r["pass"], r["form"], *(int(r[k]) for k in ("batch", "n", "m", "dim"))) for r in before
     }

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
+
+
+def table(folder: Path, stem: str) -> tuple[Path, list[dict]]:
+    """The CSV of this GPU, <stem>_<gpu>.csv, and the rows that are in it already."""
+    name = torch.cuda.get_device_name().removeprefix("NVIDIA ").lower().replace(" ", "_")
+    file = folder / f"{stem}_{name}.csv"
+    return file, list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
 
 
 def graph_of(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:

@@ -19,7 +19,7 @@ import torch
 import pcx
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu_timing import graph_of, quantiles
+from gpu_timing import graph_of, quantiles, table
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, CLASSES = 64, 100
@@ -125,9 +125,7 @@ def runs():
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    name = torch.cuda.get_device_name().removeprefix("NVIDIA ").lower().replace(" ", "_")
-    file = parser.parse_args().out / f"vpt_{name}.csv"
-    before = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+    file, before = table(parser.parse_args().out, "vpt")
     done = {tuple(r[k] for k in ("model", "work", "form", "mode", "prompts")) for r in before}
     images = torch.randn(4, 3, 224, 224, device="cuda")
     with open(file, "a", newline="") as output:

@@ -25,13 +25,8 @@ from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-RUNTIME = [
-    "N",
-    "S",
-    "m",
-    "B1",
-    "rows_per_chunk",
-]  # vary from call to call: one compiled form for all
+# Vary from call to call: one compiled form for all.
+RUNTIME = ["N", "S", "m", "B1", "rows_per_chunk"]
 
 
 @triton.jit
@@ -836,13 +831,14 @@ def forward(
     bm, bn, warps, stages = tiles or _configuration("forward", q, own)
     index, lengths = _dense(index), _dense(lengths)
     q, k, v, prefix_k, prefix_v = map(_rowwise, (q, k, v, prefix_k, prefix_v))
+    bias_pointer, bias_strides, inner_batch = _bias(bias, q)
     with _on(q):
         _forward[(triton.cdiv(n, bm) * heads * batch,)](
-            q, k, v, prefix_k, prefix_v, _or(index, q), _or(lengths, q), *_bias(bias, q)[:1],
+            q, k, v, prefix_k, prefix_v, _or(index, q), _or(lengths, q), bias_pointer,
             out, lse, scale * LOG2_E.value,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            *_set_strides(prefix_k), *_set_strides(prefix_v), *_bias(bias, q)[1],
-            batch, heads, n, own, m, _sets(prefix_k, batch), _bias(bias, q)[2],
+            *_set_strides(prefix_k), *_set_strides(prefix_v), *bias_strides,
+            batch, heads, n, own, m, _sets(prefix_k, batch), inner_batch,
             **_parts(dim), BM=bm, BN=bn,
             PREFIX_TAIL=0 if lengths is not None else _tail(m, bn), OWN_TAIL=_tail(own, bn),
             INDEXED=index is not None, RAGGED=lengths is not None, BIAS=_bias_kind(bias),

@@ -89,9 +89,8 @@ class PromptedBlock(nn.Module):
         self.observer: Observer | None = None
         self.register_buffer("lengths", None)  # of constant prefix sets where they differ, [G]
         self.constants = 0  # attention calls whose prompts' keys and values are buffers
-        self._owner: tuple[nn.ParameterList, ...] = (
-            prompts,
-        )  # in a tuple, so that the list is registered once, by the owner
+        # In a tuple, so that the list is registered once, by the owner.
+        self._owner: tuple[nn.ParameterList, ...] = (prompts,)
         self._positions: Any = tuple(
             (module, module.num_prefix_tokens)
             for module in block.modules()

@@ -48,9 +48,7 @@ def prefix_attention(
 
 
 def _joined(prefix: Tensor, own: Tensor, index: Tensor | None) -> Tensor:
-    if (
-        prefix.shape[-2] == 0 and not prefix.requires_grad
-    ):  # joining nothing would copy all the same
+    if prefix.shape[-2] == 0 and not prefix.requires_grad:  # joining nothing would still copy
         return own
     if index is not None:
         prefix = prefix.index_select(0, index)
