@@ -2,8 +2,10 @@
 
 `results/vpt_<gpu>.csv` has inference and training steps of the backbone without prompts ("plain"),
 of VPT-Deep folded and concatenating, each eager in a CUDA graph and compiled, in bfloat16 autocast;
-"read" computes in the last block only what the head reads. Rows already there are not measured
-again.
+"read" computes in the last block only what the head reads. "frozen" is that in
+`pcx.freeze(..., amp="bf16")`, for inference: weights cast once and, with prompts, their keys and
+values as constants.
+Rows already there are not measured again.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from gpu_timing import graph_of, quantiles, table
 RESULTS = Path(__file__).parent / "results"
 BATCH, CLASSES = 64, 100
 MODELS = {"vit_base_patch16_224": (50, 100, 200), "vit_large_patch16_224": (200,)}
-FORMS = ("plain", "plain read", "folded", "folded read", "concat")
+FORMS = ("plain", "plain read", "plain frozen", "folded", "folded read", "frozen", "concat")
 FIELDS = "model work form mode prompts batch dtype ms_median ms_q1 ms_q3 peak_mib gpu torch timm"
 
 
@@ -35,7 +37,9 @@ def build(name: str, form: str, prompts: int) -> torch.nn.Module:
         return backbone
     path = "concat" if form == "concat" else "folded"
     count = 0 if form.startswith("plain") else prompts
-    return pcx.VPT(backbone, count, path=path, read_only=form.endswith("read"))
+    read = form.endswith(("read", "frozen"))
+    model = pcx.VPT(backbone, count, path=path, read_only=read)
+    return pcx.freeze(model, amp="bf16") if form.endswith("frozen") else model
 
 
 def check(name: str, prompts: int, images: torch.Tensor) -> None:
@@ -47,10 +51,12 @@ def check(name: str, prompts: int, images: torch.Tensor) -> None:
             found[form] = model(images[:4])
     for form in ("folded", "folded read"):
         torch.testing.assert_close(found[form], found["concat"], rtol=1e-3, atol=1e-3)
+    frozen = build(name, "frozen", prompts)(images[:4]).float()
+    assert (frozen - found["concat"]).norm() < 2e-2 * found["concat"].norm()
 
 
 def inference(model: torch.nn.Module, images: torch.Tensor):
-    model.eval()
+    model.eval()  # a frozen model too: it only refuses to train
 
     def run():
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
@@ -118,6 +124,8 @@ def runs():
                     for form in FORMS:
                         plain = form.startswith("plain")
                         if plain and (prompts != counts[-1] or work == "training"):
+                            continue
+                        if form.endswith("frozen") and work == "training":
                             continue
                         yield name, form, prompts, work, mode
 

@@ -1,28 +1,40 @@
-// The compiled part of pcx. Operations are registered with TORCH_LIBRARY_IMPL against schemas that
-// Python defines; this module only makes them loadable and says how it was built.
+// The compiled part of pcx. Its operations implement schemas that Python defines; this module makes
+// them loadable and says how it was built.
 
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
+
+#include "operations.h"
 
 namespace py = pybind11;
 
 namespace {
 
+#ifdef PCX_CUDA
+constexpr bool kCuda = true;
+#else
+constexpr bool kCuda = false;
+#endif
+
 py::dict build_info() {
   py::dict info;
   info["torch"] = TORCH_VERSION;
   info["compiler"] = __VERSION__;
-#ifdef WITH_CUDA
-  info["cuda"] = true;
-#else
-  info["cuda"] = false;
-#endif
+  info["cuda"] = kCuda;
 #ifdef _OPENMP
   info["openmp"] = _OPENMP;
 #else
   info["openmp"] = 0;
 #endif
+  info["schemas"] = pcx::kSchemas;
   return info;
+}
+
+void register_operations() {
+  pcx::register_cpu();
+#ifdef PCX_CUDA
+  pcx::register_cuda();
+#endif
 }
 
 }  // namespace
@@ -30,4 +42,6 @@ py::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Compiled backends of pcx";
   module.def("build_info", &build_info, "Versions and options this extension was built with.");
+  module.def("register_operations", &register_operations,
+             "Implements the operations whose schemas are defined. Called once.");
 }

@@ -10,22 +10,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pcx.prompted_block import PromptedBlock
 from pcx.save import backbone_fingerprint
 from pcx.vpt import VPT
+
+AMP = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Frozen(nn.Module):
     """A VPT, or several on one backbone, for inference; made by `pcx.freeze` and `pcx.ensemble`."""
 
-    def __init__(self, backbone: nn.Module, members: int):
+    def __init__(self, backbone: nn.Module, amp: torch.dtype | None = None):
         super().__init__()
         self.backbone = backbone.requires_grad_(False)
-        self.members = members
+        self.amp = amp
         self.training = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W], or what the backbone takes -> logits [B, C], or features [B, D]."""
-        out = self.backbone(x)
+        if self.amp is None:
+            out = self.backbone(x)
+        else:
+            with torch.autocast(x.device.type, self.amp):
+                out = self.backbone(x)
         return out.logits if hasattr(out, "logits") else out
 
     def train(self, mode: bool = True) -> Frozen:
@@ -37,6 +44,10 @@ class Frozen(nn.Module):
 
 class Ensemble(Frozen):
     """Several VPTs on one backbone; made by `pcx.ensemble`."""
+
+    def __init__(self, backbone: nn.Module, members: int):
+        super().__init__(backbone)
+        self.members = members
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> each member's logits, [k, B, C]."""
@@ -57,7 +68,7 @@ class _MemberHeads(nn.Module):
 
 
 @torch.no_grad()
-def freeze(model: VPT) -> Frozen:
+def freeze(model: VPT, *, amp: str = "no") -> Frozen:
     """A model for inference whose prompts are folded into constants.
 
     The keys and values of the prompts are computed once and kept as buffers; the prompts and their
@@ -65,23 +76,31 @@ def freeze(model: VPT) -> Frozen:
 
     Args:
         model: a VPT on the folded path.
+        amp: "bf16" or "fp16" to compute in autocast with the weights of linear and convolutional
+            layers cast once, which autocast does anew in every call and to the same bits. The cast
+            weights are the frozen model's own. "no" leaves precision to the caller.
 
     Returns:
         A module that maps images to logits as the model does in eval mode, to rounding. It has no
         prompts, no parameter that requires a gradient, and cannot be put into training mode.
 
     Raises:
-        ValueError: the model is no VPT, or its prompts do not fold (kind "shallow").
+        ValueError: the model is no VPT, its prompts do not fold (kind "shallow"), or amp is none of
+            the three.
 
     Example:
         >>> deployed = pcx.freeze(model)
         >>> logits = deployed(images)
     """
     _check_folded("model", model)
-    copied = _copy(model)
+    if amp not in AMP:
+        raise ValueError(f"amp: got {amp!r}, expected one of {tuple(AMP)}")
+    dtype, copied = AMP[amp], _copy(model)
     for layer in copied.layers:
         layer.make_constant(_prefixes(layer))
-    return Frozen(copied.backbone, members=1)
+    if dtype is not None:
+        _cast(copied.backbone, dtype)
+    return Frozen(copied.backbone, dtype)
 
 
 @torch.no_grad()
@@ -117,6 +136,18 @@ def ensemble(models: Sequence[VPT]) -> Ensemble:
     for name, heads in zip(copied.anatomy.heads, members, strict=True):
         copied.backbone.set_submodule(name, _MemberHeads([copy.deepcopy(h).eval() for h in heads]))
     return Ensemble(copied.backbone, members=len(models))
+
+
+def _cast(backbone: nn.Module, dtype: torch.dtype) -> None:
+    """Casts what autocast would cast in every call."""
+    for module in backbone.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+        elif isinstance(module, PromptedBlock):
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                if buffer.is_floating_point():
+                    setattr(module, name, buffer.to(dtype))
 
 
 def _copy(model: VPT) -> VPT:

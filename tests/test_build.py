@@ -33,6 +33,18 @@ def test_the_extension_says_how_it_was_built():
     assert torch.__version__.startswith(_C.build_info()["torch"])
 
 
+def test_an_extension_of_another_version_is_left_out_and_said():
+    said = python(
+        "import sys, types, warnings\n"
+        "stale = types.ModuleType('pcx._C'); stale.__file__ = '_C.so'\n"
+        "stale.build_info = lambda: {'cuda': False, 'schemas': 0}\n"
+        "sys.modules['pcx._C'] = stale\n"
+        "import pcx; from pcx.ops.registration import EXTENSION\n"
+        "assert not EXTENSION"
+    )
+    assert "_C.so is of another version of pcx and is left out: build it again" in said
+
+
 def test_without_torch_pure_python_is_installed():
     """setup.py where torch cannot be imported: no extension, said aloud."""
     said = python(

@@ -46,6 +46,22 @@ def test_freezing_leaves_the_model_alone(backbone, dataset):
         frozen.train()
 
 
+@pytest.mark.parametrize("family", ["vit", "eva02", "beit", "siglip"])
+def test_weights_cast_once_give_the_bits_of_autocast(family):
+    backbone, x = build(family).float(), images(family).float()
+    model = pcx.VPT(backbone, [4, 0, 2])
+    plain, cast = pcx.freeze(model), pcx.freeze(model, amp="bf16")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = plain(x)
+    found = cast(x)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found.float(), plain(x))  # the precision was another
+    assert cast.backbone.blocks[0].block.mlp.fc2.weight.dtype == torch.bfloat16
+    assert backbone.blocks[0].mlp.fc2.weight.dtype == torch.float32
+    with pytest.raises(ValueError, match="amp: got 'fp8', expected one of"):
+        pcx.freeze(model, amp="fp8")
+
+
 @pytest.mark.parametrize("family", ["vit", "deit-distilled", "vit-avg", "dinov3"])
 def test_an_ensemble_is_its_members_side_by_side(family):
     backbone, x = build(family), images(family, batch=3)

@@ -25,6 +25,8 @@
 #include <tuple>
 #include <vector>
 
+#include "../operations.h"
+
 namespace {
 
 using at::Tensor;
@@ -124,7 +126,8 @@ Tensor token_major(const Tensor& like, int64_t tokens, int64_t dim) {
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                    const Tensor& prefix_k, const Tensor& prefix_v,
                                    const OptionalTensor& index, const OptionalTensor& lengths,
-                                   const OptionalTensor& bias, double scale) {
+                                   const OptionalTensor& bias, double scale,
+                                   c10::string_view /*backend*/) {
   const Inputs in(q, k, v, prefix_k, prefix_v, index, lengths, bias, scale);
   const int64_t batch = q.size(0), heads = q.size(1), n = q.size(2);
   Tensor out = token_major(q, n, v.size(3));
@@ -227,7 +230,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(pcx, CPU, library) {
+void pcx::register_cpu() {
+  static torch::Library library(torch::Library::IMPL, "pcx", c10::DispatchKey::CPU, __FILE__,
+                                __LINE__);
   library.impl("prefix_attention", &forward);
   library.impl("prefix_attention_backward", &backward);
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from typing import Any
 
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pcx.ops import reference, registration
+from pcx.ops.backends import cannot
 from pcx.ops.checks import check_prefix_attention
 
-BACKENDS = ("auto", "triton", "cpu", "reference")
-TRITON = importlib.util.find_spec("triton") is not None
+BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 
 
 def prefix_attention(
@@ -50,9 +49,10 @@ def prefix_attention(
         scale: factor on the logits, 1 / sqrt(d) by default.
         return_lse: also return the natural log of the softmax's denominator, [B, H, N] in float32
             (float64 for float64), differentiable.
-        backend: "triton" (CUDA), "cpu" (C++), "reference" (torch, by concatenation), or "auto", the
-            fastest that can run. The first two give the same bits on every run and have no second
-            derivative.
+        backend: "cuda" (Hopper, 16 bits, d = 64, no bias; the backward is Triton's), "triton" (any
+            other on CUDA), "cpu" (C++), "reference" (torch, by concatenation), or "auto", the
+            fastest that can run. The first three give the same bits on every run and have no
+            second derivative.
 
     Returns:
         [B, H, N, dv], with the LSE as a second item where asked for.
@@ -71,7 +71,8 @@ def prefix_attention(
     if prefix_index is not None:
         prefix_index = prefix_index.reshape(-1)
     tensors = (q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4), prefix_k, prefix_v)
-    if _choose(backend, *tensors, scale) == "reference":
+    chosen = _choose(backend, *tensors, bias, scale)
+    if chosen == "reference":
         found = reference.prefix_attention(
             *tensors,
             prefix_index=prefix_index,
@@ -84,67 +85,22 @@ def prefix_attention(
     else:
         _assert_later(prefix_index, prefix_k)
         out, lse = torch.ops.pcx.prefix_attention(
-            *tensors, prefix_index, prefix_lengths, bias, scale
+            *tensors, prefix_index, prefix_lengths, bias, scale, chosen
         )
     if len(lead) != 1:
         out, lse = out.unflatten(0, lead), None if lse is None else lse.unflatten(0, lead)
     return (out, lse) if return_lse else out
 
 
-def can_run(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, scale: float
-) -> str | None:
-    """None where the backend can run on checked arguments, or the reason why not."""
-    if backend == "triton":
-        return _triton_cannot(q, k, v, scale)
-    if backend == "cpu":
-        return _cpu_cannot(q, k)
-    return None
-
-
-def _triton_cannot(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
-    if q.device.type != "cuda":
-        return f"it needs CUDA tensors, q is on {q.device.type}"
-    if not TRITON:
-        return "triton is not installed"
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"it computes bfloat16, float16 and float32, q has {q.dtype}"
-    if q.shape[-1] != v.shape[-1]:
-        return f"it needs d = dv, got {q.shape[-1]} and {v.shape[-1]}"
-    if q.shape[-1] > 128:
-        return f"it needs d <= 128, got {q.shape[-1]}"
-    for name, tensor in {"q": q, "k": k, "v": v}.items():
-        if any((tensor.shape[i] - 1) * tensor.stride(i) >= 2**31 for i in (-3, -2)):
-            return f"the heads or tokens of {name} lie 2**31 elements apart"
-    if scale <= 0:
-        return f"it needs scale > 0, got {scale}"
-    if k.shape[-2] == 0:
-        return "it needs own keys, S is 0"
-    return None
-
-
-def _cpu_cannot(q: Tensor, k: Tensor) -> str | None:
-    if q.device.type != "cpu":
-        return f"it needs CPU tensors, q is on {q.device.type}"
-    if not registration.EXTENSION:
-        return "pcx was installed without its compiled extension pcx._C"
-    if q.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-        return f"it computes float32, float64 and bfloat16, q has {q.dtype}"
-    if k.shape[-2] == 0:
-        return "it needs own keys, S is 0"
-    return None
-
-
-def _choose(backend: str, q, k, v, prefix_k, prefix_v, scale: float) -> str:
+def _choose(backend: str, *arguments) -> str:
+    """The backend to call the operation with; "auto" leaves what CUDA runs to the call itself."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {BACKENDS}")
-    tensors = (q, k, v, prefix_k, prefix_v)
     if backend == "auto":
-        if torch.compiler.is_exporting():  # the exported program then needs torch alone
-            return "reference"
-        candidates = ("triton",) if q.device.type == "cuda" else ()
-        return next((b for b in candidates if can_run(b, *tensors, scale) is None), "reference")
-    reason = can_run(backend, *tensors, scale)
+        if torch.compiler.is_exporting() or arguments[0].device.type != "cuda":
+            return "reference"  # the exported program then needs torch alone
+        return "reference" if cannot("triton", *arguments) else "auto"
+    reason = cannot(backend, *arguments)
     if reason:
         raise ValueError(f"backend: {backend!r} cannot run: {reason}")
     return backend

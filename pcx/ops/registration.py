@@ -1,28 +1,37 @@
 """Registration with torch of the operations that have compiled backends.
 
 Schemas, fakes and gradients are defined here, in Python, so that they exist without the compiled
-part; a backend adds an implementation for its dispatch key: Triton for CUDA here, C++ for CPU when
-`pcx._C` is loaded.
+part; a backend adds an implementation for its dispatch key: Triton for CUDA here, C++ for CPU, and
+CUDA C++ for Hopper, when `pcx._C` is loaded.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("pcx", "FRAGMENT")
+SCHEMAS = 2  # moves with every change of a schema below, as kSchemas in csrc/operations.h
 
 LIBRARY.define(
     "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
-    "Tensor? prefix_index, Tensor? prefix_lengths, Tensor? bias, float scale) -> (Tensor, Tensor)"
+    "Tensor? prefix_index, Tensor? prefix_lengths, Tensor? bias, float scale, str backend) "
+    "-> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "prefix_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
     "Tensor prefix_k, Tensor prefix_v, Tensor? prefix_index, Tensor? prefix_lengths, "
     "Tensor? bias, Tensor out, Tensor lse, float scale, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+# What prefix_attention calls on a Hopper GPU where `pcx.ops.backends` says that it fits; without a
+# gradient of its own.
+LIBRARY.define(
+    "prefix_attention_hopper(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
+    "Tensor? prefix_index, Tensor? prefix_lengths, float scale) -> (Tensor, Tensor)"
 )
 
 
@@ -36,7 +45,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.library.register_fake("pcx::prefix_attention", lib=LIBRARY)
-def _fake(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lengths, bias, scale):
+def _fake(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lengths, bias, scale, backend):
     batch, heads, n, _ = q.shape
     lse = q.new_empty(heads, batch, n, dtype=_wide(q.dtype)).transpose(0, 1)
     return _token_major(q, n, v.shape[3]), lse
@@ -72,7 +81,7 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, _ = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
@@ -80,7 +89,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple:
     *tensors, out, lse = ctx.saved_tensors
     bias = tensors[7]
-    q, k, v, prefix_k, prefix_v, _, _, bias_too, _ = ctx.needs_input_grad
+    q, k, v, prefix_k, prefix_v, _, _, bias_too, _, _ = ctx.needs_input_grad
     if grad_out is None:
         grad_out = torch.zeros_like(out)
     dq, dk, dv, dprefix_k, dprefix_v, dbias = torch.ops.pcx.prefix_attention_backward(
@@ -103,6 +112,7 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tu
         None,
         None,
         dbias.to(bias.dtype) if bias_too else None,
+        None,
         None,
     )
 
@@ -128,10 +138,20 @@ torch.library.register_autograd(
 
 
 @torch.library.impl(LIBRARY, "prefix_attention", "CUDA")
-def _triton(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lengths, bias, scale):
+def _on_cuda(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lengths, bias, scale, backend):
+    from pcx.ops.backends import cannot
+
+    tensors, sets = (q, k, v, prefix_k, prefix_v), (prefix_index, prefix_lengths)
+    if backend != "triton":
+        # Here and not by the caller: a compiled program may lay out what it passes as it likes.
+        reason = cannot("cuda", *tensors, bias, scale)
+        if reason is None:
+            return torch.ops.pcx.prefix_attention_hopper(*tensors, *sets, scale)
+        if backend == "cuda":
+            raise ValueError(f"backend: 'cuda' cannot run: {reason}")
     from pcx.kernels import prefix_attention as kernel
 
-    return kernel.forward(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lengths, bias, scale)
+    return kernel.forward(*tensors, *sets, bias, scale)
 
 
 @torch.library.impl(LIBRARY, "prefix_attention_backward", "CUDA")
@@ -158,9 +178,22 @@ def _triton_backward(
     return tuple(q.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
-try:
-    from pcx import _C  # type: ignore[attr-defined]  # noqa: F401  # registers what it has
-except ImportError:
-    EXTENSION = False
-else:
-    EXTENSION = True
+def _load() -> frozenset[str]:
+    """What the compiled part, where there is one, has kernels for: "cpu", "cuda"."""
+    try:
+        from pcx import _C  # type: ignore[attr-defined]
+    except ImportError:
+        return frozenset()
+    info = _C.build_info()
+    if info.get("schemas") != SCHEMAS:
+        warnings.warn(
+            f"{_C.__file__} is of another version of pcx and is left out: build it again with "
+            "`pip install --no-build-isolation -e .`",
+            stacklevel=2,
+        )
+        return frozenset()
+    _C.register_operations()
+    return frozenset({"cpu", "cuda"} if info["cuda"] else {"cpu"})
+
+
+EXTENSION = _load()

@@ -232,7 +232,7 @@ class TestRegistration:
         lengths = torch.tensor([3, 4]) if sets else None
         bias = rand(1, 1, 1, N, S).requires_grad_()
         torch.library.opcheck(
-            torch.ops.pcx.prefix_attention.default, (*tensors, index, lengths, bias, 0.5)
+            torch.ops.pcx.prefix_attention.default, (*tensors, index, lengths, bias, 0.5, "auto")
         )
 
     def test_compiles_into_one_graph(self):
@@ -300,6 +300,7 @@ def test_the_fake_raises_the_same_errors():
 @pytest.mark.parametrize(
     ("backend", "change", "message"),
     [
+        ("cuda", {}, "'cuda' cannot run: it needs CUDA tensors, q is on cpu"),
         ("triton", {}, "'triton' cannot run: it needs CUDA tensors, q is on cpu"),
         ("cpu", {"dtype": torch.float16}, "'cpu' cannot run: it computes float32, float64 and"),
     ],
@@ -339,7 +340,7 @@ def test_an_index_out_of_range_is_found_without_the_check():
         pytest.skip("pcx._C was not built here")
     index = torch.tensor([0, -1, 1])
     with pytest.raises(IndexError, match=r"prefix_index: -1, expected 0\.\.1"):
-        torch.ops.pcx.prefix_attention(*inputs(sets=(2,)), index, None, None, 0.5)
+        torch.ops.pcx.prefix_attention(*inputs(sets=(2,)), index, None, None, 0.5, "auto")
 
 
 @pytest.mark.parametrize(

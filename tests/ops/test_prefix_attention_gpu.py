@@ -1,4 +1,4 @@
-"""prefix_attention's Triton backend on a CUDA device, against the reference in float64."""
+"""prefix_attention's backends on a CUDA device, against the reference in float64."""
 
 import pytest
 import torch
@@ -37,11 +37,11 @@ def outcome(attend, tensors, wide=False):
     return [t.detach().double() for t in (out, lse, *torch.autograd.grad(loss, tensors))]
 
 
-def check(tensors, **arguments):
+def check(tensors, backend="triton", **arguments):
     """No output or gradient is further from the truth than twice torch's own at that precision."""
 
     def mine(*tensors):
-        return prefix_attention(*tensors, return_lse=True, backend="triton", **arguments)
+        return prefix_attention(*tensors, return_lse=True, backend=backend, **arguments)
 
     def torch_s(*tensors):
         return prefix_attention(*tensors, return_lse=True, backend="reference", **arguments)
@@ -59,10 +59,66 @@ def check(tensors, **arguments):
             assert (a - right).abs().max() <= bound
 
 
+hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs a Hopper GPU",
+)
+BACKENDS = ["triton", pytest.param("cuda", marks=hopper)]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("m", [0, 1, 10, 50, 100, 200, 1024])
 def test_prefix_lengths(m, dtype):
     check(inputs(dtype, m=m))
+
+
+@hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m", [0, 1, 10, 50, 59, 75, 100, 200, 1024])
+def test_prefix_lengths_on_hopper(m, dtype):
+    check(inputs(dtype, m=m), "cuda")
+
+
+@hopper
+@pytest.mark.parametrize("n", [1, 5, 8, 9, 49, 63, 64, 65, 72, 73, 192, 257, 320, 577])
+def test_tokens_on_hopper(n):
+    check(inputs(n=n, m=20), "cuda")
+    check(inputs(n=n, own=33, m=0), "cuda")
+
+
+@hopper
+@pytest.mark.parametrize(("batch", "heads", "n"), [(64, 12, 197), (400, 3, 40), (90, 2, 577)])
+def test_more_heads_of_samples_than_the_chip_holds_blocks(batch, heads, n):
+    check(inputs(batch=batch, heads=heads, n=n, m=37), "cuda")
+
+
+@hopper
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("which", range(5))
+def test_what_is_not_finite_stays_where_sdpa_leaves_it(which, wrong):
+    tensors = [t.detach().clone() for t in inputs(torch.float16, batch=70, n=70)]
+    tensors[which][1, 2, 3] = wrong  # of sample 1, or in a prefix a key of head 1
+    found = prefix_attention(*tensors, backend="cuda")
+    expected = prefix_attention(*tensors, backend="reference")
+    assert torch.equal(found.isnan(), expected.isnan())
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2, equal_nan=True)
+
+
+@hopper
+def test_a_hopper_kernel_that_cannot_run_says_why():
+    q, k, v, pk, pv = (t.detach() for t in inputs(dim=72))
+    shifted = [q[..., 4:68], k[..., 8:], v[..., 8:], pk[..., 8:], pv[..., 8:]]
+    for tensors, arguments, message in (
+        ((q, k, v, pk, pv), {}, "needs d = dv = 64, got 72"),
+        (shifted, {}, "the rows of q do not begin on multiples of 16 bytes"),
+        (inputs(torch.float32), {}, "q has torch.float32"),
+        (inputs(), {"bias": rand(197, 197).bfloat16()}, "it takes no bias"),
+    ):
+        with pytest.raises(ValueError, match=f"'cuda' cannot run: .*{message}"):
+            prefix_attention(*tensors, **arguments, backend="cuda")
+    found = prefix_attention(*shifted)
+    expected = prefix_attention(*shifted, backend="reference")
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dim", [16, 24, 32, 40, 48, 64, 72, 80, 96, 128])
@@ -90,17 +146,19 @@ def test_tf32_is_torch_s_choice():
     assert error["highest"] < 1e-5 < error["high"] < 1e-2
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("lengths", [None, [50, 0, 17]])
-def test_sets(lengths):
+def test_sets(lengths, backend):
     lengths = None if lengths is None else torch.tensor(lengths).cuda()
     index = torch.tensor([2, 0, 2, 2, 0]).cuda()  # nobody has set 1
-    check(inputs(batch=5, sets=(3,)), prefix_index=index, prefix_lengths=lengths)
+    check(inputs(batch=5, sets=(3,)), backend, prefix_index=index, prefix_lengths=lengths)
 
 
-def test_a_set_for_each_sample_without_memory_of_its_own():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_set_for_each_sample_without_memory_of_its_own(backend):
     q, k, v, pk, pv = inputs()
     sets = [p.detach().expand(3, *p.shape).requires_grad_() for p in (pk, pv)]
-    check([q, k, v, *sets])
+    check([q, k, v, *sets], backend)
     weight = rand(*q.shape).bfloat16()
     shared = torch.autograd.grad((prefix_attention(q, k, v, pk, pv) * weight).sum(), pk)[0]
     each = torch.autograd.grad((prefix_attention(q, k, v, *sets) * weight).sum(), sets[0])[0]
@@ -132,13 +190,15 @@ def test_windows_share_a_bias():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_repeats_bit_by_bit():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_repeats_bit_by_bit(backend):
     tensors = inputs(batch=64, m=200)
-    once, again = (
-        torch.autograd.grad(prefix_attention(*tensors).float().square().sum(), tensors)
-        for _ in range(2)
-    )
-    assert all(map(torch.equal, once, again))
+
+    def run():
+        out = prefix_attention(*tensors, backend=backend)
+        return out, *torch.autograd.grad(out.float().square().sum(), tensors)
+
+    assert all(map(torch.equal, run(), run()))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck's own
@@ -150,7 +210,7 @@ def test_opcheck(sets):
     bias = rand(1, 1, 1, 20, 20).requires_grad_()
     torch.library.opcheck(
         torch.ops.pcx.prefix_attention.default,
-        (*tensors, index, lengths, bias, 0.5),
+        (*tensors, index, lengths, bias, 0.5, "auto"),
         rtol=1e-4,
         atol=1e-5,
     )
@@ -171,12 +231,14 @@ def test_inductor_compiles_into_one_graph_that_a_cuda_graph_replays():
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
 
-def test_a_cuda_graph_captures_forward_and_backward():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_cuda_graph_captures_forward_and_backward(backend):
     tensors = inputs()
     weight = rand(*tensors[0].shape).bfloat16()
 
     def step():
-        return torch.autograd.grad(prefix_attention(*tensors), tensors, weight)
+        out = prefix_attention(*tensors, backend=backend)
+        return torch.autograd.grad(out, tensors, weight)
 
     expected = step()
     stream = torch.cuda.Stream()
@@ -212,9 +274,10 @@ def test_a_second_derivative_is_refused():
         grad.sum().backward()
 
 
-def test_no_samples():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_samples(backend):
     q, k, v, pk, pv = inputs()
-    out = prefix_attention(q[:0], k[:0], v[:0], pk, pv, backend="triton")
+    out = prefix_attention(q[:0], k[:0], v[:0], pk, pv, backend=backend)
     assert out.shape == (0, 4, 197, 64)
     out.sum().backward()
     assert not pk.grad.any()

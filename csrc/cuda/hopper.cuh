@@ -1,0 +1,114 @@
+// Warp-group products and barriers in shared memory (sm_90a).
+
+#pragma once
+
+#include <type_traits>
+
+#include "tiles.cuh"
+
+namespace pcx {
+
+// Rows of 128 bytes in groups of 8, each row's 16-byte pieces permuted by its place in the group,
+// as the tensor cores read them (128-byte swizzle). The tile starts on a multiple of 1024 bytes.
+constexpr int kRowBytes = 128;
+
+__device__ __forceinline__ uint32_t swizzled(int row, int piece) {
+  return row * kRowBytes + (piece ^ row % 8) * 16;
+}
+
+// Eight rows are 1024 bytes apart from the next eight, of keys by d as of d by keys.
+__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 >> 4} << 32;
+  return kSwizzle128 | kEightRows | uint64_t{1} << 16 | address >> 4;
+}
+
+__device__ __forceinline__ void begin_products() {
+  asm volatile("wgmma.fence.sync.aligned;\n" ::: "memory");
+}
+
+__device__ __forceinline__ void commit_products() {
+  asm volatile("wgmma.commit_group.sync.aligned;\n" ::: "memory");
+}
+
+template <int Left>
+__device__ __forceinline__ void wait_for_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(Left) : "memory");
+}
+
+// Orders what other threads copied to shared memory before this thread's products.
+__device__ __forceinline__ void see_copies() {
+  asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
+}
+
+#define PCX_PRODUCT(TYPE, N, REGISTERS, A0, A1, A2, A3, B, ADD, TRANSPOSED, ...)                  \
+  asm volatile(                                                                                   \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %" #ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N  \
+      "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B \
+      ", add, 1, 1, %" #TRANSPOSED ";\n}\n"                                                       \
+      : __VA_ARGS__                                                                               \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{add}), "n"(Transposed))
+#define PCX_TILE(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
+#define PCX_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define PCX_R16 PCX_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define PCX_R24 PCX_R16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define PCX_R32 PCX_R24 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define PCX_PRODUCTS(TYPE)                                                                     \
+  if constexpr (Tiles == 2) {                                                                  \
+    PCX_PRODUCT(TYPE, 16, PCX_R8, 8, 9, 10, 11, 12, 13, 14, PCX_TILE(0), PCX_TILE(1));         \
+  } else if constexpr (Tiles == 4) {                                                           \
+    PCX_PRODUCT(TYPE, 32, PCX_R16, 16, 17, 18, 19, 20, 21, 22, PCX_TILE(0), PCX_TILE(1),       \
+                PCX_TILE(2), PCX_TILE(3));                                                     \
+  } else if constexpr (Tiles == 6) {                                                           \
+    PCX_PRODUCT(TYPE, 48, PCX_R24, 24, 25, 26, 27, 28, 29, 30, PCX_TILE(0), PCX_TILE(1),       \
+                PCX_TILE(2), PCX_TILE(3), PCX_TILE(4), PCX_TILE(5));                           \
+  } else {                                                                                     \
+    static_assert(Tiles == 8);                                                                 \
+    PCX_PRODUCT(TYPE, 64, PCX_R32, 32, 33, 34, 35, 36, 37, 38, PCX_TILE(0), PCX_TILE(1),       \
+                PCX_TILE(2), PCX_TILE(3), PCX_TILE(4), PCX_TILE(5), PCX_TILE(6), PCX_TILE(7)); \
+  }
+
+// Starts c [64, 8 Tiles] = a [64, 16] b [16, 8 Tiles], plus c where `add`. A row of b's tile in
+// shared memory is a column of b, or a row where Transposed.
+template <typename T, int Tiles, int Transposed>
+__device__ __forceinline__ void start_product(float (&c)[Tiles][4], const uint32_t (&a)[4],
+                                              uint64_t b, bool add) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    PCX_PRODUCTS("bf16")
+  } else {
+    PCX_PRODUCTS("f16")
+  }
+}
+
+#undef PCX_PRODUCTS
+#undef PCX_PRODUCT
+#undef PCX_TILE
+#undef PCX_R8
+#undef PCX_R16
+#undef PCX_R24
+#undef PCX_R32
+
+// A barrier in shared memory; its phases alternate between parities 0 and 1.
+__device__ __forceinline__ void make_barrier(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(barrier), "r"(arrivals)
+               : "memory");
+}
+
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
+}
+
+// Arrives when this thread's copies so far are done.
+__device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra over;\nbra again;\nover:\n}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+}
+
+}  // namespace pcx

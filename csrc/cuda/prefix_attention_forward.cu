@@ -1,0 +1,426 @@
+// The forward of prefix_attention on Hopper, head dim 64, 16 bits.
+//
+// A block stays on its processor and takes (sample, head) after (sample, head). Three warps copy:
+// the prefix's keys and then the sample's own, as one sequence, row by row from where they lie into
+// a ring of stages of 64 keys; they run ahead into the next item's. Each group of four warps has 64
+// queries, whose products with a stage run on the tensor cores while other groups are at their
+// softmax (FlashAttention-3, arXiv:2407.08608, without its ping-pong). Images have k * k + 1 tokens
+// and 64 divides k * k for most k, so up to 16 queries left over go to one more warp of its own:
+// 197 = 3 * 64 + 5. The keys left over are computed in tiles of 16.
+//
+// A row's reference maximum is moved only where it would grow by more than 2^kSlack, which is exact
+// (any reference gives the same quotient) and spares most rescaling.
+
+#include <cmath>
+
+#include "hopper.cuh"
+#include "prefix_attention.h"
+
+namespace pcx {
+namespace {
+
+constexpr int kDim = 64;
+constexpr int kStage = 64;  // keys of a stage
+constexpr int kMaxStages = 8;
+constexpr int kGroups = 3;                 // of 64 queries, at most, in a block
+constexpr int kCopiers = 2;                // warps
+constexpr int kTail = 8;                   // queries, at most, of the warp of its own
+constexpr int kHalf = kStage * kRowBytes;  // bytes of a stage's keys, or its values
+constexpr float kSlack = 8.0f;
+constexpr float kLowest = -1e30f;  // finite, so that nothing subtracts infinities
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// How the queries of one head of one sample are cut.
+struct Plan {
+  int tiles;   // of 64 queries
+  int tail;    // queries left over for the warp of its own, 0..8
+  int blocks;  // that share the tiles; the last has the tail
+  int groups;  // tiles of a block
+  int stages;
+};
+
+struct Rows {
+  const char* first;
+  int stride;  // bytes
+};
+
+// One head of one sample and one of the blocks that share it.
+struct Item {
+  int b, h, block, prefix, total;
+  int64_t set;
+
+  __device__ Item(const Forward& call, const Plan& plan, int index) {
+    block = index % plan.blocks;
+    h = index / plan.blocks % call.heads;
+    b = index / plan.blocks / call.heads;
+    set = b;
+    if (call.index) set = min(max(call.index[b], int64_t{0}), int64_t{call.sets - 1});
+    prefix = call.prefix;
+    if (call.lengths) prefix = static_cast<int>(min(call.lengths[set], int64_t{prefix}));
+    total = prefix + call.keys;
+  }
+
+  __device__ Rows rows(const void* tensor, const Strides& strides, int64_t batch) const {
+    return {static_cast<const char*>(tensor) + 2 * (batch * strides.batch + h * strides.head),
+            static_cast<int>(2 * strides.token)};
+  }
+};
+
+// A place in the ring that every role goes around at its own pace.
+struct Turn {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ void next(int stages) {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// 64 keys or values by one warp.
+__device__ __forceinline__ void copy_stage(uint32_t to, Rows prefix_rows, Rows own_rows, int first,
+                                           const Item& item, int lane) {
+  const int piece = lane % 8;
+#pragma unroll 4
+  for (int row = lane / 8; row < kStage; row += 4) {
+    const int key = first + row;
+    const bool shared = key < item.prefix, inside = key < item.total;
+    const Rows rows = shared ? prefix_rows : own_rows;
+    const int place = inside ? (shared ? key : key - item.prefix) : 0;
+    copy_async(to + swizzled(row, piece), rows.first + int64_t{place} * rows.stride + piece * 16,
+               inside);
+  }
+}
+
+// What one warp knows of its queries: of 16, one row of an accumulator's tile each (Turned false),
+// or of 8, one column each.
+template <bool Turned>
+struct State {
+  float out[Turned ? kDim / 16 : kDim / 8][4];
+  float top[2], sum[2];  // of the two queries that this lane's elements belong to
+
+  __device__ State() : out{}, top{kLowest, kLowest}, sum{} {}
+
+  __device__ static constexpr int query(int e) { return Turned ? e % 2 : e / 2; }
+  __device__ static int key(int tile, int e, int lane) {
+    return Turned ? tile * 16 + e / 2 * 8 + lane / 4 : tile * 8 + lane % 4 * 2 + e % 2;
+  }
+
+  // Over the lanes that hold elements of the same query.
+  template <typename Operation>
+  __device__ __forceinline__ static float reduce(float x, Operation operation) {
+#pragma unroll
+    for (int step = Turned ? 4 : 1; step < (Turned ? 32 : 4); step *= 2)
+      x = operation(x, __shfl_xor_sync(0xffffffff, x, step));
+    return x;
+  }
+
+  // Turns scores, of which those of keys below `left` exist, into weights, two in a register.
+  template <typename T, bool Masked, int Tiles>
+  __device__ __forceinline__ void weigh(float (&scores)[Tiles][4], uint32_t (&weights)[Tiles][2],
+                                        float factor, int left, int lane) {
+    if (Masked) {
+#pragma unroll
+      for (int j = 0; j < Tiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          if (key(j, e, lane) >= left) scores[j][e] = -INFINITY;
+    }
+    float found[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int j = 0; j < Tiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) found[query(e)] = fmaxf(found[query(e)], scores[j][e]);
+    if (__any_sync(0xffffffff,
+                   found[0] * factor > top[0] + kSlack || found[1] * factor > top[1] + kSlack)) {
+      float decay[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float most = reduce(found[i], [](float x, float y) { return fmaxf(x, y); });
+        const float moved = fmaxf(top[i], most * factor);
+        decay[i] = power_of_2(top[i] - moved);
+        top[i] = moved;
+        sum[i] *= decay[i];
+      }
+      for (auto& tile : out)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) tile[e] *= decay[query(e)];
+    }
+#pragma unroll
+    for (int j = 0; j < Tiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; e += 2) {
+        const float low = power_of_2(fmaf(scores[j][e], factor, -top[query(e)]));
+        const float high = power_of_2(fmaf(scores[j][e + 1], factor, -top[query(e + 1)]));
+        sum[query(e)] += low;
+        sum[query(e + 1)] += high;
+        weights[j][e / 2] = pack<T>(low, high);
+      }
+  }
+
+  // Writes rows from `first`, of which those below `limit` exist, through 2 KB at `staging`, so
+  // that a row goes out in whole pieces.
+  template <typename T>
+  __device__ __forceinline__ void store(const Forward& call, const Item& item, int first, int limit,
+                                        char* staging, int lane) {
+    constexpr int kRows = Turned ? 8 : 16;
+    float inverse[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float denominator = reduce(sum[i], [](float x, float y) { return x + y; });
+      inverse[i] = 1.0f / denominator;
+      const int row = Turned ? lane % 4 * 2 + i : i * 8 + lane / 4;
+      if ((Turned ? lane / 4 : lane % 4) == 0 && first + row < limit)
+        call.lse[(int64_t{item.h} * call.batch + item.b) * call.queries + first + row] =
+            (top[i] + log2f(denominator)) * kLn2;
+    }
+    if constexpr (Turned) {
+#pragma unroll
+      for (int n = 0; n < kDim / 16; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          *reinterpret_cast<uint16_t*>(staging + swizzled(lane % 4 * 2 + e % 2, 2 * n + e / 2) +
+                                       lane / 4 * 2) =
+              static_cast<uint16_t>(pack<T>(out[n][e] * inverse[e % 2], 0.0f));
+    } else {
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          *reinterpret_cast<uint32_t*>(staging + swizzled(i * 8 + lane / 4, n) + lane % 4 * 4) =
+              pack<T>(out[n][2 * i] * inverse[i], out[n][2 * i + 1] * inverse[i]);
+    }
+    __syncwarp();
+    const int64_t pitch = int64_t{call.heads} * kRowBytes;
+    char* const to = static_cast<char*>(call.out) +
+                     (int64_t{item.b} * call.queries + first) * pitch + item.h * kRowBytes;
+#pragma unroll
+    for (int i = lane; i < kRows * 8; i += 32)
+      if (first + i / 8 < limit)
+        *reinterpret_cast<int4*>(to + i / 8 * pitch + i % 8 * 16) =
+            *reinterpret_cast<const int4*>(staging + swizzled(i / 8, i % 8));
+    __syncwarp();
+  }
+};
+
+// One stage, of whose 8 Tiles keys `left` exist, for four warps' 64 queries. The products are done
+// on return: leaving the second under way makes the compiler serialise all of them.
+template <typename T, int Tiles, bool Masked>
+__device__ __forceinline__ void attend(State<false>& state, const uint32_t (&q)[4][4],
+                                       uint64_t keys, float factor, int left, int lane) {
+  float scores[Tiles][4];
+  begin_products();
+#pragma unroll
+  for (int i = 0; i < kDim / 16; ++i) start_product<T, Tiles, 0>(scores, q[i], keys + i * 2, i > 0);
+  commit_products();
+  wait_for_products<0>();
+  uint32_t weights[Tiles][2];
+  state.template weigh<T, Masked, Tiles>(scores, weights, factor, left, lane);
+  begin_products();
+#pragma unroll
+  for (int i = 0; i < Tiles / 2; ++i) {
+    const uint32_t a[4] = {weights[2 * i][0], weights[2 * i][1], weights[2 * i + 1][0],
+                           weights[2 * i + 1][1]};
+    start_product<T, kDim / 8, 1>(state.out, a, keys + (kHalf + i * 16 * kRowBytes) / 16, true);
+  }
+  commit_products();
+  wait_for_products<0>();
+}
+
+// One stage for one warp's 8 queries, as transposed products: keys by queries, then d by queries.
+// q holds the queries as the right factor.
+template <typename T, bool Masked>
+__device__ __forceinline__ void attend_turned(State<true>& state, const uint32_t (&q)[4][2],
+                                              uint32_t keys, float factor, int left, int lane) {
+  constexpr int kTiles = kStage / 16;
+  float scores[kTiles][4] = {};
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) {
+      uint32_t k[4];
+      load_matrices(k, keys + swizzled(j * 16 + lane % 16, 2 * i + lane / 16));
+      multiply_add<T>(scores[j], k, q[i][0], q[i][1]);
+    }
+  uint32_t weights[kTiles][2];
+  state.template weigh<T, Masked, kTiles>(scores, weights, factor, left, lane);
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    const uint32_t low = transposed(weights[j][0]), high = transposed(weights[j][1]);
+#pragma unroll
+    for (int n = 0; n < kDim / 16; ++n) {
+      uint32_t v[4];
+      load_transposed(
+          v, keys + kHalf + swizzled(j * 16 + lane / 16 * 8 + lane % 8, 2 * n + lane / 8 % 2));
+      multiply_add<T>(state.out[n], v, low, high);
+    }
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, const Plan plan) {
+  extern __shared__ __align__(1024) char memory[];
+  __shared__ uint64_t barriers[2 * kMaxStages + 2];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int slots = plan.groups * 64 + (plan.tail ? kTail : 0);  // rows of queries in memory
+  const int readers = plan.groups * 4 + (plan.tail ? 1 : 0);     // warps
+  const int items = call.batch * call.heads * plan.blocks;
+  const uint32_t stages = shared_address(memory);
+  const uint32_t queries = stages + plan.stages * 2 * kHalf;
+  const uint32_t full = shared_address(barriers), empty = full + 8 * kMaxStages;
+  const uint32_t queries_full = full + 16 * kMaxStages, queries_empty = queries_full + 8;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < plan.stages; ++i) {
+      make_barrier(full + 8 * i, 32);
+      make_barrier(empty + 8 * i, readers);
+    }
+    make_barrier(queries_full, 32);
+    make_barrier(queries_empty, readers);
+  }
+  __syncthreads();
+
+  Turn turn;
+  uint32_t queries_parity = 0;
+  if (warp >= readers) {  // copies every kCopiers-th stage
+    int until_mine = warp - readers;
+    for (int i = blockIdx.x; i < items; i += gridDim.x, queries_parity ^= 1) {
+      const Item item(call, plan, i);
+      const Rows prefix_k = item.rows(call.prefix_k, call.prefix_k_strides, item.set);
+      const Rows prefix_v = item.rows(call.prefix_v, call.prefix_v_strides, item.set);
+      const Rows own_k = item.rows(call.k, call.k_strides, item.b);
+      const Rows own_v = item.rows(call.v, call.v_strides, item.b);
+      // Every warp at every item: a warp that left one out could take a parity for the next one's.
+      wait(queries_empty, queries_parity ^ 1);
+      for (int first = 0; first < item.total; first += kStage, turn.next(plan.stages)) {
+        if (until_mine--) continue;
+        until_mine = kCopiers - 1;
+        if (first == 0) {
+          const Rows q = item.rows(call.q, call.q_strides, item.b);
+          for (int row = lane / 8; row < slots; row += 4) {
+            const int query = row < plan.groups * 64 ? item.block * plan.groups * 64 + row
+                                                     : plan.tiles * 64 + row - plan.groups * 64;
+            const bool inside = query < call.queries;
+            copy_async(queries + swizzled(row, lane % 8),
+                       q.first + int64_t{inside ? query : 0} * q.stride + lane % 8 * 16, inside);
+          }
+          arrive_after_copies(queries_full);
+        }
+        wait(empty + 8 * turn.stage, turn.parity ^ 1);
+        const uint32_t to = stages + turn.stage * 2 * kHalf;
+        copy_stage(to, prefix_k, own_k, first, item, lane);
+        copy_stage(to + kHalf, prefix_v, own_v, first, item, lane);
+        arrive_after_copies(full + 8 * turn.stage);
+      }
+    }
+    commit_copies();
+    wait_for_copies<0>();
+    return;
+  }
+
+  const float factor = call.scale * kLog2E;
+  const bool turned = warp == plan.groups * 4;
+  char* const staging =
+      memory + plan.stages * 2 * kHalf + slots * kRowBytes + warp * 16 * kRowBytes;
+  for (int i = blockIdx.x; i < items; i += gridDim.x, queries_parity ^= 1) {
+    const Item item(call, plan, i);
+    const int tile = item.block * plan.groups + warp / 4;
+    const bool idle = turned ? item.block + 1 < plan.blocks : tile >= plan.tiles;
+    wait(queries_full, queries_parity);
+    if (idle) {
+      if (lane == 0) arrive(queries_empty);
+      for (int left = item.total; left > 0; left -= kStage, turn.next(plan.stages)) {
+        wait(full + 8 * turn.stage, turn.parity);
+        if (lane == 0) arrive(empty + 8 * turn.stage);
+      }
+    } else if (turned) {
+      uint32_t q[kDim / 16][2];
+#pragma unroll
+      for (int j = 0; j < kDim / 16; j += 2) {
+        uint32_t two[4];
+        load_matrices(two, queries + swizzled(warp * 16 + lane % 8, 2 * j + lane / 8));
+        q[j][0] = two[0], q[j][1] = two[1], q[j + 1][0] = two[2], q[j + 1][1] = two[3];
+      }
+      __syncwarp();
+      if (lane == 0) arrive(queries_empty);
+      State<true> state;
+      for (int left = item.total; left > 0; left -= kStage, turn.next(plan.stages)) {
+        const uint32_t keys = stages + turn.stage * 2 * kHalf;
+        wait(full + 8 * turn.stage, turn.parity);
+        if (left >= kStage)
+          attend_turned<T, false>(state, q, keys, factor, left, lane);
+        else
+          attend_turned<T, true>(state, q, keys, factor, left, lane);
+        __syncwarp();
+        if (lane == 0) arrive(empty + 8 * turn.stage);
+      }
+      state.template store<T>(call, item, plan.tiles * 64, call.queries, staging, lane);
+    } else {
+      uint32_t q[kDim / 16][4];
+#pragma unroll
+      for (int j = 0; j < kDim / 16; ++j)
+        load_matrices(q[j], queries + swizzled(warp * 16 + lane % 16, 2 * j + lane / 16));
+      __syncwarp();
+      if (lane == 0) arrive(queries_empty);
+      State<false> state;
+      for (int left = item.total; left > 0; left -= kStage, turn.next(plan.stages)) {
+        const uint64_t keys = descriptor(stages + turn.stage * 2 * kHalf);
+        wait(full + 8 * turn.stage, turn.parity);
+        see_copies();
+        if (left >= kStage)
+          attend<T, 8, false>(state, q, keys, factor, left, lane);
+        else if (left > 48)
+          attend<T, 8, true>(state, q, keys, factor, left, lane);
+        else if (left > 32)
+          attend<T, 6, true>(state, q, keys, factor, left, lane);
+        else if (left > 16)
+          attend<T, 4, true>(state, q, keys, factor, left, lane);
+        else
+          attend<T, 2, true>(state, q, keys, factor, left, lane);
+        if (lane == 0) arrive(empty + 8 * turn.stage);
+      }
+      state.template store<T>(call, item, tile * 64 + warp % 4 * 16,
+                              min(call.queries, tile * 64 + 64), staging, lane);
+    }
+  }
+}
+
+int ceil_divide(int a, int b) { return (a + b - 1) / b; }
+
+template <typename T>
+cudaError_t launch(const Forward& call, cudaStream_t stream) {
+  Plan plan;
+  const int rest = call.queries % 64;
+  plan.tiles = call.queries / 64 + (rest > kTail);
+  plan.tail = rest > kTail ? 0 : rest;
+  plan.blocks = plan.tiles ? ceil_divide(plan.tiles, kGroups) : 1;
+  plan.groups = ceil_divide(plan.tiles, plan.blocks);
+  const int readers = plan.groups * 4 + (plan.tail ? 1 : 0);
+  const int threads = 32 * (readers + kCopiers);
+  const int per_core = 2048 / 128 / (threads / 32);  // blocks, by registers
+  const int rows = (plan.groups * 64 + (plan.tail ? kTail : 0)) * kRowBytes + readers * 2048;
+  plan.stages = (224 * 1024 / per_core - 2048 - rows) / (2 * kHalf);
+  if (plan.stages > kMaxStages) plan.stages = kMaxStages;
+  const int bytes = plan.stages * 2 * kHalf + rows;
+  const auto kernel = forward_kernel<T>;
+  int device = 0, cores = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&cores, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  const int items = call.batch * call.heads * plan.blocks;
+  kernel<<<min(items, cores * per_core), threads, bytes, stream>>>(call, plan);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t launch_forward(const Forward& call, cudaStream_t stream) {
+  return call.bfloat16 ? launch<__nv_bfloat16>(call, stream) : launch<__half>(call, stream);
+}
+
+}  // namespace pcx

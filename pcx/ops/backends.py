@@ -1,0 +1,99 @@
+"""Which backends of `prefix_attention` can run on given arguments, and why others cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from pcx.ops import registration
+
+TRITON = importlib.util.find_spec("triton") is not None
+HOPPER = (9, 0)
+
+
+def cannot(
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    bias: Tensor | None,
+    scale: float,
+) -> str | None:
+    """None where the backend can run on checked arguments, or the reason why it cannot."""
+    if backend == "cuda":
+        return _cuda_cannot(q, k, v, prefix_k, prefix_v, bias, scale)
+    if backend == "triton":
+        return _triton_cannot(q, k, v, scale)
+    if backend == "cpu":
+        return _cpu_cannot(q, k)
+    return None
+
+
+def _cuda_cannot(q, k, v, prefix_k, prefix_v, bias, scale: float) -> str | None:
+    if q.device.type != "cuda":
+        return f"it needs CUDA tensors, q is on {q.device.type}"
+    if "cuda" not in registration.EXTENSION:
+        return "pcx was installed without its CUDA kernels"
+    if torch.cuda.get_device_capability(q.device) != HOPPER:
+        return "it is written for compute capability 9.0 (Hopper)"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes bfloat16 and float16, q has {q.dtype}"
+    if q.shape[-1] != 64 or v.shape[-1] != 64:
+        return f"it needs d = dv = 64, got {q.shape[-1]} and {v.shape[-1]}"
+    if bias is not None:
+        return "it takes no bias"
+    named = {"q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v}
+    for name, tensor in named.items():
+        if not _aligned(tensor):
+            return f"the rows of {name} do not begin on multiples of 16 bytes"
+        if tensor.stride(-2) >= 2**30:
+            return f"the tokens of {name} lie 2**30 elements apart"
+    if scale <= 0:
+        return f"it needs scale > 0, got {scale}"
+    if k.shape[-2] == 0:
+        return "it needs own keys, S is 0"
+    return None
+
+
+def _aligned(x: Tensor) -> bool:
+    steps = (s for size, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1)
+    return bool(
+        x.stride(-1) == 1 and x.storage_offset() % 8 == 0 and all(s % 8 == 0 for s in steps)
+    )
+
+
+def _triton_cannot(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+    if q.device.type != "cuda":
+        return f"it needs CUDA tensors, q is on {q.device.type}"
+    if not TRITON:
+        return "triton is not installed"
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"it computes bfloat16, float16 and float32, q has {q.dtype}"
+    if q.shape[-1] != v.shape[-1]:
+        return f"it needs d = dv, got {q.shape[-1]} and {v.shape[-1]}"
+    if q.shape[-1] > 128:
+        return f"it needs d <= 128, got {q.shape[-1]}"
+    for name, tensor in {"q": q, "k": k, "v": v}.items():
+        if any((tensor.shape[i] - 1) * tensor.stride(i) >= 2**31 for i in (-3, -2)):
+            return f"the heads or tokens of {name} lie 2**31 elements apart"
+    if scale <= 0:
+        return f"it needs scale > 0, got {scale}"
+    if k.shape[-2] == 0:
+        return "it needs own keys, S is 0"
+    return None
+
+
+def _cpu_cannot(q: Tensor, k: Tensor) -> str | None:
+    if q.device.type != "cpu":
+        return f"it needs CPU tensors, q is on {q.device.type}"
+    if "cpu" not in registration.EXTENSION:
+        return "pcx was installed without its compiled extension pcx._C"
+    if q.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        return f"it computes float32, float64 and bfloat16, q has {q.dtype}"
+    if k.shape[-2] == 0:
+        return "it needs own keys, S is 0"
+    return None
