@@ -24,29 +24,24 @@ def say(message: str) -> None:
     print(f"pcx: {message}", file=sys.stderr)
 
 
-def find_cuda() -> str | None:
-    """The toolkit's folder, with its headers: nvcc on PATH may lie outside of it."""
+def find_cuda(wanted: str) -> str | None:
+    """A toolkit's folder with nvcc of the major version wanted, and the headers.
+
+    nvcc on PATH may be a link, or a script that lies outside of the folder.
+    """
     nvcc = shutil.which("nvcc")
-    candidates = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    if nvcc:
-        candidates.insert(1, str(Path(nvcc).resolve().parent.parent))
-    for folder in candidates:
-        needed = ("bin/nvcc", "include/cuda_runtime.h")
-        if folder and all((Path(folder) / name).exists() for name in needed):
-            return folder
+    near = Path(nvcc).resolve().parent.parent if nvcc else None
+    for folder in (os.environ.get("CUDA_HOME"), near, "/usr/local/cuda"):
+        if folder is None or not (Path(folder) / "include" / "cuda_runtime.h").exists():
+            continue
+        command = Path(folder) / "bin" / "nvcc"
+        if not command.exists():
+            continue
+        said = subprocess.run([command, "--version"], capture_output=True, text=True).stdout
+        found = re.search(r"release (\d+)", said)
+        if found and found[1] == wanted.split(".")[0]:
+            return str(folder)
     return None
-
-
-def nvcc_fits(cuda: str | None, wanted: str | None) -> bool:
-    """Whether there is an nvcc of the major version that torch was built with."""
-    if cuda is None or wanted is None:
-        return False
-    said = subprocess.run([f"{cuda}/bin/nvcc", "--version"], capture_output=True, text=True).stdout
-    found = re.search(r"release (\d+)", said)
-    if found is None or found[1] != wanted.split(".")[0]:
-        say(f"nvcc of {cuda} is not CUDA {wanted}'s: building without the CUDA kernels")
-        return False
-    return True
 
 
 def sources(*patterns: str) -> list[str]:
@@ -55,9 +50,6 @@ def sources(*patterns: str) -> list[str]:
 
 def extension_arguments() -> dict:
     """`ext_modules` and `cmdclass` for setup, empty where the extension cannot be built."""
-    cuda = find_cuda()
-    if cuda:
-        os.environ["CUDA_HOME"] = cuda
     try:
         import torch
         from torch.utils import cpp_extension
@@ -66,14 +58,19 @@ def extension_arguments() -> dict:
         return {}
     files, kind = sources("*.cpp", "cpu/*.cpp"), cpp_extension.CppExtension
     flags = {"cxx": ["-O3", "-std=c++20", "-fopenmp"]}
-    if nvcc_fits(cuda, torch.version.cuda):
+    cuda = find_cuda(torch.version.cuda) if torch.version.cuda else None
+    if cuda:
+        os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = cuda
         files, kind = files + sources("cuda/*.cpp", "cuda/*.cu"), cpp_extension.CUDAExtension
         flags["cxx"].append("-DPCX_CUDA")
         flags["nvcc"] = ["-O3", "-std=c++20", "-gencode", HOPPER]
+    elif torch.version.cuda:
+        say(f"no nvcc of CUDA {torch.version.cuda} was found: building without the CUDA kernels")
     say(f"building pcx._C from {len(files)} sources with torch {torch.__version__}")
     # Not linked with OpenMP: torch brings its own, and a second one would not see the first's
     # threads.
-    extension = kind("pcx._C", files, extra_compile_args=flags)
+    headers = sources("*.h", "cuda/*.h", "cuda/*.cuh")
+    extension = kind("pcx._C", files, depends=headers, extra_compile_args=flags)
 
     class OptionalBuild(cpp_extension.BuildExtension):
         """Goes on in pure Python where the compiler fails."""
@@ -82,11 +79,25 @@ def extension_arguments() -> dict:
             super().__init__(*args, use_ninja=shutil.which("ninja") is not None, **kwargs)
 
         def run(self) -> None:
+            if self._built() or (cuda and self._without_cuda() and self._built()):
+                return
+            say("installing without the extension")
+            self.extensions = []
+
+        def _built(self) -> bool:
             try:
                 super().run()
             except Exception as error:  # compilers fail in many ways, none of which is fatal here
-                say(f"the extension was not built ({error}): installing without it")
-                self.extensions = []
+                say(f"the extension was not built ({error})")
+                return False
+            return True
+
+        def _without_cuda(self) -> bool:
+            say("building without the CUDA kernels")
+            for part in self.extensions:
+                part.sources = [f for f in part.sources if not f.startswith("csrc/cuda/")]
+                part.extra_compile_args["cxx"].remove("-DPCX_CUDA")
+            return True
 
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
 

@@ -5,7 +5,8 @@ tiles, which every sample shares and L2 holds, and then over the sample's own (F
 arXiv:2307.08691, with two sources of keys). Backward: one program per tile of queries gives dq, one
 per tile of keys gives dk and dv. A sample's own keys are a prefix that it alone uses, so the same
 kernel gives both; the rows of all samples that share a prefix are folded into one axis, cut into
-chunks whose partial sums are added in a fixed order. No atomics: the same bits on every run.
+chunks whose partial sums are added in a fixed order. No atomics: the same bits on every run. On
+Hopper the kernels of csrc/cuda stand in for most of this where they fit.
 
 All functions take what `pcx.ops.prefix_attention` has checked:
     q [B, H, N, d]; k, v [B, H, S, d]; prefix_k, prefix_v [H, m, d] or [G, H, m, d]; index [B];
@@ -863,11 +864,13 @@ def backward(
     scale: float,
     needs: tuple[bool, bool, bool, bool],
     tiles: dict[str, tuple[int, int, int, int]] | None = None,
+    hopper: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """(dq, dk, dv, dprefix_k, dprefix_v, dbias); None where `needs` (q, own, prefix, bias) says no.
 
     dq, dk and dv lie in memory as [B, N, H, d]; the bias's gradient is [B, H, N, S] float32, to be
-    summed to its shape.
+    summed to its shape. Where `hopper` says that they fit, the CUDA kernels of pcx._C give the
+    gradients of keys and values, but for prefix sets.
     """
     need_q, need_own, need_prefix, need_bias = needs
     batch, heads, n, dim = q.shape
@@ -901,11 +904,17 @@ def backward(
             )  # fmt: skip
     dk = dv = dprefix_k = dprefix_v = None
     rows = _Rows(q, lse, grad_out, delta, scale)
-    if need_own:
+    hopper = hopper and q.numel() > 0 and _aligned(grad_out)
+    if need_own and hopper:
+        dk, dv = _hopper_gradients(k, v, rows, parts=1)
+    elif need_own:
         dk, dv = (q.new_empty(batch, own, heads, dim).transpose(1, 2) for _ in range(2))
         config = tiles.get("own") or _configuration("own", q, own)
         _launch_key_gradients(k, v, dk[None], dv[None], rows, config, bias=bias)
-    if need_prefix:
+    if need_prefix and hopper and prefix_k.dim() == 3 and lengths is None and m > 0:
+        parts = _hopper_parts(q, m)
+        dprefix_k, dprefix_v = _hopper_gradients(prefix_k, prefix_v, rows, parts)
+    elif need_prefix:
         config = tiles.get("prefix") or _configuration("prefix", q, m)
         dprefix_k, dprefix_v = _prefix_gradients(prefix_k, prefix_v, rows, index, lengths, config)
     return dq if need_q else None, dk, dv, dprefix_k, dprefix_v, dbias
@@ -920,6 +929,26 @@ class _Rows:
     grad_out: Tensor
     delta: Tensor
     scale: float
+
+
+def _hopper_gradients(keys: Tensor, values: Tensor, rows: _Rows, parts: int) -> tuple[Tensor, ...]:
+    return torch.ops.pcx.prefix_attention_key_gradients_hopper(
+        rows.q, rows.grad_out, keys, values, rows.lse, rows.delta, rows.scale, parts
+    )
+
+
+def _hopper_parts(q: Tensor, m: int) -> int:
+    """Into how many parts the batch is cut so that a prefix's keys fill the chip once."""
+    batch, heads, n, _ = q.shape
+    tiles = m // 64 + (m % 64 > 8)  # of keys; a block has up to three of them
+    per_core = 2 if tiles <= 1 else 1
+    cores = torch.cuda.get_device_properties(q.device).multi_processor_count
+    blocks = heads * max(1, triton.cdiv(tiles, 3))
+    return max(1, min(per_core * cores // blocks, batch * n // 256))
+
+
+def _aligned(x: Tensor) -> bool:
+    return x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1])
 
 
 def _prefix_gradients(

@@ -143,10 +143,12 @@ def _cast(backbone: nn.Module, dtype: torch.dtype) -> None:
     for module in backbone.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
             for name, parameter in list(module.named_parameters(recurse=False)):
-                setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+                if parameter.dtype != torch.float64:  # which autocast leaves alone
+                    cast = nn.Parameter(parameter.to(dtype), requires_grad=False)
+                    setattr(module, name, cast)
         elif isinstance(module, PromptedBlock):
             for name, buffer in list(module.named_buffers(recurse=False)):
-                if buffer.is_floating_point():
+                if buffer.is_floating_point() and buffer.dtype != torch.float64:
                     setattr(module, name, buffer.to(dtype))
 
 

@@ -60,6 +60,37 @@ def test_without_torch_pure_python_is_installed():
     assert "installing without the compiled extension" in said
 
 
+def test_all_sources_and_headers_are_the_extension_s():
+    said = python(
+        "import setuptools; got = {}\n"
+        "setuptools.setup = lambda **k: got.update(k)\n"
+        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py',"
+        " '__name__': 'setup'})\n"
+        "(part,) = got['ext_modules']\n"
+        "print('FILES', *part.sources, *part.depends)\n"
+    )
+    named = set(said.split("FILES")[1].splitlines()[0].split())
+    there = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
+    if "building without the CUDA kernels" in said:
+        there = {name for name in there if not name.endswith(".cu") and "cuda/" not in name}
+    assert there <= named
+
+
+def test_without_nvcc_the_rest_is_built():
+    """setup.py where no toolkit fits torch: C++ alone, said aloud where torch has CUDA."""
+    said = python(
+        "import setuptools, torch; got = {}\n"
+        "torch.version.cuda = '1.0'\n"
+        "setuptools.setup = lambda **k: got.update(k)\n"
+        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py',"
+        " '__name__': 'setup'})\n"
+        "(part,) = got['ext_modules']\n"
+        "assert not [f for f in part.sources if 'cuda' in f], part.sources\n"
+        "assert 'csrc/cpu/prefix_attention.cpp' in part.sources\n"
+    )
+    assert "no nvcc of CUDA 1.0 was found: building without the CUDA kernels" in said
+
+
 def test_a_failing_compiler_is_said_and_survived(tmp_path):
     code = (
         "import sys; sys.argv = ['setup.py', 'build_ext', '--build-lib', sys.argv[1], "

@@ -60,6 +60,8 @@ def test_weights_cast_once_give_the_bits_of_autocast(family):
     assert backbone.blocks[0].mlp.fc2.weight.dtype == torch.float32
     with pytest.raises(ValueError, match="amp: got 'fp8', expected one of"):
         pcx.freeze(model, amp="fp8")
+    double, x = model.double(), x.double()  # left alone by autocast
+    close(pcx.freeze(double, amp="bf16")(x), pcx.freeze(double)(x))
 
 
 @pytest.mark.parametrize("family", ["vit", "deit-distilled", "vit-avg", "dinov3"])

@@ -166,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_out, const OptionalTensor& grad_lse, const Tensor& q, const Tensor& k,
     const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v, const OptionalTensor& index,
     const OptionalTensor& lengths, const OptionalTensor& bias, const Tensor& out, const Tensor& lse,
-    double scale, const c10::List<bool>& needs) {
+    double scale, const c10::List<bool>& needs, c10::string_view /*backend*/) {
   const Inputs in(q, k, v, prefix_k, prefix_v, index, lengths, bias, scale);
   const bool need_q = needs[0], need_own = needs[1], need_prefix = needs[2], need_bias = needs[3];
   const int64_t heads = q.size(1), n = q.size(2), own = k.size(2);

@@ -40,31 +40,45 @@ __device__ __forceinline__ void see_copies() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 }
 
-#define PCX_PRODUCT(TYPE, N, REGISTERS, A0, A1, A2, A3, B, ADD, TRANSPOSED, ...)                  \
-  asm volatile(                                                                                   \
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %" #ADD ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N  \
-      "k16.f32." TYPE "." TYPE " {" REGISTERS "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B \
-      ", add, 1, 1, %" #TRANSPOSED ";\n}\n"                                                       \
-      : __VA_ARGS__                                                                               \
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{add}), "n"(Transposed))
+// One wgmma of 64 rows and N columns. A: the left factor's place among the operands, and its
+// operands; the right factor is operand B, then follow "add" and whether b is transposed.
+#define PCX_PRODUCT(TYPE, N, REGISTERS, A, B, ADD, TURNS, OPERANDS, ...)             \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #ADD                         \
+               ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE \
+               " {" REGISTERS "}, " A ", %" #B ", add, 1, 1, " TURNS ";\n}\n"        \
+               : __VA_ARGS__                                                         \
+               : OPERANDS, "l"(b), "r"(int{add}), "n"(Transposed))
 #define PCX_TILE(j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
+#define PCX_TILES2 PCX_TILE(0), PCX_TILE(1)
+#define PCX_TILES4 PCX_TILES2, PCX_TILE(2), PCX_TILE(3)
+#define PCX_TILES6 PCX_TILES4, PCX_TILE(4), PCX_TILE(5)
+#define PCX_TILES8 PCX_TILES6, PCX_TILE(6), PCX_TILE(7)
 #define PCX_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define PCX_R16 PCX_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define PCX_R24 PCX_R16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define PCX_R32 PCX_R24 ", %24, %25, %26, %27, %28, %29, %30, %31"
-#define PCX_PRODUCTS(TYPE)                                                                     \
-  if constexpr (Tiles == 2) {                                                                  \
-    PCX_PRODUCT(TYPE, 16, PCX_R8, 8, 9, 10, 11, 12, 13, 14, PCX_TILE(0), PCX_TILE(1));         \
-  } else if constexpr (Tiles == 4) {                                                           \
-    PCX_PRODUCT(TYPE, 32, PCX_R16, 16, 17, 18, 19, 20, 21, 22, PCX_TILE(0), PCX_TILE(1),       \
-                PCX_TILE(2), PCX_TILE(3));                                                     \
-  } else if constexpr (Tiles == 6) {                                                           \
-    PCX_PRODUCT(TYPE, 48, PCX_R24, 24, 25, 26, 27, 28, 29, 30, PCX_TILE(0), PCX_TILE(1),       \
-                PCX_TILE(2), PCX_TILE(3), PCX_TILE(4), PCX_TILE(5));                           \
-  } else {                                                                                     \
-    static_assert(Tiles == 8);                                                                 \
-    PCX_PRODUCT(TYPE, 64, PCX_R32, 32, 33, 34, 35, 36, 37, 38, PCX_TILE(0), PCX_TILE(1),       \
-                PCX_TILE(2), PCX_TILE(3), PCX_TILE(4), PCX_TILE(5), PCX_TILE(6), PCX_TILE(7)); \
+#define PCX_IN_REGISTERS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+#define PCX_PRODUCTS(TYPE)                                                                  \
+  if constexpr (Tiles == 2) {                                                               \
+    PCX_PRODUCT(TYPE, 16, PCX_R8, "{%8, %9, %10, %11}", 12, 13, "%14", PCX_IN_REGISTERS,    \
+                PCX_TILES2);                                                                \
+  } else if constexpr (Tiles == 4) {                                                        \
+    PCX_PRODUCT(TYPE, 32, PCX_R16, "{%16, %17, %18, %19}", 20, 21, "%22", PCX_IN_REGISTERS, \
+                PCX_TILES4);                                                                \
+  } else if constexpr (Tiles == 6) {                                                        \
+    PCX_PRODUCT(TYPE, 48, PCX_R24, "{%24, %25, %26, %27}", 28, 29, "%30", PCX_IN_REGISTERS, \
+                PCX_TILES6);                                                                \
+  } else {                                                                                  \
+    static_assert(Tiles == 8);                                                              \
+    PCX_PRODUCT(TYPE, 64, PCX_R32, "{%32, %33, %34, %35}", 36, 37, "%38", PCX_IN_REGISTERS, \
+                PCX_TILES8);                                                                \
+  }
+#define PCX_SHARED_PRODUCTS(TYPE)                                                \
+  if constexpr (Tiles == 2) {                                                    \
+    PCX_PRODUCT(TYPE, 16, PCX_R8, "%8", 9, 10, "0, %11", "l"(a), PCX_TILES2);    \
+  } else {                                                                       \
+    static_assert(Tiles == 4);                                                   \
+    PCX_PRODUCT(TYPE, 32, PCX_R16, "%16", 17, 18, "0, %19", "l"(a), PCX_TILES4); \
   }
 
 // Starts c [64, 8 Tiles] = a [64, 16] b [16, 8 Tiles], plus c where `add`. A row of b's tile in
@@ -79,9 +93,26 @@ __device__ __forceinline__ void start_product(float (&c)[Tiles][4], const uint32
   }
 }
 
+// The same with a in shared memory too, by rows.
+template <typename T, int Tiles, int Transposed>
+__device__ __forceinline__ void start_product(float (&c)[Tiles][4], uint64_t a, uint64_t b,
+                                              bool add) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    PCX_SHARED_PRODUCTS("bf16")
+  } else {
+    PCX_SHARED_PRODUCTS("f16")
+  }
+}
+
+#undef PCX_SHARED_PRODUCTS
 #undef PCX_PRODUCTS
+#undef PCX_IN_REGISTERS
 #undef PCX_PRODUCT
 #undef PCX_TILE
+#undef PCX_TILES2
+#undef PCX_TILES4
+#undef PCX_TILES6
+#undef PCX_TILES8
 #undef PCX_R8
 #undef PCX_R16
 #undef PCX_R24
@@ -102,6 +133,8 @@ __device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");
 }
 
+// By a whole warp. A phase told by its parity: a waiter must not be two phases behind, nor one
+// ahead.
 __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\nagain:\n"
@@ -109,6 +142,7 @@ __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
       "@done bra over;\nbra again;\nover:\n}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
+  __syncwarp();
 }
 
 }  // namespace pcx

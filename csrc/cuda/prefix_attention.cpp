@@ -5,6 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/sum.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -26,24 +27,30 @@ pcx::Strides strides(const Tensor& x) {
   return {x.dim() == 4 ? x.stride(0) : 0, x.stride(last - 2), x.stride(last - 1)};
 }
 
+void check(const Tensor& x, const Tensor& q) {
+  const auto type = x.scalar_type();
+  TORCH_CHECK(x.is_cuda() && x.device() == q.device() && type == q.scalar_type() &&
+                  (type == at::kBFloat16 || type == at::kHalf),
+              "prefix_attention: tensors of one 16-bit dtype on one CUDA device expected");
+  TORCH_CHECK(
+      x.size(-1) == 64 && x.stride(-1) == 1 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0,
+      "prefix_attention: dense, aligned rows of 64 expected");
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                    const Tensor& prefix_k, const Tensor& prefix_v,
                                    const OptionalTensor& prefix_index,
                                    const OptionalTensor& prefix_lengths, double scale) {
   const c10::cuda::CUDAGuard guard(q.device());
   const auto batch = q.size(0), heads = q.size(1), queries = q.size(2), dim = q.size(3);
-  for (const Tensor& x : {q, k, v, prefix_k, prefix_v}) {
-    TORCH_CHECK(x.is_cuda() && x.scalar_type() == q.scalar_type() && x.size(-1) == 64 &&
-                x.stride(-1) == 1);
-    TORCH_CHECK(reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0);
-  }
-  TORCH_CHECK(q.scalar_type() == at::kBFloat16 || q.scalar_type() == at::kHalf);
+  for (const Tensor& x : {q, k, v, prefix_k, prefix_v}) check(x, q);
+  TORCH_CHECK(k.size(2) > 0, "k: no keys");
   const Tensor out = at::empty({batch, queries, heads, dim}, q.options()).transpose(1, 2);
   const Tensor lse =
       at::empty({heads, batch, queries}, q.options().dtype(at::kFloat)).transpose(0, 1);
   if (out.numel() == 0) return {out, lse};
   const auto dense = [](const OptionalTensor& x) {
-    return x ? OptionalTensor(x->contiguous()) : std::nullopt;
+    return x ? OptionalTensor(x->to(at::kLong).contiguous()) : std::nullopt;
   };
   const OptionalTensor index = dense(prefix_index), lengths = dense(prefix_lengths);
   const pcx::Forward call{
@@ -74,10 +81,68 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   return {out, lse};
 }
 
+// The gradients of a sample's own keys and values [B, H, S, d], or of those of a prefix [H, m, d],
+// which are then sums of `parts` float32 tensors.
+std::tuple<Tensor, Tensor> key_gradients(const Tensor& q, const Tensor& grad_out,
+                                         const Tensor& keys, const Tensor& values,
+                                         const Tensor& lse, const Tensor& delta, double scale,
+                                         int64_t parts) {
+  const c10::cuda::CUDAGuard guard(q.device());
+  for (const Tensor& x : {q, grad_out, keys, values}) check(x, q);
+  const auto batch = q.size(0), heads = q.size(1), queries = q.size(2), count = keys.size(-2);
+  const bool own = keys.dim() == 4;
+  TORCH_CHECK(batch > 0 && queries > 0 && count > 0, "prefix_attention: nothing to do");
+  TORCH_CHECK(batch * queries < (int64_t{1} << 31), "prefix_attention: too many queries");
+  TORCH_CHECK(lse.transpose(0, 1).is_contiguous() && delta.is_contiguous() &&
+                  lse.scalar_type() == at::kFloat && delta.scalar_type() == at::kFloat,
+              "prefix_attention: lse or delta laid out otherwise");
+  const int64_t rows = batch * queries;
+  // Whole stages of 64 rows, and no part without rows.
+  const int64_t per_item = own ? queries : ((rows + parts - 1) / parts + 63) / 64 * 64;
+  const int64_t items = own ? batch : (rows + per_item - 1) / per_item;
+  Tensor dk, dv, both;
+  if (own) {
+    dk = at::empty({batch, count, heads, 64}, q.options()).transpose(1, 2);
+    dv = at::empty({batch, count, heads, 64}, q.options()).transpose(1, 2);
+  } else {
+    both = at::empty({2, items, heads, count, 64}, q.options().dtype(at::kFloat));
+    dk = both.select(0, 0), dv = both.select(0, 1);
+  }
+  const pcx::KeyGradients call{
+      .q = q.data_ptr(),
+      .grad_out = grad_out.data_ptr(),
+      .keys = keys.data_ptr(),
+      .values = values.data_ptr(),
+      .lse = lse.data_ptr<float>(),
+      .delta = delta.data_ptr<float>(),
+      .dk = dk.data_ptr(),
+      .dv = dv.data_ptr(),
+      .q_strides = strides(q),
+      .grad_strides = strides(grad_out),
+      .key_strides = strides(keys),
+      .value_strides = strides(values),
+      .out_strides = strides(dk),
+      .items = static_cast<int>(items),
+      .heads = static_cast<int>(heads),
+      .queries = static_cast<int>(queries),
+      .count = static_cast<int>(count),
+      .rows = static_cast<int>(rows),
+      .rows_per_item = static_cast<int>(per_item),
+      .scale = static_cast<float>(scale),
+      .bfloat16 = q.scalar_type() == at::kBFloat16,
+      .partial = !own,
+  };
+  C10_CUDA_CHECK(pcx::launch_key_gradients(call, c10::cuda::getCurrentCUDAStream()));
+  if (own) return {dk, dv};
+  const Tensor sums = both.sum(1);
+  return {sums.select(0, 0).to(q.scalar_type()), sums.select(0, 1).to(q.scalar_type())};
+}
+
 }  // namespace
 
 void pcx::register_cuda() {
   static torch::Library library(torch::Library::IMPL, "pcx", c10::DispatchKey::CUDA, __FILE__,
                                 __LINE__);
   library.impl("prefix_attention_hopper", &forward);
+  library.impl("prefix_attention_key_gradients_hopper", &key_gradients);
 }

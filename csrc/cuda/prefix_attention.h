@@ -26,7 +26,26 @@ struct Forward {
   bool bfloat16;  // float16 otherwise
 };
 
+// Gradients of keys and values of a number of items. Item i's keys are used by the queries of rows
+// i * rows_per_item and on of the axis [B * N] that samples and their queries are folded into: a
+// sample's own keys by its N rows; a prefix, cut by the batch into items that share its keys, by
+// more.
+struct KeyGradients {
+  const void *q, *grad_out, *keys, *values;
+  const float *lse, *delta;            // [H, B * N]
+  void *dk, *dv;                       // of the same strides
+  Strides q_strides, grad_strides;     // of samples
+  Strides key_strides, value_strides;  // of items, 0 where they share their keys
+  Strides out_strides;                 // of items
+  int items, heads, queries, count;    // count: keys of an item
+  int rows, rows_per_item;             // B * N, and how many of them an item has
+  float scale;
+  bool bfloat16;
+  bool partial;  // dk and dv are float32
+};
+
 // On the current device, of compute capability 9.0.
 cudaError_t launch_forward(const Forward& call, cudaStream_t stream);
+cudaError_t launch_key_gradients(const KeyGradients& call, cudaStream_t stream);
 
 }  // namespace pcx

@@ -1,49 +1,20 @@
 // The forward of prefix_attention on Hopper, head dim 64, 16 bits.
 //
-// A block stays on its processor and takes (sample, head) after (sample, head). Three warps copy:
-// the prefix's keys and then the sample's own, as one sequence, row by row from where they lie into
-// a ring of stages of 64 keys; they run ahead into the next item's. Each group of four warps has 64
-// queries, whose products with a stage run on the tensor cores while other groups are at their
-// softmax (FlashAttention-3, arXiv:2407.08608, without its ping-pong). Images have k * k + 1 tokens
-// and 64 divides k * k for most k, so up to 16 queries left over go to one more warp of its own:
-// 197 = 3 * 64 + 5. The keys left over are computed in tiles of 16.
+// An item is one head of one sample, or a block's part of its queries. The stages hold the prefix's
+// keys and values and then the sample's own, as one sequence, copied row by row from where they lie
+// (FlashAttention-3, arXiv:2407.08608, without its ping-pong). The keys left over by stages of 64
+// are computed in tiles of 16.
 //
 // A row's reference maximum is moved only where it would grow by more than 2^kSlack, which is exact
 // (any reference gives the same quotient) and spares most rescaling.
 
-#include <cmath>
-
-#include "hopper.cuh"
-#include "prefix_attention.h"
+#include "ring.cuh"
 
 namespace pcx {
 namespace {
 
-constexpr int kDim = 64;
-constexpr int kStage = 64;  // keys of a stage
-constexpr int kMaxStages = 8;
-constexpr int kGroups = 3;                 // of 64 queries, at most, in a block
-constexpr int kCopiers = 2;                // warps
-constexpr int kTail = 8;                   // queries, at most, of the warp of its own
-constexpr int kHalf = kStage * kRowBytes;  // bytes of a stage's keys, or its values
 constexpr float kSlack = 8.0f;
 constexpr float kLowest = -1e30f;  // finite, so that nothing subtracts infinities
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-
-// How the queries of one head of one sample are cut.
-struct Plan {
-  int tiles;   // of 64 queries
-  int tail;    // queries left over for the warp of its own, 0..8
-  int blocks;  // that share the tiles; the last has the tail
-  int groups;  // tiles of a block
-  int stages;
-};
-
-struct Rows {
-  const char* first;
-  int stride;  // bytes
-};
 
 // One head of one sample and one of the blocks that share it.
 struct Item {
@@ -57,26 +28,14 @@ struct Item {
     set = b;
     if (call.index) set = min(max(call.index[b], int64_t{0}), int64_t{call.sets - 1});
     prefix = call.prefix;
-    if (call.lengths) prefix = static_cast<int>(min(call.lengths[set], int64_t{prefix}));
+    if (call.lengths)
+      prefix = static_cast<int>(max(min(call.lengths[set], int64_t{prefix}), int64_t{0}));
     total = prefix + call.keys;
   }
 
   __device__ Rows rows(const void* tensor, const Strides& strides, int64_t batch) const {
     return {static_cast<const char*>(tensor) + 2 * (batch * strides.batch + h * strides.head),
             static_cast<int>(2 * strides.token)};
-  }
-};
-
-// A place in the ring that every role goes around at its own pace.
-struct Turn {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ void next(int stages) {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
   }
 };
 
@@ -161,12 +120,10 @@ struct State {
       }
   }
 
-  // Writes rows from `first`, of which those below `limit` exist, through 2 KB at `staging`, so
-  // that a row goes out in whole pieces.
+  // Writes rows from `first`, of which those below `limit` exist.
   template <typename T>
   __device__ __forceinline__ void store(const Forward& call, const Item& item, int first, int limit,
                                         char* staging, int lane) {
-    constexpr int kRows = Turned ? 8 : 16;
     float inverse[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -177,32 +134,10 @@ struct State {
         call.lse[(int64_t{item.h} * call.batch + item.b) * call.queries + first + row] =
             (top[i] + log2f(denominator)) * kLn2;
     }
-    if constexpr (Turned) {
-#pragma unroll
-      for (int n = 0; n < kDim / 16; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          *reinterpret_cast<uint16_t*>(staging + swizzled(lane % 4 * 2 + e % 2, 2 * n + e / 2) +
-                                       lane / 4 * 2) =
-              static_cast<uint16_t>(pack<T>(out[n][e] * inverse[e % 2], 0.0f));
-    } else {
-#pragma unroll
-      for (int n = 0; n < kDim / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          *reinterpret_cast<uint32_t*>(staging + swizzled(i * 8 + lane / 4, n) + lane % 4 * 4) =
-              pack<T>(out[n][2 * i] * inverse[i], out[n][2 * i + 1] * inverse[i]);
-    }
-    __syncwarp();
     const int64_t pitch = int64_t{call.heads} * kRowBytes;
     char* const to = static_cast<char*>(call.out) +
                      (int64_t{item.b} * call.queries + first) * pitch + item.h * kRowBytes;
-#pragma unroll
-    for (int i = lane; i < kRows * 8; i += 32)
-      if (first + i / 8 < limit)
-        *reinterpret_cast<int4*>(to + i / 8 * pitch + i % 8 * 16) =
-            *reinterpret_cast<const int4*>(staging + swizzled(i / 8, i % 8));
-    __syncwarp();
+    store_rows<T, Turned>(out, inverse, to, pitch, limit - first, staging, lane);
   }
 };
 
@@ -265,8 +200,7 @@ __global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, con
   extern __shared__ __align__(1024) char memory[];
   __shared__ uint64_t barriers[2 * kMaxStages + 2];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int slots = plan.groups * 64 + (plan.tail ? kTail : 0);  // rows of queries in memory
-  const int readers = plan.groups * 4 + (plan.tail ? 1 : 0);     // warps
+  const int slots = plan.slots(), readers = plan.readers();
   const int items = call.batch * call.heads * plan.blocks;
   const uint32_t stages = shared_address(memory);
   const uint32_t queries = stages + plan.stages * 2 * kHalf;
@@ -292,22 +226,21 @@ __global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, con
       const Rows prefix_v = item.rows(call.prefix_v, call.prefix_v_strides, item.set);
       const Rows own_k = item.rows(call.k, call.k_strides, item.b);
       const Rows own_v = item.rows(call.v, call.v_strides, item.b);
-      // Every warp at every item: a warp that left one out could take a parity for the next one's.
-      wait(queries_empty, queries_parity ^ 1);
+      if (warp == readers) {  // this warp alone, so that it sees every phase of the barrier
+        const Rows q = item.rows(call.q, call.q_strides, item.b);
+        wait(queries_empty, queries_parity ^ 1);
+        for (int row = lane / 8; row < slots; row += 4) {
+          const int query = row < plan.groups * 64 ? item.block * plan.groups * 64 + row
+                                                   : plan.tiles * 64 + row - plan.groups * 64;
+          const bool inside = query < call.queries;
+          copy_async(queries + swizzled(row, lane % 8),
+                     q.first + int64_t{inside ? query : 0} * q.stride + lane % 8 * 16, inside);
+        }
+        arrive_after_copies(queries_full);
+      }
       for (int first = 0; first < item.total; first += kStage, turn.next(plan.stages)) {
         if (until_mine--) continue;
         until_mine = kCopiers - 1;
-        if (first == 0) {
-          const Rows q = item.rows(call.q, call.q_strides, item.b);
-          for (int row = lane / 8; row < slots; row += 4) {
-            const int query = row < plan.groups * 64 ? item.block * plan.groups * 64 + row
-                                                     : plan.tiles * 64 + row - plan.groups * 64;
-            const bool inside = query < call.queries;
-            copy_async(queries + swizzled(row, lane % 8),
-                       q.first + int64_t{inside ? query : 0} * q.stride + lane % 8 * 16, inside);
-          }
-          arrive_after_copies(queries_full);
-        }
         wait(empty + 8 * turn.stage, turn.parity ^ 1);
         const uint32_t to = stages + turn.stage * 2 * kHalf;
         copy_stage(to, prefix_k, own_k, first, item, lane);
@@ -387,34 +320,11 @@ __global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, con
   }
 }
 
-int ceil_divide(int a, int b) { return (a + b - 1) / b; }
-
 template <typename T>
 cudaError_t launch(const Forward& call, cudaStream_t stream) {
-  Plan plan;
-  const int rest = call.queries % 64;
-  plan.tiles = call.queries / 64 + (rest > kTail);
-  plan.tail = rest > kTail ? 0 : rest;
-  plan.blocks = plan.tiles ? ceil_divide(plan.tiles, kGroups) : 1;
-  plan.groups = ceil_divide(plan.tiles, plan.blocks);
-  const int readers = plan.groups * 4 + (plan.tail ? 1 : 0);
-  const int threads = 32 * (readers + kCopiers);
-  const int per_core = 2048 / 128 / (threads / 32);  // blocks, by registers
-  const int rows = (plan.groups * 64 + (plan.tail ? kTail : 0)) * kRowBytes + readers * 2048;
-  plan.stages = (224 * 1024 / per_core - 2048 - rows) / (2 * kHalf);
-  if (plan.stages > kMaxStages) plan.stages = kMaxStages;
-  const int bytes = plan.stages * 2 * kHalf + rows;
-  const auto kernel = forward_kernel<T>;
-  int device = 0, cores = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&cores, cudaDevAttrMultiProcessorCount, device);
-  if (error == cudaSuccess)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  const int items = call.batch * call.heads * plan.blocks;
-  kernel<<<min(items, cores * per_core), threads, bytes, stream>>>(call, plan);
-  return cudaGetLastError();
+  Plan plan(call.queries);
+  const int bytes = plan.share_memory(plan.slots() * kRowBytes);
+  return plan.launch(forward_kernel<T>, call, call.batch * call.heads, bytes, stream);
 }
 
 }  // namespace

@@ -9,11 +9,6 @@
 
 namespace pcx {
 
-// Numbers in a row of D in shared memory. One 16-byte piece more than the row holds, an odd number
-// of them: the eight rows that one ldmatrix reads at once lie in different banks.
-template <int D>
-constexpr int kPitch = D + 8;
-
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -22,6 +17,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 __device__ __forceinline__ void copy_async(uint32_t to, const void* source, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(source),
                "r"(inside ? 16 : 0));
+}
+
+// The same of one float.
+__device__ __forceinline__ void copy_number_async(uint32_t to, const float* source, bool inside) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(to), "l"(source),
+               "r"(inside ? 4 : 0));
 }
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;\n" ::); }

@@ -34,8 +34,9 @@ def cannot(
 
 
 def _cuda_cannot(q, k, v, prefix_k, prefix_v, bias, scale: float) -> str | None:
-    if q.device.type != "cuda":
-        return f"it needs CUDA tensors, q is on {q.device.type}"
+    reason = _triton_cannot(q, k, v, scale)  # which gives the gradient of the queries
+    if reason:
+        return reason
     if "cuda" not in registration.EXTENSION:
         return "pcx was installed without its CUDA kernels"
     if torch.cuda.get_device_capability(q.device) != HOPPER:
@@ -52,10 +53,6 @@ def _cuda_cannot(q, k, v, prefix_k, prefix_v, bias, scale: float) -> str | None:
             return f"the rows of {name} do not begin on multiples of 16 bytes"
         if tensor.stride(-2) >= 2**30:
             return f"the tokens of {name} lie 2**30 elements apart"
-    if scale <= 0:
-        return f"it needs scale > 0, got {scale}"
-    if k.shape[-2] == 0:
-        return "it needs own keys, S is 0"
     return None
 
 
@@ -80,7 +77,7 @@ def _triton_cannot(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     for name, tensor in {"q": q, "k": k, "v": v}.items():
         if any((tensor.shape[i] - 1) * tensor.stride(i) >= 2**31 for i in (-3, -2)):
             return f"the heads or tokens of {name} lie 2**31 elements apart"
-    if scale <= 0:
+    if not scale >= torch.finfo(torch.float32).tiny:
         return f"it needs scale > 0, got {scale}"
     if k.shape[-2] == 0:
         return "it needs own keys, S is 0"

@@ -83,7 +83,7 @@ def prefix_attention(
         )
         out, lse = found if return_lse else (found, None)
     else:
-        _assert_later(prefix_index, prefix_k)
+        _assert_later(prefix_index, prefix_lengths, prefix_k)
         out, lse = torch.ops.pcx.prefix_attention(
             *tensors, prefix_index, prefix_lengths, bias, scale, chosen
         )
@@ -120,11 +120,16 @@ def _autocast(*tensors: Tensor | None) -> tuple:
     )
 
 
-def _assert_later(index: Tensor | None, prefix: Tensor) -> None:
-    """Checks an index on a GPU without waiting for it; the kernels clamp what it finds."""
-    if index is not None and index.is_cuda:
-        fits = ((index >= 0) & (index < prefix.shape[0])).all()
-        torch._assert_async(fits, "prefix_index: a value lies outside of 0..G-1")
+def _assert_later(index: Tensor | None, lengths: Tensor | None, prefix: Tensor) -> None:
+    """Checks values on a GPU without waiting for them; the kernels clamp what it finds."""
+    named = {
+        "prefix_index": (index, prefix.shape[0] - 1, "0..G-1"),
+        "prefix_lengths": (lengths, prefix.shape[-2], "0..m"),
+    }
+    for name, (values, last, allowed) in named.items():
+        if values is not None and values.is_cuda:
+            fits = ((values >= 0) & (values <= last)).all()
+            torch._assert_async(fits, f"{name}: a value lies outside of {allowed}")
 
 
 def _five_dimensions(bias: Tensor, lead: torch.Size) -> Tensor:

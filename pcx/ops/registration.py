@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("pcx", "FRAGMENT")
-SCHEMAS = 2  # moves with every change of a schema below, as kSchemas in csrc/operations.h
+SCHEMAS = 3  # moves with every change of a schema below, as kSchemas in csrc/operations.h
 
 LIBRARY.define(
     "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
@@ -24,14 +24,18 @@ LIBRARY.define(
 LIBRARY.define(
     "prefix_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
     "Tensor prefix_k, Tensor prefix_v, Tensor? prefix_index, Tensor? prefix_lengths, "
-    "Tensor? bias, Tensor out, Tensor lse, float scale, bool[] needs) "
+    "Tensor? bias, Tensor out, Tensor lse, float scale, bool[] needs, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-# What prefix_attention calls on a Hopper GPU where `pcx.ops.backends` says that it fits; without a
-# gradient of its own.
+# What the two call on a Hopper GPU where `pcx.ops.backends` says that it fits; without gradients of
+# their own. The second gives those of a sample's own keys, or of a prefix as a sum of parts.
 LIBRARY.define(
     "prefix_attention_hopper(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
     "Tensor? prefix_index, Tensor? prefix_lengths, float scale) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "prefix_attention_key_gradients_hopper(Tensor q, Tensor grad_out, Tensor keys, Tensor values, "
+    "Tensor lse, Tensor delta, float scale, int parts) -> (Tensor, Tensor)"
 )
 
 
@@ -67,6 +71,7 @@ def _fake_backward(
     lse,
     scale,
     needs,
+    backend,
 ):
     need_q, need_own, need_prefix, need_bias = needs
     own, bias_shape = k.shape[2], (*q.shape[:3], k.shape[2])
@@ -81,7 +86,7 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.scale, _ = inputs
+    *tensors, ctx.scale, ctx.backend = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
@@ -100,6 +105,7 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tu
         lse,
         ctx.scale,
         [q, k or v, prefix_k or prefix_v, bias_too],
+        ctx.backend,
     )
     if bias_too:
         dbias = dbias.unflatten(0, batches(bias, out.shape[0])).sum_to_size(bias.shape)
@@ -139,43 +145,40 @@ torch.library.register_autograd(
 
 @torch.library.impl(LIBRARY, "prefix_attention", "CUDA")
 def _on_cuda(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lengths, bias, scale, backend):
-    from pcx.ops.backends import cannot
-
     tensors, sets = (q, k, v, prefix_k, prefix_v), (prefix_index, prefix_lengths)
-    if backend != "triton":
-        # Here and not by the caller: a compiled program may lay out what it passes as it likes.
-        reason = cannot("cuda", *tensors, bias, scale)
-        if reason is None:
-            return torch.ops.pcx.prefix_attention_hopper(*tensors, *sets, scale)
-        if backend == "cuda":
-            raise ValueError(f"backend: 'cuda' cannot run: {reason}")
+    if _fits_hopper(tensors, bias, scale, backend):
+        return torch.ops.pcx.prefix_attention_hopper(*tensors, *sets, scale)
     from pcx.kernels import prefix_attention as kernel
 
     return kernel.forward(*tensors, *sets, bias, scale)
 
 
 @torch.library.impl(LIBRARY, "prefix_attention_backward", "CUDA")
-def _triton_backward(
-    grad_out,
-    grad_lse,
-    q,
-    k,
-    v,
-    prefix_k,
-    prefix_v,
-    prefix_index,
-    prefix_lengths,
-    bias,
-    out,
-    lse,
-    scale,
-    needs,
-):
+def _backward_on_cuda(grad_out, grad_lse, *arguments):
     from pcx.kernels import prefix_attention as kernel
 
-    tensors = (q, k, v, prefix_k, prefix_v, prefix_index, prefix_lengths, bias, out, lse)
-    found = kernel.backward(grad_out, grad_lse, *tensors, scale, tuple(needs))
+    *tensors, scale, needs, backend = arguments
+    q, bias = tensors[0], tensors[7]
+    # Saved tensors may have been moved by hooks: even a named backend is not held to here.
+    hopper = _fits_hopper(tensors[:5], bias, scale, "triton" if backend == "triton" else "auto")
+    run: Any = kernel.backward
+    found = run(grad_out, grad_lse, *tensors, scale, tuple(needs), hopper=hopper)
     return tuple(q.new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+def _fits_hopper(tensors: Any, bias, scale: float, backend: str) -> bool:
+    """Here and not by the caller: a compiled program may lay out what it passes as it likes."""
+    from pcx.ops.backends import cannot
+
+    if backend == "triton":
+        return False
+    q, k, v, prefix_k, prefix_v = tensors
+    reason = cannot("cuda", q, k, v, prefix_k, prefix_v, bias, scale)
+    if reason is None and any(t.data_ptr() % 16 for t in tensors):  # a fake tensor has no address
+        reason = "a tensor's memory does not begin on a multiple of 16 bytes"
+    if reason and backend == "cuda":
+        raise ValueError(f"backend: 'cuda' cannot run: {reason}")
+    return reason is None
 
 
 def _load() -> frozenset[str]:

@@ -93,6 +93,58 @@ def test_more_heads_of_samples_than_the_chip_holds_blocks(batch, heads, n):
 
 
 @hopper
+@pytest.mark.parametrize(("batch", "n", "own", "m"), [(2000, 5, 5, 1), (900, 64, 33, 0)])
+def test_many_items_of_one_stage(batch, n, own, m):
+    check(inputs(batch=batch, n=n, own=own, m=m), "cuda")
+
+
+@hopper
+def test_ragged_sets_over_more_items_than_blocks():
+    tensors = inputs(batch=90, sets=(4,))
+    index = torch.arange(90).cuda() % 4
+    lengths = torch.tensor([50, 0, 17, 1]).cuda()
+    for dtype in (torch.int64, torch.int32):
+        check(tensors, "cuda", prefix_index=index.to(dtype), prefix_lengths=lengths.to(dtype))
+
+
+@hopper
+def test_auto_takes_the_cuda_kernels():
+    tensors = inputs(m=200)
+
+    def run(backend):
+        out = prefix_attention(*tensors, backend=backend)
+        return out, *torch.autograd.grad(out.float().square().sum(), tensors)
+
+    auto, cuda, triton = map(run, ("auto", "cuda", "triton"))
+    assert all(map(torch.equal, auto, cuda))
+    assert not any(map(torch.equal, auto[2:], triton[2:]))
+
+
+@hopper
+def test_all_of_what_is_returned_is_written():
+    torch.use_deterministic_algorithms(True)  # then new memory holds NaN
+    try:
+        for n, m in ((197, 10), (64, 0), (3, 200)):
+            tensors = inputs(n=n, m=m)
+            out, lse = prefix_attention(*tensors, backend="cuda", return_lse=True)
+            grads = torch.autograd.grad(out.float().sum() + lse.sum(), tensors)
+            assert all(t.isfinite().all() for t in (out, lse, *grads))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@hopper
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck's own
+def test_opcheck_on_hopper():
+    torch.library.opcheck(
+        torch.ops.pcx.prefix_attention.default,
+        (*inputs(n=20, m=7), None, None, None, 0.5, "cuda"),
+        rtol=2e-2,
+        atol=2e-2,
+    )
+
+
+@hopper
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("which", range(5))
 def test_what_is_not_finite_stays_where_sdpa_leaves_it(which, wrong):
@@ -217,11 +269,12 @@ def test_opcheck(sets):
 
 
 @pytest.mark.filterwarnings("ignore")  # inductor's own
-def test_inductor_compiles_into_one_graph_that_a_cuda_graph_replays():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_inductor_compiles_into_one_graph_that_a_cuda_graph_replays(backend):
     tensors = inputs()
 
     def step(*tensors):
-        return prefix_attention(*tensors).float().square().sum()
+        return prefix_attention(*tensors, backend=backend).float().square().sum()
 
     expected = torch.autograd.grad(step(*tensors), tensors)
     compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")

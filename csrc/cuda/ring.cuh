@@ -1,0 +1,134 @@
+// What the kernels of prefix_attention have in common: a ring of stages between warps that copy and
+// warps that compute, and tiles of 64 rows with a few left over.
+//
+// A block stays on its processor and takes item after item. Warps that only copy run ahead of the
+// others, into the next item's stages. Each group of four warps has 64 rows, queries or keys, and
+// its products run on the tensor cores while other groups compute. Images have k * k + 1 tokens and
+// 64 divides k * k for many k, so up to 8 rows left over go to one more warp, whose products are
+// turned around: 197 = 3 * 64 + 5.
+
+#pragma once
+
+#include <cmath>
+
+#include "hopper.cuh"
+#include "prefix_attention.h"
+
+namespace pcx {
+
+constexpr int kDim = 64;
+constexpr int kStage = 64;  // rows of a stage
+constexpr int kMaxStages = 8;
+constexpr int kGroups = 3;                 // of 64 rows, at most, in a block
+constexpr int kCopiers = 2;                // warps
+constexpr int kTail = 8;                   // rows, at most, of the warp of its own
+constexpr int kHalf = kStage * kRowBytes;  // bytes of one of a stage's two tiles
+constexpr int kSharedBytes = 224 * 1024;   // of a processor, that its blocks may take
+constexpr int kStaticBytes = 6 * 1024;     // of that, at most, what a kernel declares itself
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+inline int ceil_divide(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
+
+// How `rows` rows of one head of one sample are cut.
+struct Plan {
+  int tiles;   // of 64 rows
+  int tail;    // rows left over for the warp of its own, 0..8
+  int blocks;  // that share the tiles; the last has the tail
+  int groups;  // tiles of a block
+  int stages = 0;
+
+  explicit Plan(int rows) {
+    const int rest = rows % 64;
+    tiles = rows / 64 + (rest > kTail);
+    tail = rest > kTail ? 0 : rest;
+    blocks = tiles ? ceil_divide(tiles, kGroups) : 1;
+    groups = ceil_divide(tiles, blocks);
+  }
+
+  // Rows that a block has room for, warps that compute, and all threads.
+  __host__ __device__ int slots() const { return groups * 64 + (tail ? kTail : 0); }
+  __host__ __device__ int readers() const { return groups * 4 + (tail ? 1 : 0); }
+  __host__ __device__ int threads() const { return 32 * (readers() + kCopiers); }
+  int blocks_per_processor() const { return 2048 / 128 / (threads() / 32); }  // by registers
+
+  // Gives the stages what memory a block has left beside `held` bytes and room to write from, and
+  // returns what it takes in all.
+  int share_memory(int held) {
+    const int taken = held + readers() * 16 * kRowBytes;
+    const int left = kSharedBytes / blocks_per_processor() - kStaticBytes - taken;
+    stages = left / (2 * kHalf) < kMaxStages ? left / (2 * kHalf) : kMaxStages;
+    return stages * 2 * kHalf + taken;
+  }
+
+  template <typename Kernel, typename Call>
+  cudaError_t launch(Kernel kernel, const Call& call, int heads, int bytes, cudaStream_t stream) {
+    if (stages < kCopiers) return cudaErrorInvalidConfiguration;  // else a parity could mislead one
+    int device = 0, processors = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess)  // always the same: other threads launch the same kernel
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   kSharedBytes - kStaticBytes);
+    if (error != cudaSuccess) return error;
+    const int64_t items = int64_t{heads} * blocks;
+    const int64_t room = int64_t{processors} * blocks_per_processor();
+    kernel<<<static_cast<int>(items < room ? items : room), threads(), bytes, stream>>>(call,
+                                                                                        *this);
+    return cudaGetLastError();
+  }
+};
+
+struct Rows {
+  const char* first;
+  int stride;  // bytes
+};
+
+// A place in the ring that every role goes around at its own pace.
+struct Turn {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ void next(int stages) {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Writes up to 16 rows of a warp's accumulators, scaled, to rows at `to`, through 2 KB at
+// `staging`, so that a row goes out in whole pieces. Turned: up to 8 rows, from accumulators of d
+// by rows.
+template <typename T, bool Turned, int Tiles>
+__device__ __forceinline__ void store_rows(const float (&from)[Tiles][4], const float (&scale)[2],
+                                           char* to, int64_t pitch, int rows, char* staging,
+                                           int lane) {
+  static_assert(Tiles == (Turned ? kDim / 16 : kDim / 8));
+  if constexpr (Turned) {
+#pragma unroll
+    for (int n = 0; n < Tiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        *reinterpret_cast<uint16_t*>(staging + swizzled(lane % 4 * 2 + e % 2, 2 * n + e / 2) +
+                                     lane / 4 * 2) =
+            static_cast<uint16_t>(pack<T>(from[n][e] * scale[e % 2], 0.0f));
+  } else {
+#pragma unroll
+    for (int n = 0; n < Tiles; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        *reinterpret_cast<uint32_t*>(staging + swizzled(i * 8 + lane / 4, n) + lane % 4 * 4) =
+            pack<T>(from[n][2 * i] * scale[i], from[n][2 * i + 1] * scale[i]);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i = lane; i < (Turned ? 8 : 16) * 8; i += 32)
+    if (i / 8 < rows)
+      *reinterpret_cast<int4*>(to + i / 8 * pitch + i % 8 * 16) =
+          *reinterpret_cast<const int4*>(staging + swizzled(i / 8, i % 8));
+  __syncwarp();
+}
+
+}  // namespace pcx
