@@ -119,8 +119,8 @@ def runs():
     """(model, form, prompts, work, mode), the headline of the fold first."""
     for name, counts in MODELS.items():
         for prompts in reversed(counts):
-            for work in ("inference", "training"):
-                for mode in ("compiled", "eager"):
+            for mode in ("compiled", "eager"):
+                for work in ("inference", "training"):
                     for form in FORMS:
                         plain = form.startswith("plain")
                         if plain and (prompts != counts[-1] or work == "training"):

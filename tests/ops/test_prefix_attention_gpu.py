@@ -169,8 +169,9 @@ def test_a_hopper_kernel_that_cannot_run_says_why():
         with pytest.raises(ValueError, match=f"'cuda' cannot run: .*{message}"):
             prefix_attention(*tensors, **arguments, backend="cuda")
     found = prefix_attention(*shifted)
-    expected = prefix_attention(*shifted, backend="reference")
-    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    # Wide, since fused kernels of torch's own may take the memory for aligned.
+    expected = prefix_attention(*(t.double() for t in shifted), backend="reference")
+    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dim", [16, 24, 32, 40, 48, 64, 72, 80, 96, 128])
