@@ -87,6 +87,8 @@ class PromptedBlock(nn.Module):
         self.path = "folded"
         self.checkpoint = False
         self.observer: Observer | None = None
+        # Keys and values for each attention call, one set per sample, in place of the prompts'.
+        self.given: list[tuple[Tensor, Tensor]] | None = None
         self.register_buffer("lengths", None)  # of constant prefix sets where they differ, [G]
         self.constants = 0  # attention calls whose prompts' keys and values are buffers
         # In a tuple, so that the list is registered once, by the owner.
@@ -126,6 +128,8 @@ class PromptedBlock(nn.Module):
 
     def _this_step(self, batch: int) -> tuple[list[tuple[Tensor, Tensor]] | None, Tensor | None]:
         """Keys and values for each attention call, None without prompts, and each sample's set."""
+        if self.given is not None:
+            return self.given, None
         if self.constants:
             pairs = [
                 (self.get_buffer(f"prefix_k{n}"), self.get_buffer(f"prefix_v{n}"))

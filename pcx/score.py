@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -190,7 +191,7 @@ class _Reader:
 
 
 def _one_pass(reader: _Reader, methods: Sequence[str]) -> dict[str, Scores]:
-    """Per-sample gradients by giving every sample its own copy of the prompts."""
+    """Per-sample gradients by giving every sample its own prompts, or their keys and values."""
     if not methods:
         return {}
     model = reader.model
@@ -203,34 +204,112 @@ def _one_pass(reader: _Reader, methods: Sequence[str]) -> dict[str, Scores]:
 
 def _batch_scores(
     reader: _Reader, methods: Sequence[str], images: Tensor, labels: Tensor
-) -> Iterator[tuple[str, int, Tensor]]:
+) -> list[tuple[str, int, Tensor]]:
+    """(method, layer, [B, m]) of one batch."""
     model, batch = reader.model, len(labels)
     used = [i for i, m in enumerate(model.counts) if m]
-    leaves = {
-        i: model.prompts[i].detach().expand(batch, *model.prompts[i].shape).requires_grad_()
-        for i in used
-    }
-    watched = used if model.kind != "shallow" else range(len(model.layers))
-    with _observed(model, watched, methods, batch) as observers, torch.enable_grad():
-        losses = reader.losses({f"prompts.{i}": leaf for i, leaf in leaves.items()}, images, labels)
-        gates = [o.gate for o in observers.values() if o.gate is not None]
-        wanted = [*leaves.values(), *gates] if set(methods) & set(GRADIENT) else []
-        grads = torch.autograd.grad(losses.sum(), wanted) if wanted else ()
-    for i, grad in zip(used, grads, strict=False):
-        prompt = _rows(model.prompts[i].detach(), model.kind)  # [m, D]
-        grad = _rows(grad, model.kind)  # [B, m, D]
+    found: list[tuple[str, int, Tensor]] = []
+
+    def add(i: int, grad: Tensor) -> None:
+        """With each sample's gradient by layer i's prompts, [B, m, D] or [B, 2, m, H*d]."""
+        grad = _rows(grad, model.kind)
+        product = grad * _rows(model.prompts[i].detach(), model.kind)
         if "taylor" in methods:
-            yield "taylor", i, (grad * prompt).norm(dim=-1)
+            found.append(("taylor", i, product.norm(dim=-1)))
         if "taylor-inner" in methods:
-            yield "taylor-inner", i, (grad * prompt).sum(-1).abs()
-    if "gate" in methods:
-        slopes = list(grads[len(used) :])
+            found.append(("taylor-inner", i, product.sum(-1).abs()))
+
+    shallow = model.kind == "shallow"
+    give = _give_prompts if shallow or model.path == "concat" else _give_keys
+    differentiated = used if {"taylor", "taylor-inner"} & set(methods) else []
+    watched = range(len(model.layers)) if shallow else used
+    with (
+        _observed(model, watched, methods, batch) as observers,
+        torch.enable_grad(),
+        give(model, differentiated, batch, add) as (prompts, leaves),
+    ):
+        losses = reader.losses(prompts, images, labels)
+        gates = [o.gate for o in observers.values() if o.gate is not None]
+        if leaves or gates:
+            losses.sum().backward(inputs=[*leaves, *gates])
+    if sorted({i for _, i, _ in found}) != differentiated:
+        raise RuntimeError("model: some prompts have no influence on the loss")
+    if gates:
+        slopes: list[Any] = [gate.grad for gate in gates]
         for i, slope in zip(used, _per_prompts(model, slopes), strict=True):
-            yield "gate", i, torch.stack(slope).sum(0).abs()
+            found.append(("gate", i, torch.stack(slope).sum(0).abs()))
     if "cls-attention" in methods:
         weights = [torch.stack(o.cls_attention).mean(0) for o in observers.values()]
         for i, weight in zip(used, _per_prompts(model, weights), strict=True):
-            yield "cls-attention", i, torch.stack(weight).mean(0)
+            found.append(("cls-attention", i, torch.stack(weight).mean(0)))
+    return found
+
+
+AddGradient = Callable[[int, Tensor], None]
+Given = tuple[dict[str, Tensor], list[Tensor]]
+
+
+@contextmanager
+def _give_keys(model: VPT, layers: Sequence[int], batch: int, add: AddGradient) -> Iterator[Given]:
+    """Gives every sample keys and values of its own, without memory of their own.
+
+    A prompt acts on a sample through its key and value alone, and these are the same for all. So
+    they are computed once; their gradients are each sample's; and what lies between them and the
+    prompt, whatever the block has there, is differentiated for all samples in one batch, layer by
+    layer as the backward pass comes by.
+    """
+    leaves: list[Tensor] = []
+    try:
+        for i in layers:
+            prompt = model.prompts[i].detach().requires_grad_()
+            pairs = model.layers[i].prefixes(prompt)
+            shared = [tensor for pair in pairs for tensor in pair]
+            own = [t.detach().expand(batch, *t.shape).requires_grad_() for t in shared]
+            model.layers[i].given = list(zip(own[::2], own[1::2], strict=True))
+            _when_done(own, partial(_through_the_block, i, prompt, shared, add))
+            leaves += own
+        yield {}, leaves
+    finally:
+        for layer in model.layers:
+            layer.given = None
+
+
+def _through_the_block(
+    i: int, prompt: Tensor, shared: list[Tensor], add: AddGradient, grads: list[Tensor]
+) -> None:
+    add(i, torch.autograd.grad(shared, prompt, grads, is_grads_batched=True)[0])
+
+
+@contextmanager
+def _give_prompts(
+    model: VPT, layers: Sequence[int], batch: int, add: AddGradient
+) -> Iterator[Given]:
+    """Gives every sample prompts of its own, for paths that prompts take as tokens."""
+    own = {
+        i: model.prompts[i].detach().expand(batch, *model.prompts[i].shape).requires_grad_()
+        for i in layers
+    }
+    for i, leaf in own.items():
+        _when_done([leaf], partial(_as_it_is, i, add))
+    yield {f"prompts.{i}": leaf for i, leaf in own.items()}, list(own.values())
+
+
+def _as_it_is(i: int, add: AddGradient, grads: list[Tensor]) -> None:
+    add(i, grads[0])
+
+
+def _when_done(leaves: list[Tensor], then: Callable[[list[Tensor]], None]) -> None:
+    """Calls with the gradients of all once the backward pass has them, and does not keep them."""
+
+    def arrived(_: Tensor) -> None:
+        if all(leaf.grad is not None for leaf in leaves):
+            grads: list[Any] = [leaf.grad for leaf in leaves]
+            for leaf in leaves:
+                leaf.grad = None
+            then(grads)
+
+    for leaf in leaves:
+        leaf.register_post_accumulate_grad_hook(arrived)
 
 
 def _per_prompts(model: VPT, by_layer: list[Tensor]) -> list[list[Tensor]]:

@@ -39,6 +39,23 @@ def test_folded_equals_concat(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_scores_by_keys_equal_scores_by_prompts(family):
+    """What lies between a prompt and its keys is differentiated through the block itself."""
+    model = prompted(family).keep([torch.arange(4), torch.arange(0), torch.arange(2)])
+    x = images(family, batch=3)
+    data = torch.utils.data.TensorDataset(x, torch.arange(3))
+    loader = torch.utils.data.DataLoader(data, batch_size=2)
+    found = {}
+    for path in ("folded", "concat"):
+        model.path = path
+        found[path] = pcx.score(model, loader, method=["taylor", "taylor-inner"], progress=False)
+    for method, scores in found["folded"].items():
+        assert [len(s) for s in scores] == [4, 0, 2]
+        for a, b in zip(scores, found["concat"][method], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_without_prompts_it_is_the_backbone(family):
     backbone, x = build(family), images(family)
     model = pcx.VPT(backbone, 0, head_init="keep")
