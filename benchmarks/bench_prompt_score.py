@@ -12,7 +12,6 @@ writes `results/prompt_score_cpu.csv`, or `prompt_score_<gpu>.csv` where there i
 from __future__ import annotations
 
 import csv
-import platform
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pcx
 
 sys.path.insert(0, str(Path(__file__).parent))
+from machine import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 ON_GPU = torch.cuda.is_available()
@@ -136,7 +136,7 @@ def measure(prompts: int, repeats: int = 7) -> list[dict]:
                 "seconds_q1": round(first, 4),
                 "seconds_q3": round(third, 4),
                 "threads": torch.get_num_threads(),
-                "machine": torch.cuda.get_device_name() if ON_GPU else platform.processor(),
+                "machine": torch.cuda.get_device_name() if ON_GPU else cpu_name(),
                 "torch": torch.__version__,
                 "timm": timm.__version__,
             }

@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 import csv
-import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +17,9 @@ import timm
 import torch
 
 import pcx
+
+sys.path.insert(0, str(Path(__file__).parent))
+from machine import cpu_name
 
 BATCH, PROMPTS = 8, 200
 RESULTS = Path(__file__).parent / "results"
@@ -125,20 +128,13 @@ def measure(rounds: int = 7) -> list[dict]:
                     "seconds_q1": round(low, 4),
                     "seconds_q3": round(high, 4),
                     "threads": torch.get_num_threads(),
-                    "cpu": _cpu(),
+                    "cpu": cpu_name(),
                     "torch": torch.__version__,
                     "timm": timm.__version__,
                 }
             )
             print(rows[-1], flush=True)
     return rows
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":")[1].strip()
-    return platform.processor()
 
 
 def draw(rows: list[dict], file: Path) -> None:
