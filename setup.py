@@ -72,15 +72,27 @@ def extension_arguments() -> dict:
     headers = sources("*.h", "cuda/*.h", "cuda/*.cuh")
     extension = kind("pcx._C", files, depends=headers, extra_compile_args=flags)
 
+    def without_cuda():
+        plain = {"cxx": [flag for flag in flags["cxx"] if flag != "-DPCX_CUDA"]}
+        files = sources("*.cpp", "cpu/*.cpp")
+        return cpp_extension.CppExtension("pcx._C", files, extra_compile_args=plain)
+
     class OptionalBuild(cpp_extension.BuildExtension):
-        """Goes on in pure Python where the compiler fails."""
+        """Goes on without the CUDA kernels, or in pure Python, where a compiler fails."""
 
         def __init__(self, *args, **kwargs) -> None:
             super().__init__(*args, use_ninja=shutil.which("ninja") is not None, **kwargs)
 
         def run(self) -> None:
-            if self._built() or (cuda and self._without_cuda() and self._built()):
+            compiler = self.compiler  # a name, which a run replaces by what it stands for
+            if self._built():
                 return
+            if cuda:
+                say("building without the CUDA kernels")
+                self.compiler = compiler
+                vars(self.extensions[0]).update(vars(without_cuda()))
+                if self._built():
+                    return
             say("installing without the extension")
             self.extensions = []
 
@@ -90,13 +102,6 @@ def extension_arguments() -> dict:
             except Exception as error:  # compilers fail in many ways, none of which is fatal here
                 say(f"the extension was not built ({error})")
                 return False
-            return True
-
-        def _without_cuda(self) -> bool:
-            say("building without the CUDA kernels")
-            for part in self.extensions:
-                part.sources = [f for f in part.sources if not f.startswith("csrc/cuda/")]
-                part.extra_compile_args["cxx"].remove("-DPCX_CUDA")
             return True
 
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}

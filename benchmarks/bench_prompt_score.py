@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pcx
 
 sys.path.insert(0, str(Path(__file__).parent))
+from gpu_timing import table
 from machine import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
@@ -114,6 +115,7 @@ def measure(prompts: int, repeats: int = 7) -> list[dict]:
     """One row per form; the forms take turns, so that a slower minute meets all of them."""
     setting = Setting(prompts)
     check(setting)
+    setting.plain()
     times: dict[str, list[float]] = {form: [] for form in FORMS}
     for _ in range(repeats):
         for form, method in FORMS.items():
@@ -146,9 +148,9 @@ def measure(prompts: int, repeats: int = 7) -> list[dict]:
 
 
 if __name__ == "__main__":
-    device = torch.cuda.get_device_name().split()[-1].lower() if ON_GPU else "cpu"
-    table = [row for prompts in COUNTS for row in measure(prompts)]
-    with open(RESULTS / f"prompt_score_{device}.csv", "w", newline="") as output:
-        writer = csv.DictWriter(output, table[0])
+    file = table(RESULTS, "prompt_score")[0] if ON_GPU else RESULTS / "prompt_score_cpu.csv"
+    rows = [row for prompts in COUNTS for row in measure(prompts)]
+    with open(file, "w", newline="") as output:
+        writer = csv.DictWriter(output, rows[0])
         writer.writeheader()
-        writer.writerows(table)
+        writer.writerows(rows)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    file = Path("/proc/cpuinfo")
+    for line in file.read_text().splitlines() if file.exists() else ():
         if line.startswith("model name"):
             return line.split(":")[1].strip()
     return platform.processor()

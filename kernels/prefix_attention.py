@@ -938,7 +938,10 @@ def _hopper_gradients(keys: Tensor, values: Tensor, rows: _Rows, parts: int) -> 
 
 
 def _hopper_parts(q: Tensor, m: int) -> int:
-    """Into how many parts the batch is cut so that a prefix's keys fill the chip once."""
+    """Into how many parts the batch is cut so that a prefix's keys fill the chip once.
+
+    How keys become blocks is `Plan` in csrc/cuda/ring.cuh.
+    """
     batch, heads, n, _ = q.shape
     tiles = m // 64 + (m % 64 > 8)  # of keys; a block has up to three of them
     per_core = 2 if tiles <= 1 else 1

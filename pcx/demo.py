@@ -189,7 +189,7 @@ class _Search:
     def linear(self) -> tuple[VPT, float]:
         """The probe, on features computed once: the frozen backbone repeats them each epoch."""
         model = self._new(0)
-        train, val, both = (self._features(model, s) for s in ("train", "val", "trainval"))
+        train, val, both = (self._features(s) for s in ("train", "val", "trainval"))
         lr = self._best(
             LINEAR_RATES, lambda: self._new(0).heads[0], train, val, EPOCHS, "linear probe"
         )
@@ -232,7 +232,7 @@ class _Search:
         return best
 
     @torch.no_grad()
-    def _features(self, model: VPT, split: str) -> DataLoader:
+    def _features(self, split: str) -> DataLoader:
         head_free = VPT(scenes_vit(0), 0).eval()
         loader = DataLoader(self.task.splits[split], batch_size=256)
         rows = [(head_free(images), labels) for images, labels in loader]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, overload
@@ -251,7 +251,7 @@ Given = tuple[dict[str, Tensor], list[Tensor]]
 
 @contextmanager
 def _give_keys(model: VPT, layers: Sequence[int], batch: int, add: AddGradient) -> Iterator[Given]:
-    """Gives every sample keys and values of its own, without memory of their own.
+    """Gives every sample keys and values of its own, which take no memory of their own.
 
     A prompt acts on a sample through its key and value alone, and these are the same for all. So
     they are computed once; their gradients are each sample's; and what lies between them and the
@@ -259,25 +259,37 @@ def _give_keys(model: VPT, layers: Sequence[int], batch: int, add: AddGradient) 
     layer as the backward pass comes by.
     """
     leaves: list[Tensor] = []
-    try:
-        for i in layers:
-            prompt = model.prompts[i].detach().requires_grad_()
-            pairs = model.layers[i].prefixes(prompt)
-            shared = [tensor for pair in pairs for tensor in pair]
-            own = [t.detach().expand(batch, *t.shape).requires_grad_() for t in shared]
-            model.layers[i].given = list(zip(own[::2], own[1::2], strict=True))
-            _when_done(own, partial(_through_the_block, i, prompt, shared, add))
-            leaves += own
-        yield {}, leaves
-    finally:
-        for layer in model.layers:
-            layer.given = None
+    with ExitStack() as stack:
+        try:
+            for i in layers:
+                prompt = model.prompts[i].detach().requires_grad_()
+                pairs = model.layers[i].prefixes(prompt)
+                shared = [tensor for pair in pairs for tensor in pair]
+                own = [t.detach().expand(batch, *t.shape).requires_grad_() for t in shared]
+                model.layers[i].given = list(zip(own[::2], own[1::2], strict=True))
+                stack.enter_context(_when_done(own, partial(_to_prompts, i, prompt, shared, add)))
+                leaves += own
+            yield {}, leaves
+        finally:
+            for layer in model.layers:
+                layer.given = None
 
 
-def _through_the_block(
+def _to_prompts(
     i: int, prompt: Tensor, shared: list[Tensor], add: AddGradient, grads: list[Tensor]
 ) -> None:
-    add(i, torch.autograd.grad(shared, prompt, grads, is_grads_batched=True)[0])
+    """From the gradients of keys and values, each [B, H, m, d], to those of the prompts."""
+
+    def back(grads: Sequence[Tensor], batched: bool) -> Tensor:
+        return torch.autograd.grad(
+            shared, prompt, grads, retain_graph=True, is_grads_batched=batched
+        )[0]
+
+    try:
+        found = back(grads, True)
+    except RuntimeError:  # an operation of the block's own that torch cannot batch
+        found = torch.stack([back(one, False) for one in zip(*grads, strict=True)])
+    add(i, found)
 
 
 @contextmanager
@@ -289,16 +301,18 @@ def _give_prompts(
         i: model.prompts[i].detach().expand(batch, *model.prompts[i].shape).requires_grad_()
         for i in layers
     }
-    for i, leaf in own.items():
-        _when_done([leaf], partial(_as_it_is, i, add))
-    yield {f"prompts.{i}": leaf for i, leaf in own.items()}, list(own.values())
+    with ExitStack() as stack:
+        for i, leaf in own.items():
+            stack.enter_context(_when_done([leaf], partial(_as_they_are, i, add)))
+        yield {f"prompts.{i}": leaf for i, leaf in own.items()}, list(own.values())
 
 
-def _as_it_is(i: int, add: AddGradient, grads: list[Tensor]) -> None:
+def _as_they_are(i: int, add: AddGradient, grads: list[Tensor]) -> None:
     add(i, grads[0])
 
 
-def _when_done(leaves: list[Tensor], then: Callable[[list[Tensor]], None]) -> None:
+@contextmanager
+def _when_done(leaves: list[Tensor], then: Callable[[list[Tensor]], None]) -> Iterator[None]:
     """Calls with the gradients of all once the backward pass has them, and does not keep them."""
 
     def arrived(_: Tensor) -> None:
@@ -308,8 +322,12 @@ def _when_done(leaves: list[Tensor], then: Callable[[list[Tensor]], None]) -> No
                 leaf.grad = None
             then(grads)
 
-    for leaf in leaves:
-        leaf.register_post_accumulate_grad_hook(arrived)
+    handles = [leaf.register_post_accumulate_grad_hook(arrived) for leaf in leaves]
+    try:
+        yield
+    finally:
+        for handle in handles:  # else leaf and hook hold each other, out of the collector's sight
+            handle.remove()
 
 
 def _per_prompts(model: VPT, by_layer: list[Tensor]) -> list[list[Tensor]]:
@@ -324,18 +342,18 @@ def _per_prompts(model: VPT, by_layer: list[Tensor]) -> list[list[Tensor]]:
 def _observed(
     model: VPT, layers: Sequence[int], methods: Sequence[str], batch: int
 ) -> Iterator[dict[int, Observer]]:
-    observers = {}
-    if {"gate", "cls-attention"} & set(methods):
-        for i in layers:
-            width = model.counts[0 if model.kind == "shallow" else i]
-            observer = Observer(watch_cls="cls-attention" in methods)
-            if "gate" in methods:
-                like = model.prompts[i]
-                observer.gate = torch.zeros(
-                    batch, width, device=like.device, dtype=like.dtype, requires_grad=True
-                )
-            observers[i] = model.layers[i].observer = observer
+    observers: dict[int, Observer] = {}
     try:
+        if {"gate", "cls-attention"} & set(methods):
+            for i in layers:
+                width = model.counts[0 if model.kind == "shallow" else i]
+                observer = Observer(watch_cls="cls-attention" in methods)
+                if "gate" in methods:
+                    like = model.prompts[i]
+                    observer.gate = torch.zeros(
+                        batch, width, device=like.device, dtype=like.dtype, requires_grad=True
+                    )
+                observers[i] = model.layers[i].observer = observer
         yield observers
     finally:
         for i in observers:

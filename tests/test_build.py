@@ -110,6 +110,46 @@ def test_a_failing_compiler_is_said_and_survived(tmp_path):
     assert not list(tmp_path.rglob("_C*"))
 
 
+def test_where_nvcc_fails_the_rest_is_built(tmp_path):
+    """A toolkit whose nvcc does nothing but tell its version; a C++ compiler that lists."""
+    import torch
+
+    if not torch.version.cuda:
+        pytest.skip("torch was built without CUDA")
+    log = tmp_path / "log"
+    scripts = {
+        "toolkit/bin/nvcc": f'[ "$1" = --version ] && echo "release {torch.version.cuda}"',
+        "cxx": f'echo "$@" >> {log}\n'
+        'while [ $# -gt 0 ]; do [ "$1" = -o ] && touch "$2"; shift; done; true',
+    }
+    for name, body in scripts.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"#!/bin/sh\n{body}\n")
+        file.chmod(0o755)
+    (tmp_path / "toolkit/include").mkdir()
+    (tmp_path / "toolkit/include/cuda_runtime.h").touch()
+    environment = {
+        "CUDA_HOME": str(tmp_path / "toolkit"),
+        "CXX": str(tmp_path / "cxx"),
+        "CC": str(tmp_path / "cxx"),
+        "TORCH_DONT_CHECK_COMPILER_ABI": "1",
+    }
+    said = python(
+        f"import sys; sys.argv = ['setup.py', 'build_ext', '--build-lib', {str(tmp_path)!r},"
+        f" '--build-temp', {str(tmp_path)!r}]\n"
+        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py',"
+        " '__name__': '__main__'})\n",
+        **environment,
+    )
+    assert "building without the CUDA kernels" in said
+    assert "installing without the extension" not in said
+    assert list(tmp_path.rglob("_C*.so"))
+    link = log.read_text().splitlines()[-1]
+    assert "-shared" in link
+    assert not [word for word in link.split() if word.startswith("-l") and "cu" in word]
+
+
 def test_everything_works_without_the_extension():
     python(
         "import sys; sys.modules['pcx._C'] = None\n"

@@ -1,5 +1,8 @@
 """Scores against what they are defined to be, one sample and one prompt at a time."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -353,3 +356,45 @@ def test_augmentation_is_taken_away():
         "Random" in type(t).__name__ for t in plain.loader.dataset.dataset.transform.transforms
     )
     assert isinstance(subset.dataset.transform.transforms[0], transforms.RandomHorizontalFlip)
+
+
+@pytest.mark.parametrize("path", ["folded", "concat"])
+def test_nothing_outlives_scoring(backbone, loader, path):
+    def scored():
+        model = pcx.VPT(backbone, 3)
+        model.path = path
+        pcx.score(model, loader, **QUIET)
+        with pytest.raises(ValueError, match="is not finite"):
+            pcx.score(model, loader, criterion=lambda x, y: x.sum(1) * float("nan"), **QUIET)
+        return weakref.ref(model)
+
+    alive = scored()
+    gc.collect()
+    assert alive() is None
+
+
+class Unbatched(torch.autograd.Function):
+    """Twice x, in a way that torch cannot batch."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.from_numpy(grad.numpy() * 2)
+
+
+def test_a_block_whose_backward_cannot_be_batched(backbone, loader):
+    class Doubled(nn.Module):
+        def forward(self, x):
+            return Unbatched.apply(x)
+
+    for block in backbone.blocks:
+        block.norm1 = nn.Sequential(block.norm1, Doubled())
+    model, found = pcx.VPT(backbone, 3), {}
+    for path in ("folded", "concat"):
+        model.path = path
+        found[path] = pcx.score(model, loader, **QUIET)
+    for a, b in zip(found["folded"], found["concat"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=0)

@@ -91,7 +91,11 @@ std::tuple<Tensor, Tensor> key_gradients(const Tensor& q, const Tensor& grad_out
   for (const Tensor& x : {q, grad_out, keys, values}) check(x, q);
   const auto batch = q.size(0), heads = q.size(1), queries = q.size(2), count = keys.size(-2);
   const bool own = keys.dim() == 4;
-  TORCH_CHECK(batch > 0 && queries > 0 && count > 0, "prefix_attention: nothing to do");
+  TORCH_CHECK(batch > 0 && queries > 0 && count > 0 && parts > 0,
+              "prefix_attention: nothing to do");
+  TORCH_CHECK(keys.sizes() == values.sizes() && keys.size(-3) == heads &&
+                  (!own || keys.size(0) == batch) && grad_out.sizes() == q.sizes(),
+              "prefix_attention: shapes differ");
   TORCH_CHECK(batch * queries < (int64_t{1} << 31), "prefix_attention: too many queries");
   TORCH_CHECK(lse.transpose(0, 1).is_contiguous() && delta.is_contiguous() &&
                   lse.scalar_type() == at::kFloat && delta.scalar_type() == at::kFloat,

@@ -185,7 +185,10 @@ def _load() -> frozenset[str]:
     """What the compiled part, where there is one, has kernels for: "cpu", "cuda"."""
     try:
         from pcx import _C  # type: ignore[attr-defined]
-    except ImportError:
+    except ModuleNotFoundError:
+        return frozenset()
+    except ImportError as error:  # it is there, and built for another torch or CUDA
+        warnings.warn(f"pcx._C does not load and is left out: {error}", stacklevel=2)
         return frozenset()
     info = _C.build_info()
     if info.get("schemas") != SCHEMAS:
