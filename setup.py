@@ -32,10 +32,10 @@ def find_cuda(wanted: str) -> str | None:
     nvcc = shutil.which("nvcc")
     near = Path(nvcc).resolve().parent.parent if nvcc else None
     for folder in (os.environ.get("CUDA_HOME"), near, "/usr/local/cuda"):
-        if folder is None or not (Path(folder) / "include" / "cuda_runtime.h").exists():
+        if folder is None:
             continue
-        command = Path(folder) / "bin" / "nvcc"
-        if not command.exists():
+        command, header = Path(folder) / "bin" / "nvcc", Path(folder) / "include" / "cuda_runtime.h"
+        if not (command.exists() and header.exists()):
             continue
         said = subprocess.run([command, "--version"], capture_output=True, text=True).stdout
         found = re.search(r"release (\d+)", said)
@@ -56,26 +56,25 @@ def extension_arguments() -> dict:
     except ImportError as error:
         say(f"torch cannot be imported ({error}): installing without the compiled extension")
         return {}
-    files, kind = sources("*.cpp", "cpu/*.cpp"), cpp_extension.CppExtension
-    flags = {"cxx": ["-O3", "-std=c++20", "-fopenmp"]}
     cuda = find_cuda(torch.version.cuda) if torch.version.cuda else None
     if cuda:
         os.environ["CUDA_HOME"] = cpp_extension.CUDA_HOME = cuda
-        files, kind = files + sources("cuda/*.cpp", "cuda/*.cu"), cpp_extension.CUDAExtension
-        flags["cxx"].append("-DPCX_CUDA")
-        flags["nvcc"] = ["-O3", "-std=c++20", "-gencode", HOPPER]
     elif torch.version.cuda:
         say(f"no nvcc of CUDA {torch.version.cuda} was found: building without the CUDA kernels")
-    say(f"building pcx._C from {len(files)} sources with torch {torch.__version__}")
-    # Not linked with OpenMP: torch brings its own, and a second one would not see the first's
-    # threads.
-    headers = sources("*.h", "cuda/*.h", "cuda/*.cuh")
-    extension = kind("pcx._C", files, depends=headers, extra_compile_args=flags)
 
-    def without_cuda():
-        plain = {"cxx": [flag for flag in flags["cxx"] if flag != "-DPCX_CUDA"]}
-        files = sources("*.cpp", "cpu/*.cpp")
-        return cpp_extension.CppExtension("pcx._C", files, extra_compile_args=plain)
+    def extension(with_cuda: bool):
+        # Not linked with OpenMP: torch brings its own, and a second one would not see the first's
+        # threads.
+        files, flags = sources("*.cpp", "cpu/*.cpp"), ["-O3", "-std=c++20", "-fopenmp"]
+        headers = sources("*.h", "cuda/*.h", "cuda/*.cuh")
+        kind, compilers = cpp_extension.CppExtension, {"cxx": flags}
+        if with_cuda:
+            files += sources("cuda/*.cpp", "cuda/*.cu")
+            kind = cpp_extension.CUDAExtension
+            flags.append("-DPCX_CUDA")
+            compilers["nvcc"] = ["-O3", "-std=c++20", "-gencode", HOPPER]
+        say(f"building pcx._C from {len(files)} sources with torch {torch.__version__}")
+        return kind("pcx._C", files, depends=headers, extra_compile_args=compilers)
 
     class OptionalBuild(cpp_extension.BuildExtension):
         """Goes on without the CUDA kernels, or in pure Python, where a compiler fails."""
@@ -90,7 +89,8 @@ def extension_arguments() -> dict:
             if cuda:
                 say("building without the CUDA kernels")
                 self.compiler = compiler
-                vars(self.extensions[0]).update(vars(without_cuda()))
+                (part,) = self.extensions
+                vars(part).update(vars(extension(with_cuda=False)))
                 if self._built():
                     return
             say("installing without the extension")
@@ -104,7 +104,10 @@ def extension_arguments() -> dict:
                 return False
             return True
 
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}
+    return {
+        "ext_modules": [extension(with_cuda=cuda is not None)],
+        "cmdclass": {"build_ext": OptionalBuild},
+    }
 
 
 setup(packages=find_namespace_packages(include=["pcx", "pcx.*"]), **extension_arguments())

@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pcx.ops.backends import aligned
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Vary from call to call: one compiled form for all.
@@ -904,7 +906,7 @@ def backward(
             )  # fmt: skip
     dk = dv = dprefix_k = dprefix_v = None
     rows = _Rows(q, lse, grad_out, delta, scale)
-    hopper = hopper and q.numel() > 0 and _aligned(grad_out)
+    hopper = hopper and q.numel() > 0 and aligned(grad_out)
     if need_own and hopper:
         dk, dv = _hopper_gradients(k, v, rows, parts=1)
     elif need_own:
@@ -948,10 +950,6 @@ def _hopper_parts(q: Tensor, m: int) -> int:
     cores = torch.cuda.get_device_properties(q.device).multi_processor_count
     blocks = heads * max(1, triton.cdiv(tiles, 3))
     return max(1, min(per_core * cores // blocks, batch * n // 256))
-
-
-def _aligned(x: Tensor) -> bool:
-    return x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1])
 
 
 def _prefix_gradients(

@@ -102,20 +102,13 @@ def _run_task(name: str, seed: int, console: Console, out: Path) -> dict:
         "vpt_small": few,
     }
     found = {key: evaluate(models[key], test) for key in METHODS}
-    curve = [
-        {"keep": keep, "not_finetuned": evaluate(rough[keep], test)["accuracy"]}
-        for keep in KEEPS
-        if keep != KEEP
-    ]
-    curve += [
-        {
-            "keep": KEEP,
-            "not_finetuned": found["condensed_no_finetune"]["accuracy"],
-            "finetuned": found["condensed"]["accuracy"],
-        },
-        {"keep": 1.0, "finetuned": found["vpt"]["accuracy"]},
-    ]
-    curve.sort(key=lambda row: row["keep"])
+    by_keep: dict[float, dict] = {}
+    for keep in KEEPS:
+        row = found["condensed_no_finetune"] if keep == KEEP else evaluate(rough[keep], test)
+        by_keep[keep] = {"not_finetuned": row["accuracy"]}
+    by_keep[KEEP]["finetuned"] = found["condensed"]["accuracy"]
+    by_keep[1.0] = {"finetuned": found["vpt"]["accuracy"]}
+    curve = [{"keep": keep, **row} for keep, row in by_keep.items()]
     rates = {"linear": linear_lr, "vpt": lr, "condensed": lr / 10, "vpt_small": few_lr}
     return _report(name, models, rates, curve, found, console, out)
 

@@ -9,6 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SETUP = (
+    "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py',"
+    " '__name__': '__main__'})\n"
+)
+# What setup() would be called with, in `got`.
+RECORDED = f"import setuptools; got = {{}}\nsetuptools.setup = lambda **k: got.update(k)\n{SETUP}"
 
 
 def python(code, **environment):
@@ -48,11 +54,7 @@ def test_an_extension_of_another_version_is_left_out_and_said():
 def test_without_torch_pure_python_is_installed():
     """setup.py where torch cannot be imported: no extension, said aloud."""
     said = python(
-        "import sys; sys.modules['torch'] = None\n"
-        "import setuptools; got = {}\n"
-        "setuptools.setup = lambda **k: got.update(k)\n"
-        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py',"
-        " '__name__': 'setup'})\n"
+        f"import sys; sys.modules['torch'] = None\n{RECORDED}"
         "assert 'ext_modules' not in got, got\n"
         "assert 'pcx' in got['packages'] and 'pcx.tasks' in got['packages']\n"
         "assert 'pcx.kernels' in got['packages']\n"
@@ -62,12 +64,7 @@ def test_without_torch_pure_python_is_installed():
 
 def test_all_sources_and_headers_are_the_extension_s():
     said = python(
-        "import setuptools; got = {}\n"
-        "setuptools.setup = lambda **k: got.update(k)\n"
-        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py',"
-        " '__name__': 'setup'})\n"
-        "(part,) = got['ext_modules']\n"
-        "print('FILES', *part.sources, *part.depends)\n"
+        f"{RECORDED}(part,) = got['ext_modules']\nprint('FILES', *part.sources, *part.depends)\n"
     )
     named = set(said.split("FILES")[1].splitlines()[0].split())
     there = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
@@ -79,11 +76,7 @@ def test_all_sources_and_headers_are_the_extension_s():
 def test_without_nvcc_the_rest_is_built():
     """setup.py where no toolkit fits torch: C++ alone, said aloud where torch has CUDA."""
     said = python(
-        "import setuptools, torch; got = {}\n"
-        "torch.version.cuda = '1.0'\n"
-        "setuptools.setup = lambda **k: got.update(k)\n"
-        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py',"
-        " '__name__': 'setup'})\n"
+        f"import torch; torch.version.cuda = '1.0'\n{RECORDED}"
         "(part,) = got['ext_modules']\n"
         "assert not [f for f in part.sources if 'cuda' in f], part.sources\n"
         "assert 'csrc/cpu/prefix_attention.cpp' in part.sources\n"
@@ -94,9 +87,7 @@ def test_without_nvcc_the_rest_is_built():
 def test_a_failing_compiler_is_said_and_survived(tmp_path):
     code = (
         "import sys; sys.argv = ['setup.py', 'build_ext', '--build-lib', sys.argv[1], "
-        "'--build-temp', sys.argv[1]]\n"
-        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py',"
-        " '__name__': '__main__'})\n"
+        f"'--build-temp', sys.argv[1]]\n{SETUP}"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
@@ -137,9 +128,7 @@ def test_where_nvcc_fails_the_rest_is_built(tmp_path):
     }
     said = python(
         f"import sys; sys.argv = ['setup.py', 'build_ext', '--build-lib', {str(tmp_path)!r},"
-        f" '--build-temp', {str(tmp_path)!r}]\n"
-        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py',"
-        " '__name__': '__main__'})\n",
+        f" '--build-temp', {str(tmp_path)!r}]\n{SETUP}",
         **environment,
     )
     assert "building without the CUDA kernels" in said

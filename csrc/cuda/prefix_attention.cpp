@@ -35,6 +35,9 @@ void check(const Tensor& x, const Tensor& q) {
   TORCH_CHECK(
       x.size(-1) == 64 && x.stride(-1) == 1 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0,
       "prefix_attention: dense, aligned rows of 64 expected");
+  for (int64_t i = 0; i + 1 < x.dim(); ++i)
+    TORCH_CHECK(x.size(i) <= 1 || x.stride(i) % 8 == 0,
+                "prefix_attention: rows on multiples of 16 bytes expected");
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,

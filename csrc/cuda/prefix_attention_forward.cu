@@ -229,13 +229,7 @@ __global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, con
       if (warp == readers) {  // this warp alone, so that it sees every phase of the barrier
         const Rows q = item.rows(call.q, call.q_strides, item.b);
         wait(queries_empty, queries_parity ^ 1);
-        for (int row = lane / 8; row < slots; row += 4) {
-          const int query = row < plan.groups * 64 ? item.block * plan.groups * 64 + row
-                                                   : plan.tiles * 64 + row - plan.groups * 64;
-          const bool inside = query < call.queries;
-          copy_async(queries + swizzled(row, lane % 8),
-                     q.first + int64_t{inside ? query : 0} * q.stride + lane % 8 * 16, inside);
-        }
+        copy_held(queries, q, plan, item.block, call.queries, lane);
         arrive_after_copies(queries_full);
       }
       for (int first = 0; first < item.total; first += kStage, turn.next(plan.stages)) {
@@ -270,12 +264,7 @@ __global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, con
       }
     } else if (turned) {
       uint32_t q[kDim / 16][2];
-#pragma unroll
-      for (int j = 0; j < kDim / 16; j += 2) {
-        uint32_t two[4];
-        load_matrices(two, queries + swizzled(warp * 16 + lane % 8, 2 * j + lane / 8));
-        q[j][0] = two[0], q[j][1] = two[1], q[j + 1][0] = two[2], q[j + 1][1] = two[3];
-      }
+      load_right(q, queries + warp * 16 * kRowBytes, lane);
       __syncwarp();
       if (lane == 0) arrive(queries_empty);
       State<true> state;

@@ -201,11 +201,11 @@ __global__ void __launch_bounds__(512, 1)
   __shared__ uint64_t barriers[2 * kMaxStages + 4];
   __shared__ float stats[kMaxStages][2 * kStage];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int slots = plan.slots(), readers = plan.readers();
+  const int readers = plan.readers();
   const int items = call.items * call.heads * plan.blocks;
   const uint32_t stages = shared_address(memory);
   const uint32_t held = stages + plan.stages * 2 * kHalf;  // keys, then values, twice
-  const uint32_t held_bytes = slots * kRowBytes;
+  const uint32_t held_bytes = plan.slots() * kRowBytes;
   const uint32_t full = shared_address(barriers), empty = full + 8 * kMaxStages;
   const uint32_t held_full = full + 16 * kMaxStages, held_empty = held_full + 16;
   if (threadIdx.x == 0) {
@@ -230,15 +230,8 @@ __global__ void __launch_bounds__(512, 1)
         const Rows v = item.rows(call.values, call.value_strides);
         const uint32_t to = held + place.stage * 2 * held_bytes;
         wait(held_empty + 8 * place.stage, place.parity ^ 1);
-        for (int row = lane / 8; row < slots; row += 4) {
-          const int key = row < plan.groups * 64 ? item.block * plan.groups * 64 + row
-                                                 : plan.tiles * 64 + row - plan.groups * 64;
-          const bool inside = key < call.count;
-          const int64_t at = inside ? key : 0;
-          copy_async(to + swizzled(row, lane % 8), k.first + at * k.stride + lane % 8 * 16, inside);
-          copy_async(to + held_bytes + swizzled(row, lane % 8),
-                     v.first + at * v.stride + lane % 8 * 16, inside);
-        }
+        copy_held(to, k, plan, item.block, call.count, lane);
+        copy_held(to + held_bytes, v, plan, item.block, call.count, lane);
         arrive_after_copies(held_full + 8 * place.stage);
       }
       for (int first = item.first; first < item.end; first += kStage, turn.next(plan.stages)) {
@@ -271,14 +264,8 @@ __global__ void __launch_bounds__(512, 1)
       }
     } else if (turned) {
       uint32_t k[kDim / 16][2], v[kDim / 16][2];
-#pragma unroll
-      for (int j = 0; j < kDim / 16; j += 2) {
-        uint32_t two[4];
-        load_matrices(two, keys_at + swizzled(lane % 8, 2 * j + lane / 8));
-        k[j][0] = two[0], k[j][1] = two[1], k[j + 1][0] = two[2], k[j + 1][1] = two[3];
-        load_matrices(two, keys_at + held_bytes + swizzled(lane % 8, 2 * j + lane / 8));
-        v[j][0] = two[0], v[j][1] = two[1], v[j + 1][0] = two[2], v[j + 1][1] = two[3];
-      }
+      load_right(k, keys_at, lane);
+      load_right(v, keys_at + held_bytes, lane);
       float dk[kDim / 16][4] = {}, dv[kDim / 16][4] = {};
       for (int left = item.end - item.first; left > 0; left -= kStage, turn.next(plan.stages)) {
         wait(full + 8 * turn.stage, turn.parity);

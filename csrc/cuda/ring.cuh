@@ -85,6 +85,30 @@ struct Rows {
   int stride;  // bytes
 };
 
+// The rows of a block, in groups of 64 and then those of the warp of its own, by one warp; `count`
+// rows exist.
+__device__ __forceinline__ void copy_held(uint32_t to, Rows rows, const Plan& plan, int block,
+                                          int count, int lane) {
+  const int slots = plan.slots();
+  for (int slot = lane / 8; slot < slots; slot += 4) {
+    const int row = slot < plan.groups * 64 ? block * plan.groups * 64 + slot
+                                            : plan.tiles * 64 + slot - plan.groups * 64;
+    const bool inside = row < count;
+    copy_async(to + swizzled(slot, lane % 8),
+               rows.first + int64_t{inside ? row : 0} * rows.stride + lane % 8 * 16, inside);
+  }
+}
+
+// Eight rows at `from` as the right factor of a warp's products over d.
+__device__ __forceinline__ void load_right(uint32_t (&to)[kDim / 16][2], uint32_t from, int lane) {
+#pragma unroll
+  for (int j = 0; j < kDim / 16; j += 2) {
+    uint32_t two[4];
+    load_matrices(two, from + swizzled(lane % 8, 2 * j + lane / 8));
+    to[j][0] = two[0], to[j][1] = two[1], to[j + 1][0] = two[2], to[j + 1][1] = two[3];
+  }
+}
+
 // A place in the ring that every role goes around at its own pace.
 struct Turn {
   int stage = 0;

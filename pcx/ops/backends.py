@@ -50,14 +50,15 @@ def _cuda_cannot(q, k, v, prefix_k, prefix_v, bias, scale: float) -> str | None:
     named = {"q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v}
     for name, tensor in named.items():
         # A compiler sees no layout that it would hold to; the call itself looks again.
-        if not torch.compiler.is_compiling() and not _aligned(tensor):
+        if not torch.compiler.is_compiling() and not aligned(tensor):
             return f"the rows of {name} do not begin on multiples of 16 bytes"
         if tensor.stride(-2) >= 2**30:
             return f"the tokens of {name} lie 2**30 elements apart"
     return None
 
 
-def _aligned(x: Tensor) -> bool:
+def aligned(x: Tensor) -> bool:
+    """Whether rows are dense and begin 16 bytes apart, or multiples of it, in x's memory."""
     steps = (s for size, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1)
     return bool(
         x.stride(-1) == 1 and x.storage_offset() % 8 == 0 and all(s % 8 == 0 for s in steps)
