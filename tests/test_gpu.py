@@ -59,6 +59,18 @@ def test_inductor_compiles_into_one_graph(path):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
 
 
+def test_a_compiled_model_calls_the_kernels():
+    calls = []
+
+    def count(graph, _):
+        calls.extend(node for node in graph.graph.nodes if "prefix_attention" in str(node.target))
+        return graph.forward
+
+    model, x = pcx.VPT(build("vit", dtype=torch.float32), 5).cuda(), images("vit").float().cuda()
+    torch.compile(model, fullgraph=True, backend=count)(x)
+    assert len(calls) == len(model.prompts)
+
+
 @pytest.mark.parametrize("amp", ["no", "bf16", "fp16"])
 def test_train_score_and_condense(amp):
     generator = torch.Generator().manual_seed(0)

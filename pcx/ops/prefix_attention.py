@@ -98,13 +98,18 @@ def _choose(backend: str, *arguments) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {BACKENDS}")
     if backend == "auto":
-        if torch.compiler.is_exporting() or arguments[0].device.type != "cuda":
+        if _exporting() or arguments[0].device.type != "cuda":
             return "reference"  # the exported program then needs torch alone
         return "reference" if cannot("triton", *arguments) else "auto"
     reason = cannot(backend, *arguments)
     if reason:
         raise ValueError(f"backend: {backend!r} cannot run: {reason}")
     return backend
+
+
+def _exporting() -> bool:
+    """`torch.compiler.is_exporting()`, which in torch 2.11 is true of all that is compiled."""
+    return torch.compiler._is_exporting_flag
 
 
 def _autocast(*tensors: Tensor | None) -> tuple:

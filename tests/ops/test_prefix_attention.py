@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pcx import prefix_attention
 from pcx.ops import reference
+from pcx.ops.prefix_attention import _exporting
 from pcx.ops.registration import EXTENSION
 
 B, H, N, S, M, D, DV = 3, 2, 5, 7, 4, 8, 6
@@ -289,6 +290,19 @@ def test_export_needs_torch_alone():
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not [target for target in targets if "pcx" in target]
     torch.testing.assert_close(program.module()(*tensors), prefix_attention(*tensors))
+
+
+def test_a_compiler_is_not_taken_for_an_export():
+    """Or a compiled model would quietly do without the kernels."""
+
+    class Told(torch.nn.Module):
+        def forward(self, x):
+            return x.new_tensor(float(_exporting()))
+
+    x = torch.zeros(1)
+    assert not torch.compile(Told(), backend="eager", fullgraph=True)(x)
+    for strict in (False, True):
+        assert torch.export.export(Told(), (x,), strict=strict).module()(x)
 
 
 def test_the_fake_raises_the_same_errors():
