@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention
 
 import pcx
 
@@ -130,6 +131,24 @@ def forms_at(shape: dict) -> dict[str, tuple[Callable, SDPBackend | None]]:
     return forms
 
 
+def _row(which: str, form: str, shape: dict, m: int, quartiles, error: float) -> dict:
+    first, median, third = quartiles
+    row = {
+        "pass": which,
+        "form": form,
+        **shape,
+        "m": m,
+        "heads": HEADS,
+        "dtype": "bfloat16",
+        "us_median": round(median, 2),
+        "us_q1": round(first, 2),
+        "us_q3": round(third, 2),
+        "max_error": f"{error:.1e}",
+    }
+    print(*row.values(), flush=True)
+    return row
+
+
 def measure(shape: dict, m: int, done: set[tuple]) -> list[dict]:
     """Rows of one shape that are not done yet; a backend's time is that of its backward alone."""
     rows: list[dict] = []
@@ -138,21 +157,7 @@ def measure(shape: dict, m: int, done: set[tuple]) -> list[dict]:
         return (which, form, shape["batch"], shape["n"], m, shape["dim"]) not in done
 
     def add(which: str, form: str, quartiles, error: float) -> None:
-        first, median, third = quartiles
-        row = {
-            "pass": which,
-            "form": form,
-            **shape,
-            "m": m,
-            "heads": HEADS,
-            "dtype": "bfloat16",
-            "us_median": round(median, 2),
-            "us_q1": round(first, 2),
-            "us_q3": round(third, 2),
-            "max_error": f"{error:.1e}",
-        }
-        rows.append(row)
-        print(*row.values(), flush=True)
+        rows.append(_row(which, form, shape, m, quartiles, error))
 
     sets = [
         inputs(shape["batch"], shape["n"], m, shape["dim"], torch.bfloat16, "cuda", seed)
@@ -201,6 +206,54 @@ def _saving_forward(attend, tensors):
 
 def _both(attend, tensors):
     return lambda: gradients(attend, tensors[:5], tensors[5])
+
+
+def _flash(q, k, v) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+
+
+def _flex(q, k, v) -> tuple[Tensor, Tensor]:
+    return flex_attention(q, k, v, return_lse=True)
+
+
+def merging(attend: Callable) -> Callable:
+    """Without concatenation from torch's parts: (output, LSE) of all samples' queries, folded into
+    one axis, over the prefix, and of each sample's over its own keys, merged by their LSEs."""
+
+    def run(q, k, v, prefix_k, prefix_v) -> Tensor:
+        batch, heads, n, dim = q.shape
+        folded = q.transpose(0, 1).reshape(1, heads, batch * n, dim)
+        shared, shared_lse = attend(folded, prefix_k[None], prefix_v[None])
+        own, own_lse = attend(q, k, v)
+        shared = shared.reshape(heads, batch, n, dim).transpose(0, 1)
+        weight = (shared_lse.reshape(heads, batch, n).transpose(0, 1) - own_lse).sigmoid()
+        return torch.lerp(own.float(), shared.float(), weight[..., None]).to(q.dtype)
+
+    return run
+
+
+def measure_merging(m: int, done: set[tuple]) -> list[dict]:
+    """Forward rows of the two forms that merge, at the headline shape."""
+    rows = []
+    for form, attend in {"folded flash, merged": _flash, "folded flex, merged": _flex}.items():
+        if ("forward", form, HEADLINE["batch"], HEADLINE["n"], m, HEADLINE["dim"]) in done:
+            continue
+        sets = [
+            inputs(**HEADLINE, m=m, dtype=torch.bfloat16, device="cuda", seed=i) for i in (0, 1, 2)
+        ]
+        torch._dynamo.reset()
+        compiled = torch.compile(merging(attend), fullgraph=True, dynamic=False)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            right = concatenating(*(t.float() for t in sets[0][:5]))
+        with torch.no_grad():
+            error = largest_error((compiled(*sets[0][:5]).float(),), (right,))
+        assert error < BOUND, (form, m, error)
+        rows.append(
+            _row(
+                "forward", form, HEADLINE, m, graphed([_forward(compiled, s) for s in sets]), error
+            )
+        )
+    return rows
 
 
 def shapes():
@@ -275,6 +328,11 @@ def main() -> None:
                 for row in measure(shape, m, done):
                     writer.writerow({**row, **machine})
                 output.flush()
+            if shape == HEADLINE:
+                for m in (50, 100, 200):
+                    for row in measure_merging(m, done):
+                        writer.writerow({**row, **machine})
+                    output.flush()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 namespace pcx {
 
-constexpr int kSchemas = 3;  // as SCHEMAS in pcx/ops/registration.py
+constexpr int kSchemas = 4;  // as SCHEMAS in pcx/ops/registration.py
 
 void register_cpu();
 void register_cuda();

@@ -28,6 +28,8 @@ from pcx.ops.backends import aligned
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# With more, of which one block cannot hold all, Triton gives their gradient faster (measured).
+HOPPER_QUERIES = 200
 # Vary from call to call: one compiled form for all.
 RUNTIME = ["N", "S", "m", "B1", "rows_per_chunk"]
 
@@ -871,22 +873,70 @@ def backward(
     """(dq, dk, dv, dprefix_k, dprefix_v, dbias); None where `needs` (q, own, prefix, bias) says no.
 
     dq, dk and dv lie in memory as [B, N, H, d]; the bias's gradient is [B, H, N, S] float32, to be
-    summed to its shape. Where `hopper` says that they fit, the CUDA kernels of pcx._C give the
-    gradients of keys and values, but for prefix sets.
+    summed to its shape. Where `hopper` says that they fit, the CUDA kernels of pcx._C give these,
+    but for the gradients of prefix sets.
     """
     need_q, need_own, need_prefix, need_bias = needs
-    batch, heads, n, dim = q.shape
+    batch, heads, _, dim = q.shape
     own, m = k.shape[2], prefix_k.shape[-2]
     q, k, v, prefix_k, prefix_v = map(_rowwise, (q, k, v, prefix_k, prefix_v))
     grad_out, out = _rowwise(grad_out), _rowwise(out)
     lse = lse.transpose(0, 1).contiguous().transpose(0, 1)  # hooks on saved tensors may move it
     index, lengths = _dense(index), _dense(lengths)
     tiles = tiles or {}
-    delta = q.new_empty(heads, batch, n, dtype=torch.float32)
+    hopper = hopper and q.numel() > 0 and aligned(grad_out) and aligned(out)
+    if hopper and need_q and q.shape[2] <= HOPPER_QUERIES:
+        dq, delta = torch.ops.pcx.prefix_attention_query_gradient_hopper(
+            q, k, v, prefix_k, prefix_v, index, lengths, out, lse, grad_out, grad_lse, scale
+        )
+        dbias = None
+    else:
+        dq, delta, dbias = _query_gradients(
+            grad_out, grad_lse, q, k, v, prefix_k, prefix_v, index, lengths, bias, out, lse, scale,
+            need_q, need_bias, tiles.get("query") or _configuration("query", q, own),
+        )  # fmt: skip
+    dk = dv = dprefix_k = dprefix_v = None
+    rows = _Rows(q, lse, grad_out, delta, scale)
+    if need_own and hopper:
+        dk, dv = _hopper_gradients(k, v, rows)
+    elif need_own:
+        dk, dv = (q.new_empty(batch, own, heads, dim).transpose(1, 2) for _ in range(2))
+        config = tiles.get("own") or _configuration("own", q, own)
+        _launch_key_gradients(k, v, dk[None], dv[None], rows, config, bias=bias)
+    if need_prefix and hopper and prefix_k.dim() == 3 and lengths is None and m > 0:
+        dprefix_k, dprefix_v = _hopper_gradients(prefix_k, prefix_v, rows)
+    elif need_prefix:
+        config = tiles.get("prefix") or _configuration("prefix", q, m)
+        dprefix_k, dprefix_v = _prefix_gradients(prefix_k, prefix_v, rows, index, lengths, config)
+    return dq, dk, dv, dprefix_k, dprefix_v, dbias
+
+
+def _query_gradients(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    index: Tensor | None,
+    lengths: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    need_q: bool,
+    need_bias: bool,
+    config: tuple[int, int, int, int],
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """dq; delta = rowsum(dO * O) - dLSE [B, H, N], in memory [H, B, N]; dbias."""
+    batch, heads, n, dim = q.shape
+    own, m = k.shape[2], prefix_k.shape[-2]
+    delta = q.new_empty(heads, batch, n, dtype=torch.float32).transpose(0, 1)
     # A bias's gradient comes from the kernel that makes dq, which then needs a place for it.
     dq = q.new_empty(batch, n, heads, dim).transpose(1, 2) if need_q or need_bias else None
     dbias = q.new_empty(batch, heads, n, own, dtype=torch.float32) if need_bias else None
-    bm, bn, warps, stages = tiles.get("query") or _configuration("query", q, own)
+    bm, bn, warps, stages = config
     bias_pointer, bias_strides, inner_batch = _bias(bias, q)
     if q.numel():
         with _on(q):
@@ -904,22 +954,7 @@ def backward(
                 LSE_GRAD=grad_lse is not None, NEED_DQ=need_q or need_bias, NEED_DBIAS=need_bias,
                 PRECISION=_precision(q), num_warps=warps, num_stages=stages, enable_fp_fusion=True,
             )  # fmt: skip
-    dk = dv = dprefix_k = dprefix_v = None
-    rows = _Rows(q, lse, grad_out, delta, scale)
-    hopper = hopper and q.numel() > 0 and aligned(grad_out)
-    if need_own and hopper:
-        dk, dv = _hopper_gradients(k, v, rows, parts=1)
-    elif need_own:
-        dk, dv = (q.new_empty(batch, own, heads, dim).transpose(1, 2) for _ in range(2))
-        config = tiles.get("own") or _configuration("own", q, own)
-        _launch_key_gradients(k, v, dk[None], dv[None], rows, config, bias=bias)
-    if need_prefix and hopper and prefix_k.dim() == 3 and lengths is None and m > 0:
-        parts = _hopper_parts(q, m)
-        dprefix_k, dprefix_v = _hopper_gradients(prefix_k, prefix_v, rows, parts)
-    elif need_prefix:
-        config = tiles.get("prefix") or _configuration("prefix", q, m)
-        dprefix_k, dprefix_v = _prefix_gradients(prefix_k, prefix_v, rows, index, lengths, config)
-    return dq if need_q else None, dk, dv, dprefix_k, dprefix_v, dbias
+    return dq if need_q else None, delta, dbias
 
 
 @dataclass(frozen=True)
@@ -933,23 +968,10 @@ class _Rows:
     scale: float
 
 
-def _hopper_gradients(keys: Tensor, values: Tensor, rows: _Rows, parts: int) -> tuple[Tensor, ...]:
+def _hopper_gradients(keys: Tensor, values: Tensor, rows: _Rows) -> tuple[Tensor, ...]:
     return torch.ops.pcx.prefix_attention_key_gradients_hopper(
-        rows.q, rows.grad_out, keys, values, rows.lse, rows.delta, rows.scale, parts
+        rows.q, rows.grad_out, keys, values, rows.lse, rows.delta, rows.scale
     )
-
-
-def _hopper_parts(q: Tensor, m: int) -> int:
-    """Into how many parts the batch is cut so that a prefix's keys fill the chip once.
-
-    How keys become blocks is `Plan` in csrc/cuda/ring.cuh.
-    """
-    batch, heads, n, _ = q.shape
-    tiles = m // 64 + (m % 64 > 8)  # of keys; a block has up to three of them
-    per_core = 2 if tiles <= 1 else 1
-    cores = torch.cuda.get_device_properties(q.device).multi_processor_count
-    blocks = heads * max(1, triton.cdiv(tiles, 3))
-    return max(1, min(per_core * cores // blocks, batch * n // 256))
 
 
 def _prefix_gradients(

@@ -76,9 +76,13 @@ __device__ __forceinline__ void see_copies() {
 #define PCX_SHARED_PRODUCTS(TYPE)                                                \
   if constexpr (Tiles == 2) {                                                    \
     PCX_PRODUCT(TYPE, 16, PCX_R8, "%8", 9, 10, "0, %11", "l"(a), PCX_TILES2);    \
-  } else {                                                                       \
-    static_assert(Tiles == 4);                                                   \
+  } else if constexpr (Tiles == 4) {                                             \
     PCX_PRODUCT(TYPE, 32, PCX_R16, "%16", 17, 18, "0, %19", "l"(a), PCX_TILES4); \
+  } else if constexpr (Tiles == 6) {                                             \
+    PCX_PRODUCT(TYPE, 48, PCX_R24, "%24", 25, 26, "0, %27", "l"(a), PCX_TILES6); \
+  } else {                                                                       \
+    static_assert(Tiles == 8);                                                   \
+    PCX_PRODUCT(TYPE, 64, PCX_R32, "%32", 33, 34, "0, %35", "l"(a), PCX_TILES8); \
   }
 
 // Starts c [64, 8 Tiles] = a [64, 16] b [16, 8 Tiles], plus c where `add`. A row of b's tile in

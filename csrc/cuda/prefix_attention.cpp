@@ -5,7 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/sum.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -40,80 +40,147 @@ void check(const Tensor& x, const Tensor& q) {
                 "prefix_attention: rows on multiples of 16 bytes expected");
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                   const Tensor& prefix_k, const Tensor& prefix_v,
-                                   const OptionalTensor& prefix_index,
-                                   const OptionalTensor& prefix_lengths, double scale) {
-  const c10::cuda::CUDAGuard guard(q.device());
-  const auto batch = q.size(0), heads = q.size(1), queries = q.size(2), dim = q.size(3);
+// [B, H, tokens, d] over memory [B, tokens, H, d].
+Tensor token_major(const Tensor& like, int64_t tokens) {
+  return at::empty({like.size(0), tokens, like.size(1), like.size(3)}, like.options())
+      .transpose(1, 2);
+}
+
+// [B, H, N] over memory [H, B, N].
+Tensor by_row(const Tensor& q) {
+  return at::empty({q.size(1), q.size(0), q.size(2)}, q.options().dtype(at::kFloat))
+      .transpose(0, 1);
+}
+
+bool is_by_row(const Tensor& x, const Tensor& q) {
+  return x.scalar_type() == at::kFloat && x.sizes() == q.sizes().slice(0, 3) &&
+         x.transpose(0, 1).is_contiguous();
+}
+
+// What the caller keeps alive beside its tensors.
+struct Sets {
+  OptionalTensor index, lengths;
+
+  Sets(const OptionalTensor& prefix_index, const OptionalTensor& prefix_lengths)
+      : index(dense(prefix_index)), lengths(dense(prefix_lengths)) {}
+
+  static OptionalTensor dense(const OptionalTensor& x) {
+    return x ? OptionalTensor(x->to(at::kLong).contiguous()) : std::nullopt;
+  }
+};
+
+pcx::Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k,
+                         const Tensor& prefix_v, const Sets& sets, double scale) {
   for (const Tensor& x : {q, k, v, prefix_k, prefix_v}) check(x, q);
   TORCH_CHECK(k.size(2) > 0, "k: no keys");
-  const Tensor out = at::empty({batch, queries, heads, dim}, q.options()).transpose(1, 2);
-  const Tensor lse =
-      at::empty({heads, batch, queries}, q.options().dtype(at::kFloat)).transpose(0, 1);
-  if (out.numel() == 0) return {out, lse};
-  const auto dense = [](const OptionalTensor& x) {
-    return x ? OptionalTensor(x->to(at::kLong).contiguous()) : std::nullopt;
-  };
-  const OptionalTensor index = dense(prefix_index), lengths = dense(prefix_lengths);
-  const pcx::Forward call{
+  return {
       .q = q.data_ptr(),
       .k = k.data_ptr(),
       .v = v.data_ptr(),
       .prefix_k = prefix_k.data_ptr(),
       .prefix_v = prefix_v.data_ptr(),
-      .out = out.data_ptr(),
-      .lse = lse.data_ptr<float>(),
-      .index = index ? index->data_ptr<int64_t>() : nullptr,
-      .lengths = lengths ? lengths->data_ptr<int64_t>() : nullptr,
+      .index = sets.index ? sets.index->data_ptr<int64_t>() : nullptr,
+      .lengths = sets.lengths ? sets.lengths->data_ptr<int64_t>() : nullptr,
       .q_strides = strides(q),
       .k_strides = strides(k),
       .v_strides = strides(v),
       .prefix_k_strides = strides(prefix_k),
       .prefix_v_strides = strides(prefix_v),
-      .batch = static_cast<int>(batch),
-      .heads = static_cast<int>(heads),
-      .queries = static_cast<int>(queries),
+      .batch = static_cast<int>(q.size(0)),
+      .heads = static_cast<int>(q.size(1)),
+      .queries = static_cast<int>(q.size(2)),
       .keys = static_cast<int>(k.size(2)),
       .prefix = static_cast<int>(prefix_k.size(-2)),
       .sets = static_cast<int>(prefix_k.dim() == 4 ? prefix_k.size(0) : 1),
       .scale = static_cast<float>(scale),
       .bfloat16 = q.scalar_type() == at::kBFloat16,
   };
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                   const Tensor& prefix_k, const Tensor& prefix_v,
+                                   const OptionalTensor& prefix_index,
+                                   const OptionalTensor& prefix_lengths, double scale) {
+  const c10::cuda::CUDAGuard guard(q.device());
+  const Tensor out = token_major(q, q.size(2)), lse = by_row(q);
+  if (out.numel() == 0) return {out, lse};
+  const Sets sets(prefix_index, prefix_lengths);
+  const pcx::Forward call{
+      .inputs = attention(q, k, v, prefix_k, prefix_v, sets, scale),
+      .out = out.data_ptr(),
+      .lse = lse.data_ptr<float>(),
+  };
   C10_CUDA_CHECK(pcx::launch_forward(call, c10::cuda::getCurrentCUDAStream()));
   return {out, lse};
 }
 
-// The gradients of a sample's own keys and values [B, H, S, d], or of those of a prefix [H, m, d],
-// which are then sums of `parts` float32 tensors.
+// The queries' gradient and delta.
+std::tuple<Tensor, Tensor> query_gradient(const Tensor& q, const Tensor& k, const Tensor& v,
+                                          const Tensor& prefix_k, const Tensor& prefix_v,
+                                          const OptionalTensor& prefix_index,
+                                          const OptionalTensor& prefix_lengths, const Tensor& out,
+                                          const Tensor& lse, const Tensor& grad_out,
+                                          const OptionalTensor& grad_lse, double scale) {
+  const c10::cuda::CUDAGuard guard(q.device());
+  const Tensor dq = token_major(q, q.size(2)), delta = by_row(q);
+  if (dq.numel() == 0) return {dq, delta};
+  for (const Tensor& x : {out, grad_out}) {
+    check(x, q);
+    TORCH_CHECK(x.sizes() == q.sizes(), "prefix_attention: shapes differ");
+  }
+  TORCH_CHECK(is_by_row(lse, q), "prefix_attention: lse laid out otherwise");
+  TORCH_CHECK(!grad_lse || (grad_lse->scalar_type() == at::kFloat && grad_lse->is_cuda() &&
+                            grad_lse->sizes() == lse.sizes()),
+              "prefix_attention: grad_lse does not fit lse");
+  const Sets sets(prefix_index, prefix_lengths);
+  const pcx::QueryGradient call{
+      .inputs = attention(q, k, v, prefix_k, prefix_v, sets, scale),
+      .out = out.data_ptr(),
+      .grad_out = grad_out.data_ptr(),
+      .lse = lse.data_ptr<float>(),
+      .grad_lse = grad_lse ? grad_lse->data_ptr<float>() : nullptr,
+      .out_strides = strides(out),
+      .grad_strides = strides(grad_out),
+      .grad_lse_strides =
+          grad_lse ? pcx::Strides{grad_lse->stride(0), grad_lse->stride(1), grad_lse->stride(2)}
+                   : pcx::Strides{},
+      .dq = dq.data_ptr(),
+      .delta = delta.data_ptr<float>(),
+  };
+  C10_CUDA_CHECK(pcx::launch_query_gradient(call, c10::cuda::getCurrentCUDAStream()));
+  return {dq, delta};
+}
+
+// The gradients of a sample's own keys and values [B, H, S, d], or of those of a prefix [H, m, d].
 std::tuple<Tensor, Tensor> key_gradients(const Tensor& q, const Tensor& grad_out,
                                          const Tensor& keys, const Tensor& values,
-                                         const Tensor& lse, const Tensor& delta, double scale,
-                                         int64_t parts) {
+                                         const Tensor& lse, const Tensor& delta, double scale) {
   const c10::cuda::CUDAGuard guard(q.device());
   for (const Tensor& x : {q, grad_out, keys, values}) check(x, q);
   const auto batch = q.size(0), heads = q.size(1), queries = q.size(2), count = keys.size(-2);
   const bool own = keys.dim() == 4;
-  TORCH_CHECK(batch > 0 && queries > 0 && count > 0 && parts > 0,
-              "prefix_attention: nothing to do");
+  TORCH_CHECK(batch > 0 && queries > 0 && count > 0, "prefix_attention: nothing to do");
   TORCH_CHECK(keys.sizes() == values.sizes() && keys.size(-3) == heads &&
                   (!own || keys.size(0) == batch) && grad_out.sizes() == q.sizes(),
               "prefix_attention: shapes differ");
   TORCH_CHECK(batch * queries < (int64_t{1} << 31), "prefix_attention: too many queries");
-  TORCH_CHECK(lse.transpose(0, 1).is_contiguous() && delta.is_contiguous() &&
-                  lse.scalar_type() == at::kFloat && delta.scalar_type() == at::kFloat,
+  TORCH_CHECK(is_by_row(lse, q) && is_by_row(delta, q),
               "prefix_attention: lse or delta laid out otherwise");
   const int64_t rows = batch * queries;
-  // Whole stages of 64 rows, and no part without rows.
-  const int64_t per_item = own ? queries : ((rows + parts - 1) / parts + 63) / 64 * 64;
+  int cut = 1;
+  if (!own)
+    C10_CUDA_CHECK(pcx::cut_prefix(static_cast<int>(heads), static_cast<int>(count),
+                                   static_cast<int>(rows), &cut));
+  // Whole stages of 64 rows, and no item without rows.
+  const int64_t per_item = own ? queries : ((rows + cut - 1) / cut + 63) / 64 * 64;
   const int64_t items = own ? batch : (rows + per_item - 1) / per_item;
   Tensor dk, dv, both;
   if (own) {
-    dk = at::empty({batch, count, heads, 64}, q.options()).transpose(1, 2);
-    dv = at::empty({batch, count, heads, 64}, q.options()).transpose(1, 2);
+    dk = token_major(q, count);
+    dv = token_major(q, count);
   } else {
-    both = at::empty({2, items, heads, count, 64}, q.options().dtype(at::kFloat));
-    dk = both.select(0, 0), dv = both.select(0, 1);
+    both = at::empty({items, 2, heads, count, 64}, q.options().dtype(at::kFloat));
+    dk = both.select(1, 0), dv = both.select(1, 1);
   }
   const pcx::KeyGradients call{
       .q = q.data_ptr(),
@@ -139,10 +206,13 @@ std::tuple<Tensor, Tensor> key_gradients(const Tensor& q, const Tensor& grad_out
       .bfloat16 = q.scalar_type() == at::kBFloat16,
       .partial = !own,
   };
-  C10_CUDA_CHECK(pcx::launch_key_gradients(call, c10::cuda::getCurrentCUDAStream()));
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  C10_CUDA_CHECK(pcx::launch_key_gradients(call, stream));
   if (own) return {dk, dv};
-  const Tensor sums = both.sum(1);
-  return {sums.select(0, 0).to(q.scalar_type()), sums.select(0, 1).to(q.scalar_type())};
+  const Tensor sum_k = at::empty({heads, count, 64}, q.options()), sum_v = at::empty_like(sum_k);
+  C10_CUDA_CHECK(pcx::launch_sums(both.data_ptr<float>(), call.items, sum_k.numel(),
+                                  sum_k.data_ptr(), sum_v.data_ptr(), call.bfloat16, stream));
+  return {sum_k, sum_v};
 }
 
 }  // namespace
@@ -151,5 +221,6 @@ void pcx::register_cuda() {
   static torch::Library library(torch::Library::IMPL, "pcx", c10::DispatchKey::CUDA, __FILE__,
                                 __LINE__);
   library.impl("prefix_attention_hopper", &forward);
+  library.impl("prefix_attention_query_gradient_hopper", &query_gradient);
   library.impl("prefix_attention_key_gradients_hopper", &key_gradients);
 }

@@ -14,16 +14,30 @@ struct Strides {
 };
 
 // Head dim 64; every row begins on a multiple of 16 bytes.
-struct Forward {
+struct Attention {
   const void *q, *k, *v, *prefix_k, *prefix_v;
-  void* out;               // [B, N, H, d] in memory
-  float* lse;              // [H, B, N] in memory
   const int64_t* index;    // [B], or null: set b for sample b, stride 0 where all share one
   const int64_t* lengths;  // [G], or null: m for all
   Strides q_strides, k_strides, v_strides, prefix_k_strides, prefix_v_strides;
   int batch, heads, queries, keys, prefix, sets;
   float scale;
   bool bfloat16;  // float16 otherwise
+};
+
+struct Forward {
+  Attention inputs;
+  void* out;   // [B, N, H, d] in memory
+  float* lse;  // [H, B, N] in memory
+};
+
+struct QueryGradient {
+  Attention inputs;
+  const void *out, *grad_out;
+  const float* lse;       // [H, B, N] in memory
+  const float* grad_lse;  // or null
+  Strides out_strides, grad_strides, grad_lse_strides;
+  void* dq;      // [B, N, H, d] in memory
+  float* delta;  // [H, B, N]: rowsum(dO * O) - dLSE
 };
 
 // Gradients of keys and values of a number of items. Item i's keys are used by the queries of rows
@@ -33,7 +47,7 @@ struct Forward {
 struct KeyGradients {
   const void *q, *grad_out, *keys, *values;
   const float *lse, *delta;            // [H, B * N]
-  void *dk, *dv;                       // of the same strides
+  void *dk, *dv;                       // of the same strides; parts of them in float32 for a prefix
   Strides q_strides, grad_strides;     // of samples
   Strides key_strides, value_strides;  // of items, 0 where they share their keys
   Strides out_strides;                 // of items
@@ -46,6 +60,15 @@ struct KeyGradients {
 
 // On the current device, of compute capability 9.0.
 cudaError_t launch_forward(const Forward& call, cudaStream_t stream);
+cudaError_t launch_query_gradient(const QueryGradient& call, cudaStream_t stream);
 cudaError_t launch_key_gradients(const KeyGradients& call, cudaStream_t stream);
+
+// Into how many items a prefix of m keys should be cut so that they fill the device once.
+cudaError_t cut_prefix(int heads, int m, int rows, int* items);
+
+// The sums of parts [n, 2, count] as 16-bit dk and dv [count], in the parts' order; count is a
+// multiple of 4.
+cudaError_t launch_sums(const float* parts, int n, int64_t count, void* dk, void* dv, bool bfloat16,
+                        cudaStream_t stream);
 
 }  // namespace pcx

@@ -1,58 +1,18 @@
 // The forward of prefix_attention on Hopper, head dim 64, 16 bits.
 //
-// An item is one head of one sample, or a block's part of its queries. The stages hold the prefix's
-// keys and values and then the sample's own, as one sequence, copied row by row from where they lie
-// (FlashAttention-3, arXiv:2407.08608, without its ping-pong). The keys left over by stages of 64
-// are computed in tiles of 16.
+// FlashAttention-3 (arXiv:2407.08608) without its ping-pong, over the sequence of sequence.cuh. The
+// keys left over by stages of 64 are computed in tiles of 16.
 //
 // A row's reference maximum is moved only where it would grow by more than 2^kSlack, which is exact
 // (any reference gives the same quotient) and spares most rescaling.
 
-#include "ring.cuh"
+#include "sequence.cuh"
 
 namespace pcx {
 namespace {
 
 constexpr float kSlack = 8.0f;
 constexpr float kLowest = -1e30f;  // finite, so that nothing subtracts infinities
-
-// One head of one sample and one of the blocks that share it.
-struct Item {
-  int b, h, block, prefix, total;
-  int64_t set;
-
-  __device__ Item(const Forward& call, const Plan& plan, int index) {
-    block = index % plan.blocks;
-    h = index / plan.blocks % call.heads;
-    b = index / plan.blocks / call.heads;
-    set = b;
-    if (call.index) set = min(max(call.index[b], int64_t{0}), int64_t{call.sets - 1});
-    prefix = call.prefix;
-    if (call.lengths)
-      prefix = static_cast<int>(max(min(call.lengths[set], int64_t{prefix}), int64_t{0}));
-    total = prefix + call.keys;
-  }
-
-  __device__ Rows rows(const void* tensor, const Strides& strides, int64_t batch) const {
-    return {static_cast<const char*>(tensor) + 2 * (batch * strides.batch + h * strides.head),
-            static_cast<int>(2 * strides.token)};
-  }
-};
-
-// 64 keys or values by one warp.
-__device__ __forceinline__ void copy_stage(uint32_t to, Rows prefix_rows, Rows own_rows, int first,
-                                           const Item& item, int lane) {
-  const int piece = lane % 8;
-#pragma unroll 4
-  for (int row = lane / 8; row < kStage; row += 4) {
-    const int key = first + row;
-    const bool shared = key < item.prefix, inside = key < item.total;
-    const Rows rows = shared ? prefix_rows : own_rows;
-    const int place = inside ? (shared ? key : key - item.prefix) : 0;
-    copy_async(to + swizzled(row, piece), rows.first + int64_t{place} * rows.stride + piece * 16,
-               inside);
-  }
-}
 
 // What one warp knows of its queries: of 16, one row of an accumulator's tile each (Turned false),
 // or of 8, one column each.
@@ -131,13 +91,10 @@ struct State {
       inverse[i] = 1.0f / denominator;
       const int row = Turned ? lane % 4 * 2 + i : i * 8 + lane / 4;
       if ((Turned ? lane / 4 : lane % 4) == 0 && first + row < limit)
-        call.lse[(int64_t{item.h} * call.batch + item.b) * call.queries + first + row] =
-            (top[i] + log2f(denominator)) * kLn2;
+        call.lse[item.row(call.inputs) + first + row] = (top[i] + log2f(denominator)) * kLn2;
     }
-    const int64_t pitch = int64_t{call.heads} * kRowBytes;
-    char* const to = static_cast<char*>(call.out) +
-                     (int64_t{item.b} * call.queries + first) * pitch + item.h * kRowBytes;
-    store_rows<T, Turned>(out, inverse, to, pitch, limit - first, staging, lane);
+    item.template store<T, Turned>(call.inputs, call.out, out, inverse, first, limit, staging,
+                                   lane);
   }
 };
 
@@ -197,11 +154,12 @@ __device__ __forceinline__ void attend_turned(State<true>& state, const uint32_t
 
 template <typename T>
 __global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, const Plan plan) {
+  const Attention& inputs = call.inputs;
   extern __shared__ __align__(1024) char memory[];
   __shared__ uint64_t barriers[2 * kMaxStages + 2];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int slots = plan.slots(), readers = plan.readers();
-  const int items = call.batch * call.heads * plan.blocks;
+  const int items = inputs.batch * inputs.heads * plan.blocks;
   const uint32_t stages = shared_address(memory);
   const uint32_t queries = stages + plan.stages * 2 * kHalf;
   const uint32_t full = shared_address(barriers), empty = full + 8 * kMaxStages;
@@ -221,24 +179,19 @@ __global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, con
   if (warp >= readers) {  // copies every kCopiers-th stage
     int until_mine = warp - readers;
     for (int i = blockIdx.x; i < items; i += gridDim.x, queries_parity ^= 1) {
-      const Item item(call, plan, i);
-      const Rows prefix_k = item.rows(call.prefix_k, call.prefix_k_strides, item.set);
-      const Rows prefix_v = item.rows(call.prefix_v, call.prefix_v_strides, item.set);
-      const Rows own_k = item.rows(call.k, call.k_strides, item.b);
-      const Rows own_v = item.rows(call.v, call.v_strides, item.b);
+      const Item item(inputs, plan, i);
+      const Sequence keys(inputs, item);
       if (warp == readers) {  // this warp alone, so that it sees every phase of the barrier
-        const Rows q = item.rows(call.q, call.q_strides, item.b);
+        const Rows q = item.rows(inputs.q, inputs.q_strides, item.b);
         wait(queries_empty, queries_parity ^ 1);
-        copy_held(queries, q, plan, item.block, call.queries, lane);
+        copy_held(queries, q, plan, item.block, inputs.queries, lane);
         arrive_after_copies(queries_full);
       }
       for (int first = 0; first < item.total; first += kStage, turn.next(plan.stages)) {
         if (until_mine--) continue;
         until_mine = kCopiers - 1;
         wait(empty + 8 * turn.stage, turn.parity ^ 1);
-        const uint32_t to = stages + turn.stage * 2 * kHalf;
-        copy_stage(to, prefix_k, own_k, first, item, lane);
-        copy_stage(to + kHalf, prefix_v, own_v, first, item, lane);
+        keys.copy_stage(stages + turn.stage * 2 * kHalf, first, item, lane);
         arrive_after_copies(full + 8 * turn.stage);
       }
     }
@@ -247,12 +200,12 @@ __global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, con
     return;
   }
 
-  const float factor = call.scale * kLog2E;
+  const float factor = inputs.scale * kLog2E;
   const bool turned = warp == plan.groups * 4;
   char* const staging =
       memory + plan.stages * 2 * kHalf + slots * kRowBytes + warp * 16 * kRowBytes;
   for (int i = blockIdx.x; i < items; i += gridDim.x, queries_parity ^= 1) {
-    const Item item(call, plan, i);
+    const Item item(inputs, plan, i);
     const int tile = item.block * plan.groups + warp / 4;
     const bool idle = turned ? item.block + 1 < plan.blocks : tile >= plan.tiles;
     wait(queries_full, queries_parity);
@@ -278,7 +231,7 @@ __global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, con
         __syncwarp();
         if (lane == 0) arrive(empty + 8 * turn.stage);
       }
-      state.template store<T>(call, item, plan.tiles * 64, call.queries, staging, lane);
+      state.template store<T>(call, item, plan.tiles * 64, inputs.queries, staging, lane);
     } else {
       uint32_t q[kDim / 16][4];
 #pragma unroll
@@ -304,22 +257,22 @@ __global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, con
         if (lane == 0) arrive(empty + 8 * turn.stage);
       }
       state.template store<T>(call, item, tile * 64 + warp % 4 * 16,
-                              min(call.queries, tile * 64 + 64), staging, lane);
+                              min(inputs.queries, tile * 64 + 64), staging, lane);
     }
   }
 }
 
 template <typename T>
 cudaError_t launch(const Forward& call, cudaStream_t stream) {
-  Plan plan(call.queries);
+  Plan plan(call.inputs.queries);
   const int bytes = plan.share_memory(plan.slots() * kRowBytes);
-  return plan.launch(forward_kernel<T>, call, call.batch * call.heads, bytes, stream);
+  return plan.launch(forward_kernel<T>, call, call.inputs.batch * call.inputs.heads, bytes, stream);
 }
 
 }  // namespace
 
 cudaError_t launch_forward(const Forward& call, cudaStream_t stream) {
-  return call.bfloat16 ? launch<__nv_bfloat16>(call, stream) : launch<__half>(call, stream);
+  return call.inputs.bfloat16 ? launch<__nv_bfloat16>(call, stream) : launch<__half>(call, stream);
 }
 
 }  // namespace pcx

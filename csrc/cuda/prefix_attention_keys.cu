@@ -314,7 +314,41 @@ cudaError_t launch(const KeyGradients& call, cudaStream_t stream) {
                      stream);
 }
 
+// Four neighbouring sums of dK, or of dV, by one thread.
+template <typename T>
+__global__ void sum_kernel(const float4* parts, int n, int64_t count, uint2* dk, uint2* dv) {
+  const int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (at >= count) return;
+  float4 sum = {};
+#pragma unroll 8
+  for (int i = 0; i < n; ++i) {
+    const float4 part = parts[(2 * i + blockIdx.y) * count + at];
+    sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+  }
+  (blockIdx.y ? dv : dk)[at] = {pack<T>(sum.x, sum.y), pack<T>(sum.z, sum.w)};
+}
+
 }  // namespace
+
+cudaError_t cut_prefix(int heads, int m, int rows, int* items) {
+  const Plan plan(m);
+  int room = 0;
+  const cudaError_t error = plan.fill(&room);
+  const int most = rows / 256 > 1 ? rows / 256 : 1, filling = room / (heads * plan.blocks);
+  *items = filling < 1 ? 1 : filling < most ? filling : most;
+  return error;
+}
+
+cudaError_t launch_sums(const float* parts, int n, int64_t count, void* dk, void* dv, bool bfloat16,
+                        cudaStream_t stream) {
+  constexpr int kThreads = 128;
+  const int64_t fours = count / 4;
+  const dim3 blocks(ceil_divide(fours, kThreads), 2);
+  const auto kernel = bfloat16 ? sum_kernel<__nv_bfloat16> : sum_kernel<__half>;
+  kernel<<<blocks, kThreads, 0, stream>>>(reinterpret_cast<const float4*>(parts), n, fours,
+                                          static_cast<uint2*>(dk), static_cast<uint2*>(dv));
+  return cudaGetLastError();
+}
 
 cudaError_t launch_key_gradients(const KeyGradients& call, cudaStream_t stream) {
   if (call.bfloat16)

@@ -20,11 +20,13 @@ constexpr int kDim = 64;
 constexpr int kStage = 64;  // rows of a stage
 constexpr int kMaxStages = 8;
 constexpr int kGroups = 3;                 // of 64 rows, at most, in a block
-constexpr int kCopiers = 2;                // warps
+constexpr int kCopiers = 2;                // warps; more made no kernel faster
 constexpr int kTail = 8;                   // rows, at most, of the warp of its own
 constexpr int kHalf = kStage * kRowBytes;  // bytes of one of a stage's two tiles
 constexpr int kSharedBytes = 224 * 1024;   // of a processor, that its blocks may take
 constexpr int kStaticBytes = 6 * 1024;     // of that, at most, what a kernel declares itself
+constexpr int kWarps = 2048 / 128;         // of a processor, with 128 registers a thread
+constexpr int kMostBlocks = 4;             // of a processor
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
@@ -35,7 +37,7 @@ struct Plan {
   int tiles;   // of 64 rows
   int tail;    // rows left over for the warp of its own, 0..8
   int blocks;  // that share the tiles; the last has the tail
-  int groups;  // tiles of a block
+  int groups;  // of a block, a tile each
   int stages = 0;
 
   explicit Plan(int rows) {
@@ -50,7 +52,15 @@ struct Plan {
   __host__ __device__ int slots() const { return groups * 64 + (tail ? kTail : 0); }
   __host__ __device__ int readers() const { return groups * 4 + (tail ? 1 : 0); }
   __host__ __device__ int threads() const { return 32 * (readers() + kCopiers); }
-  int blocks_per_processor() const { return 2048 / 128 / (threads() / 32); }  // by registers
+  int blocks_per_processor() const {  // by registers, and memory for a few stages each
+    const int blocks = kWarps / (readers() + kCopiers);
+    return blocks < kMostBlocks ? blocks : kMostBlocks;
+  }
+
+  // The row of a block's slot: its tiles come first, then the rows of the warp of its own.
+  __device__ int row(int block, int slot) const {
+    return slot < groups * 64 ? block * groups * 64 + slot : tiles * 64 + slot - groups * 64;
+  }
 
   // Gives the stages what memory a block has left beside `held` bytes and room to write from, and
   // returns what it takes in all.
@@ -61,19 +71,26 @@ struct Plan {
     return stages * 2 * kHalf + taken;
   }
 
-  template <typename Kernel, typename Call>
-  cudaError_t launch(Kernel kernel, const Call& call, int heads, int bytes, cudaStream_t stream) {
-    if (stages < kCopiers) return cudaErrorInvalidConfiguration;  // else a parity could mislead one
+  // How many blocks fill the current device.
+  cudaError_t fill(int* room) const {
     int device = 0, processors = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess)
       error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    *room = processors * blocks_per_processor();
+    return error;
+  }
+
+  template <typename Kernel, typename Call>
+  cudaError_t launch(Kernel kernel, const Call& call, int heads, int bytes, cudaStream_t stream) {
+    if (stages < kCopiers) return cudaErrorInvalidConfiguration;  // else a parity could mislead one
+    int room = 0;
+    cudaError_t error = fill(&room);
     if (error == cudaSuccess)  // always the same: other threads launch the same kernel
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    kSharedBytes - kStaticBytes);
     if (error != cudaSuccess) return error;
     const int64_t items = int64_t{heads} * blocks;
-    const int64_t room = int64_t{processors} * blocks_per_processor();
     kernel<<<static_cast<int>(items < room ? items : room), threads(), bytes, stream>>>(call,
                                                                                         *this);
     return cudaGetLastError();
@@ -85,17 +102,26 @@ struct Rows {
   int stride;  // bytes
 };
 
-// The rows of a block, in groups of 64 and then those of the warp of its own, by one warp; `count`
-// rows exist.
+// The rows of a block by one warp; `count` rows exist.
 __device__ __forceinline__ void copy_held(uint32_t to, Rows rows, const Plan& plan, int block,
                                           int count, int lane) {
   const int slots = plan.slots();
   for (int slot = lane / 8; slot < slots; slot += 4) {
-    const int row = slot < plan.groups * 64 ? block * plan.groups * 64 + slot
-                                            : plan.tiles * 64 + slot - plan.groups * 64;
+    const int row = plan.row(block, slot);
     const bool inside = row < count;
     copy_async(to + swizzled(slot, lane % 8),
                rows.first + int64_t{inside ? row : 0} * rows.stride + lane % 8 * 16, inside);
+  }
+}
+
+// One number for each of them.
+__device__ __forceinline__ void copy_held_numbers(uint32_t to, const float* numbers,
+                                                  const Plan& plan, int block, int count,
+                                                  int lane) {
+  const int slots = plan.slots();
+  for (int slot = lane; slot < slots; slot += 32) {
+    const int row = plan.row(block, slot);
+    copy_number_async(to + slot * 4, numbers + (row < count ? row : 0), row < count);
   }
 }
 

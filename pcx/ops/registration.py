@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("pcx", "FRAGMENT")
-SCHEMAS = 3  # moves with every change of a schema below, as kSchemas in csrc/operations.h
+SCHEMAS = 4  # moves with every change of a schema below, as kSchemas in csrc/operations.h
 
 LIBRARY.define(
     "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
@@ -28,14 +28,20 @@ LIBRARY.define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 # What the two call on a Hopper GPU where `pcx.ops.backends` says that it fits; without gradients of
-# their own. The second gives those of a sample's own keys, or of a prefix as a sum of parts.
+# their own: the output and its LSE; the gradient of q, and delta [B, H, N], which the other
+# gradients use; those of a sample's own keys and values, or of a prefix [H, m, d].
 LIBRARY.define(
     "prefix_attention_hopper(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
     "Tensor? prefix_index, Tensor? prefix_lengths, float scale) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
+    "prefix_attention_query_gradient_hopper(Tensor q, Tensor k, Tensor v, Tensor prefix_k, "
+    "Tensor prefix_v, Tensor? prefix_index, Tensor? prefix_lengths, Tensor out, Tensor lse, "
+    "Tensor grad_out, Tensor? grad_lse, float scale) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
     "prefix_attention_key_gradients_hopper(Tensor q, Tensor grad_out, Tensor keys, Tensor values, "
-    "Tensor lse, Tensor delta, float scale, int parts) -> (Tensor, Tensor)"
+    "Tensor lse, Tensor delta, float scale) -> (Tensor, Tensor)"
 )
 
 
@@ -159,15 +165,18 @@ def _backward_on_cuda(grad_out, grad_lse, *arguments):
 
     *tensors, scale, needs, backend = arguments
     q, bias = tensors[0], tensors[7]
-    # Saved tensors may have been moved by hooks: even a named backend is not held to here.
-    hopper = _fits_hopper(tensors[:5], bias, scale, "triton" if backend == "triton" else "auto")
+    hopper = _fits_hopper(tensors[:5], bias, scale, backend, held_to=False)
     run: Any = kernel.backward
     found = run(grad_out, grad_lse, *tensors, scale, tuple(needs), hopper=hopper)
     return tuple(q.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
-def _fits_hopper(tensors: Any, bias, scale: float, backend: str) -> bool:
-    """Here and not by the caller: a compiled program may lay out what it passes as it likes."""
+def _fits_hopper(tensors: Any, bias, scale: float, backend: str, held_to: bool = True) -> bool:
+    """Here and not by the caller: a compiled program may lay out what it passes as it likes.
+
+    A named backend that cannot run raises where it is `held_to`; a backward is not, since hooks may
+    have moved what was saved.
+    """
     from pcx.ops.backends import cannot
 
     if backend == "triton":
@@ -176,9 +185,15 @@ def _fits_hopper(tensors: Any, bias, scale: float, backend: str) -> bool:
     reason = cannot("cuda", q, k, v, prefix_k, prefix_v, bias, scale)
     if reason is None and any(t.data_ptr() % 16 for t in tensors):  # a fake tensor has no address
         reason = "a tensor's memory does not begin on a multiple of 16 bytes"
-    if reason and backend == "cuda":
+    if reason and backend == "cuda" and held_to:
         raise ValueError(f"backend: 'cuda' cannot run: {reason}")
-    return reason is None
+    return reason is None and (backend == "cuda" or _fills_device(q))
+
+
+def _fills_device(q: Tensor) -> bool:
+    """Whether every processor gets a head; with fewer, Triton's smaller parts are faster."""
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+    return q.shape[0] * q.shape[1] >= processors
 
 
 def _load() -> frozenset[str]:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from pcx import prefix_attention
+from pcx.kernels import prefix_attention as kernels
 from pcx.ops import reference
 
 pytestmark = [
@@ -81,7 +82,8 @@ def test_prefix_lengths_on_hopper(m, dtype):
 
 @hopper
 @pytest.mark.parametrize("n", [1, 5, 8, 9, 49, 63, 64, 65, 72, 73, 192, 257, 320, 577])
-def test_tokens_on_hopper(n):
+def test_tokens_on_hopper(n, monkeypatch):
+    monkeypatch.setattr(kernels, "HOPPER_QUERIES", 2**31)
     check(inputs(n=n, m=20), "cuda")
     check(inputs(n=n, own=33, m=0), "cuda")
 
@@ -108,16 +110,17 @@ def test_ragged_sets_over_more_items_than_blocks():
 
 
 @hopper
-def test_auto_takes_the_cuda_kernels():
-    tensors = inputs(m=200)
+@pytest.mark.parametrize(("batch", "expected"), [(64, "cuda"), (1, "triton")])
+def test_auto_takes_the_cuda_kernels_where_they_fill_the_chip(batch, expected):
+    tensors = inputs(batch=batch, m=200)
 
     def run(backend):
         out = prefix_attention(*tensors, backend=backend)
         return out, *torch.autograd.grad(out.float().square().sum(), tensors)
 
-    auto, cuda, triton = map(run, ("auto", "cuda", "triton"))
-    assert all(map(torch.equal, auto, cuda))
-    assert not any(map(torch.equal, auto[2:], triton[2:]))
+    found = {name: run(name) for name in ("auto", "cuda", "triton")}
+    assert all(map(torch.equal, found["auto"], found[expected]))
+    assert not any(map(torch.equal, found["cuda"][1:], found["triton"][1:]))
 
 
 @hopper
