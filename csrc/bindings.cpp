@@ -32,6 +32,7 @@ py::dict build_info() {
 
 void register_operations() {
   pcx::register_cpu();
+  pcx::register_cpu_scores();
 #ifdef PCX_CUDA
   pcx::register_cuda();
 #endif

@@ -5,9 +5,10 @@
 
 namespace pcx {
 
-constexpr int kSchemas = 4;  // as SCHEMAS in pcx/ops/registration.py
+constexpr int kSchemas = 5;  // as SCHEMAS in pcx/ops/registration.py
 
 void register_cpu();
+void register_cpu_scores();
 void register_cuda();
 
 }  // namespace pcx

@@ -7,14 +7,17 @@ CUDA C++ for Hopper, when `pcx._C` is loaded.
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pcx.ops import reference
+
 LIBRARY = torch.library.Library("pcx", "FRAGMENT")
-SCHEMAS = 4  # moves with every change of a schema below, as kSchemas in csrc/operations.h
+SCHEMAS = 5  # moves with every change of a schema below, as kSchemas in csrc/operations.h
 
 LIBRARY.define(
     "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
@@ -42,6 +45,10 @@ LIBRARY.define(
 LIBRARY.define(
     "prefix_attention_key_gradients_hopper(Tensor q, Tensor grad_out, Tensor keys, Tensor values, "
     "Tensor lse, Tensor delta, float scale) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "prompt_score(Tensor gradient, Tensor prompts, bool layer_norm, Tensor? weight, float eps) "
+    "-> Tensor"
 )
 
 
@@ -169,6 +176,25 @@ def _backward_on_cuda(grad_out, grad_lse, *arguments):
     run: Any = kernel.backward
     found = run(grad_out, grad_lse, *tensors, scale, tuple(needs), hopper=hopper)
     return tuple(q.new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+@torch.library.register_fake("pcx::prompt_score", lib=LIBRARY)
+def _fake_scores(gradient, prompts, layer_norm, weight, eps):
+    return gradient.new_empty(2, *gradient.shape[:2], dtype=_wide(gradient.dtype))
+
+
+@torch.library.impl(LIBRARY, "prompt_score", "CompositeExplicitAutograd")
+def _scores(gradient, prompts, layer_norm, weight, eps):
+    return reference.prompt_score(gradient, prompts, layer_norm, weight, eps)
+
+
+@torch.library.impl(LIBRARY, "prompt_score", "CUDA")
+def _scores_on_cuda(gradient, prompts, layer_norm, weight, eps):
+    if gradient.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
+        return reference.prompt_score(gradient, prompts, layer_norm, weight, eps)
+    from pcx.kernels import prompt_score as kernel
+
+    return kernel.prompt_score(gradient, prompts, layer_norm, weight, eps)
 
 
 def _fits_hopper(tensors: Any, bias, scale: float, backend: str, held_to: bool = True) -> bool:
