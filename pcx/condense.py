@@ -94,7 +94,13 @@ def condense(
     ranking: Sequence[Tensor]
     if scores is None:
         ranking = score(
-            model, loader, method=method, criterion=criterion, seed=seed, progress=progress
+            model,
+            loader,
+            method=method,
+            criterion=criterion,
+            amp=amp,
+            seed=seed,
+            progress=progress,
         )
     else:
         ranking, method = scores, "given"

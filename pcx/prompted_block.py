@@ -89,6 +89,7 @@ class PromptedBlock(nn.Module):
         self.observer: Observer | None = None
         # Keys and values for each attention call, one set per sample, in place of the prompts'.
         self.given: list[tuple[Tensor, Tensor]] | None = None
+        self.replay: Any = None  # what to give again in place of computing it
         self.register_buffer("lengths", None)  # of constant prefix sets where they differ, [G]
         self.constants = 0  # attention calls whose prompts' keys and values are buffers
         # In a tuple, so that the list is registered once, by the owner.
@@ -100,6 +101,8 @@ class PromptedBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if self.replay is not None:
+            return self.replay
         form = self._concat if self.path == "concat" else self._folded
         if self.checkpoint and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(form, x, *args, use_reentrant=False, **kwargs)

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, overload
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import send_to_device
 from rich.console import Console
-from rich.progress import track
-from torch import Tensor
+from rich.progress import Progress
+from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.data import DataLoader
 
 from pcx.data import data_config, plain_loader
 from pcx.evaluate import Criterion, images_and_labels, per_sample_loss
+from pcx.files import written_whole
+from pcx.fingerprint import fingerprint
+from pcx.freeze import AMP
+from pcx.ops.prompt_score import prompt_score
+from pcx.prompt_path import PromptPath
 from pcx.prompted_block import Observer
 from pcx.vpt import VPT
 
@@ -24,6 +34,8 @@ GRADIENT = ("taylor", "taylor-inner", "gate")
 ONE_PASS = (*GRADIENT, "cls-attention")
 REMOVAL = ("exact", "exact-zero")
 METHODS = (*ONE_PASS, "magnitude", "random", *REMOVAL)
+
+FLOAT16_LOSS_SCALE = 1024.0  # of the sum over a batch; gradients would vanish without
 
 Scores = list[Tensor]
 
@@ -35,7 +47,10 @@ def score(
     *,
     method: str = "taylor",
     criterion: Criterion | None = None,
+    amp: str = "no",
     seed: int = 0,
+    checkpoint_dir: str | os.PathLike | None = None,
+    resume: bool = False,
     progress: bool = True,
 ) -> Scores: ...
 
@@ -47,7 +62,10 @@ def score(
     *,
     method: Sequence[str],
     criterion: Criterion | None = None,
+    amp: str = "no",
     seed: int = 0,
+    checkpoint_dir: str | os.PathLike | None = None,
+    resume: bool = False,
     progress: bool = True,
 ) -> dict[str, Scores]: ...
 
@@ -58,7 +76,10 @@ def score(
     *,
     method: str | Sequence[str] = "taylor",
     criterion: Criterion | None = None,
+    amp: str = "no",
     seed: int = 0,
+    checkpoint_dir: str | os.PathLike | None = None,
+    resume: bool = False,
     progress: bool = True,
 ) -> Scores | dict[str, Scores]:
     """Scores every prompt over a data set (Prompt Condensation, Eq. 13-16).
@@ -75,14 +96,20 @@ def score(
     - exact-zero: the same with the prompt set to zero, Eq. 13's words, which leaves its key in
       place.
 
-    Each sample is read once, in order, without augmentation, dropout or a dropped last batch.
+    Each sample is read once, in order, without augmentation, dropout or a dropped last batch. Where
+    torch.distributed is initialised, each process reads its share of the batches and all get the
+    scores of the whole data set.
 
     Args:
         model: a VPT; not changed.
         loader: yields (images, labels).
         method: a method, or several, whose gradients then come from the same pass.
         criterion: (logits, labels) -> one loss per sample [B]; cross-entropy by default.
+        amp: "no", "bf16" or "fp16", of the forward and backward passes.
         seed: of "random".
+        checkpoint_dir: folder for the sums so far of "exact" and "exact-zero", a file each, written
+            whole or not at all after every batch.
+        resume: continue from those files, where they exist.
         progress: show a bar and what was read.
 
     Returns:
@@ -90,9 +117,8 @@ def score(
 
     Raises:
         ValueError: no such method, an empty loader, a model without prompts or (cls-attention)
-            without
-            [CLS], a criterion that does not give one value per sample, or a loss that is not finite
-            (names the sample).
+            without [CLS], a criterion that does not give one value per sample, a loss that is not
+            finite (names the sample), float16 that overflows, or a checkpoint of other scores.
     """
     methods = (method,) if isinstance(method, str) else tuple(method)
     unknown = [m for m in methods if m not in METHODS]
@@ -106,15 +132,20 @@ def score(
         )
     if not sum(model.counts):
         raise ValueError("model: it has no prompts to score")
+    if amp not in AMP:
+        raise ValueError(f"amp: got {amp!r}, expected one of {tuple(AMP)}")
+    if resume and checkpoint_dir is None:
+        raise ValueError("resume: needs checkpoint_dir")
     found = _without_data(model, methods, seed)
     if set(methods) - set(found):
         plain = plain_loader(loader, data_config(model))
         with _as_scored(model):
-            reader = _Reader(model, plain.loader, criterion, progress)
+            reader = _Reader(model, plain.loader, criterion, AMP[amp], progress)
             found |= _one_pass(reader, [m for m in methods if m in ONE_PASS])
             for name in REMOVAL:
                 if name in methods:
-                    found[name] = _by_removal(reader, name)
+                    sums = _Sums(reader, name, plain.description, checkpoint_dir, resume)
+                    found[name] = _by_removal(reader, name, sums)
         Console(quiet=not progress).print(
             f"scored {sum(model.counts)} prompts on {reader.samples} samples; {plain.description}"
         )
@@ -158,116 +189,195 @@ def _as_scored(model: VPT) -> Iterator[None]:
             model.backbone.grad_checkpointing = backbone_too
 
 
-@dataclass
 class _Reader:
-    """Yields the loader's batches on the model's device and counts its samples."""
+    """Yields this process's share of the batches on the model's device and counts its samples."""
 
-    model: VPT
-    loader: Any
-    criterion: Criterion | None
-    progress: bool
-    samples: int = 0
-
-    def batches(self, note: str) -> Iterator[tuple[Tensor, Tensor]]:
-        device = self.model.prompts[0].device
+    def __init__(
+        self,
+        model: VPT,
+        loader: Any,
+        criterion: Criterion | None,
+        amp: torch.dtype | None,
+        progress: bool,
+    ):
+        self.model, self.criterion, self.amp = model, criterion, amp
+        self.device = model.prompts[0].device
+        self.loss_scale = FLOAT16_LOSS_SCALE if amp == torch.float16 else 1.0
+        self.rank, self.processes = _processes()
+        self.loader = _share(loader, self.rank, self.processes)
         self.samples = 0
-        for batch in track(self.loader, note, disable=not self.progress, transient=True):
-            images, labels = send_to_device(images_and_labels(batch), device)
-            yield images, labels
-            self.samples += len(labels)
-        if not self.samples:
-            raise ValueError("loader: it yielded no sample")
+        self.bar = Progress(disable=not progress or self.rank > 0, transient=True)
+
+    def batches(self, note: str, steps: int = 1, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """From batch `skip` on; the consumer says when each of its `steps` but one is done."""
+        total = len(self.loader) * steps if hasattr(self.loader, "__len__") else None
+        with self.bar:
+            task = self.bar.add_task(note, total=total, completed=skip * steps)
+            for batch in itertools.islice(self.loader, skip, None):
+                images, labels = send_to_device(images_and_labels(batch), self.device)
+                yield images, labels
+                self.samples += len(labels)
+                self.step()
+            self.bar.remove_task(task)
+
+    def step(self) -> None:
+        for task in self.bar.task_ids:
+            self.bar.advance(task)
+
+    def autocast(self) -> AbstractContextManager:
+        if self.amp is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.amp)
 
     def losses(self, prompts: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
         """The loss of each sample with some prompts swapped for others, [B]."""
-        logits = functional_call(self.model, prompts, (images,))
+        with self.autocast():
+            logits = functional_call(self.model, prompts, (images,))
         losses = per_sample_loss(logits, labels, self.criterion)
         bad = (~losses.detach().isfinite()).nonzero()
         if len(bad):
+            of = f" of process {self.rank}" if self.processes > 1 else ""
             raise ValueError(
-                f"loader: the loss of sample {self.samples + int(bad[0])} is not finite"
+                f"loader: the loss of sample {self.samples + int(bad[0])}{of} is not finite"
             )
         return losses
+
+    def means(self, totals: list[Tensor]) -> Scores:
+        """Over the samples of all processes, from this one's sums [m_l] float64."""
+        sums = torch.cat([*totals, totals[0].new_tensor([self.samples])])
+        if self.processes > 1:
+            torch.distributed.all_reduce(sums)
+        self.samples = int(sums[-1])
+        if not self.samples:
+            raise ValueError("loader: it yielded no sample")
+        if not sums.isfinite().all():
+            raise ValueError("amp: the gradients overflowed; use 'bf16' or 'no'")
+        return [s.cpu() for s in (sums[:-1] / self.samples).split([len(t) for t in totals])]
+
+
+def _processes() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed:
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _share(loader: Any, rank: int, processes: int) -> Any:
+    """Every `processes`-th batch, unread the others where the loader lets them be."""
+    if processes == 1:
+        return loader
+    if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
+        return itertools.islice(loader, rank, None, processes)
+    mine = BatchSamplerShard(loader.batch_sampler, processes, rank, even_batches=False)
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=mine,  # type: ignore[arg-type]
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
 
 
 def _one_pass(reader: _Reader, methods: Sequence[str]) -> dict[str, Scores]:
     """Per-sample gradients by giving every sample its own prompts, or their keys and values."""
     if not methods:
         return {}
-    model = reader.model
-    totals = {m: [torch.zeros(c, dtype=torch.float64) for c in model.counts] for m in methods}
+    totals = {m: _zeros(reader) for m in methods}
+
+    def add(name: str, layer: int, rows: Tensor) -> None:
+        """rows: [B, m]."""
+        if name in totals:
+            totals[name][layer] += rows.detach().double().sum(0)
+
+    one_pass = _GradientPass(reader, methods, add)
+    reader.samples = 0
     for images, labels in reader.batches("scoring"):
-        for name, layer, rows in _batch_scores(reader, methods, images, labels):
-            totals[name][layer] += rows.detach().double().sum(0).cpu()  # rows [B, m]
-    return {m: [t / reader.samples for t in layers] for m, layers in totals.items()}
+        one_pass.run(images, labels)
+    return {m: reader.means(layers) for m, layers in totals.items()}
 
 
-def _batch_scores(
-    reader: _Reader, methods: Sequence[str], images: Tensor, labels: Tensor
-) -> list[tuple[str, int, Tensor]]:
-    """(method, layer, [B, m]) of one batch."""
-    model, batch = reader.model, len(labels)
-    used = [i for i, m in enumerate(model.counts) if m]
-    found: list[tuple[str, int, Tensor]] = []
+def _zeros(reader: _Reader) -> list[Tensor]:
+    return [torch.zeros(m, dtype=torch.float64, device=reader.device) for m in reader.model.counts]
 
-    def add(i: int, grad: Tensor) -> None:
-        """With each sample's gradient by layer i's prompts, [B, m, D] or [B, 2, m, H*d]."""
-        grad = _rows(grad, model.kind)
-        product = grad * _rows(model.prompts[i].detach(), model.kind)
-        if "taylor" in methods:
-            found.append(("taylor", i, product.norm(dim=-1)))
-        if "taylor-inner" in methods:
-            found.append(("taylor-inner", i, product.sum(-1).abs()))
 
-    shallow = model.kind == "shallow"
-    give = _give_prompts if shallow or model.path == "concat" else _give_keys
-    differentiated = used if {"taylor", "taylor-inner"} & set(methods) else []
-    watched = range(len(model.layers)) if shallow else used
-    with (
-        _observed(model, watched, methods, batch) as observers,
-        torch.enable_grad(),
-        give(model, differentiated, batch, add) as (prompts, leaves),
+class _GradientPass:
+    """What one pass over the data computes, and what all its batches have in common."""
+
+    def __init__(
+        self, reader: _Reader, methods: Sequence[str], add: Callable[[str, int, Tensor], None]
     ):
-        losses = reader.losses(prompts, images, labels)
-        gates = [o.gate for o in observers.values() if o.gate is not None]
-        if leaves or gates:
-            losses.sum().backward(inputs=[*leaves, *gates])
-    if sorted({i for _, i, _ in found}) != differentiated:
-        raise RuntimeError("model: some prompts have no influence on the loss")
-    if gates:
-        slopes: list[Any] = [gate.grad for gate in gates]
-        for i, slope in zip(used, _per_prompts(model, slopes), strict=True):
-            found.append(("gate", i, torch.stack(slope).sum(0).abs()))
-    if "cls-attention" in methods:
-        weights = [torch.stack(o.cls_attention).mean(0) for o in observers.values()]
-        for i, weight in zip(used, _per_prompts(model, weights), strict=True):
-            found.append(("cls-attention", i, torch.stack(weight).mean(0)))
-    return found
+        self.reader, self.methods, self.add = reader, methods, add
+        model = reader.model
+        self.used = [i for i, m in enumerate(model.counts) if m]
+        self.shallow = model.kind == "shallow"
+        self.differentiated = self.used if {"taylor", "taylor-inner"} & set(methods) else []
+        self.paths: dict[int, PromptPath] | None = None
+        if not (self.shallow or model.path == "concat"):
+            with reader.autocast():
+                self.paths = {
+                    i: PromptPath(model.layers[i], model.prompts[i]) for i in self.differentiated
+                }
+
+    def run(self, images: Tensor, labels: Tensor) -> None:
+        model, batch, scale = self.reader.model, len(labels), self.reader.loss_scale
+        arrived: set[int] = set()
+
+        def add_gradient(i: int, scores: Tensor) -> None:
+            arrived.add(i)
+            self.add("taylor", i, scores[0] / scale)
+            self.add("taylor-inner", i, scores[1] / scale)
+
+        watched = range(len(model.layers)) if self.shallow else self.used
+        give = (
+            _give_prompts(model, self.differentiated, batch, add_gradient)
+            if self.paths is None
+            else _give_keys(model, self.paths, batch, add_gradient)
+        )
+        with (
+            _observed(model, watched, self.methods, batch) as observers,
+            torch.enable_grad(),
+            give as (prompts, leaves),
+        ):
+            losses = self.reader.losses(prompts, images, labels)
+            gates = [o.gate for o in observers.values() if o.gate is not None]
+            if leaves or gates:
+                (losses.sum() * scale).backward(inputs=[*leaves, *gates])
+        if sorted(arrived) != self.differentiated:
+            raise RuntimeError("model: some prompts have no influence on the loss")
+        if gates:
+            slopes: list[Any] = [gate.grad for gate in gates]
+            for i, slope in zip(self.used, _per_prompts(model, slopes), strict=True):
+                self.add("gate", i, torch.stack(slope).sum(0).abs() / scale)
+        if "cls-attention" in self.methods:
+            weights = [torch.stack(o.cls_attention).mean(0) for o in observers.values()]
+            for i, weight in zip(self.used, _per_prompts(model, weights), strict=True):
+                self.add("cls-attention", i, torch.stack(weight).mean(0))
 
 
-AddGradient = Callable[[int, Tensor], None]
+AddScores = Callable[[int, Tensor], None]  # of a layer, [2, B, m] as prompt_score gives them
 Given = tuple[dict[str, Tensor], list[Tensor]]
 
 
 @contextmanager
-def _give_keys(model: VPT, layers: Sequence[int], batch: int, add: AddGradient) -> Iterator[Given]:
+def _give_keys(
+    model: VPT, paths: dict[int, PromptPath], batch: int, add: AddScores
+) -> Iterator[Given]:
     """Gives every sample keys and values of its own, which take no memory of their own.
 
     A prompt acts on a sample through its key and value alone, and these are the same for all. So
-    they are computed once; their gradients are each sample's; and what lies between them and the
-    prompt, whatever the block has there, is differentiated for all samples in one batch, layer by
-    layer as the backward pass comes by.
+    they are computed once for the data set; their gradients are each sample's, and are led back to
+    the prompts layer by layer as the backward pass comes by.
     """
     leaves: list[Tensor] = []
     with ExitStack() as stack:
         try:
-            for i in layers:
-                prompt = model.prompts[i].detach().requires_grad_()
-                pairs = model.layers[i].prefixes(prompt)
-                shared = [tensor for pair in pairs for tensor in pair]
-                own = [t.detach().expand(batch, *t.shape).requires_grad_() for t in shared]
+            for i, path in paths.items():
+                own = path.given(batch)
                 model.layers[i].given = list(zip(own[::2], own[1::2], strict=True))
-                stack.enter_context(_when_done(own, partial(_to_prompts, i, prompt, shared, add)))
+                stack.enter_context(_when_done(own, partial(_score_keys, i, path, add)))
                 leaves += own
             yield {}, leaves
         finally:
@@ -275,27 +385,12 @@ def _give_keys(model: VPT, layers: Sequence[int], batch: int, add: AddGradient) 
                 layer.given = None
 
 
-def _to_prompts(
-    i: int, prompt: Tensor, shared: list[Tensor], add: AddGradient, grads: list[Tensor]
-) -> None:
-    """From the gradients of keys and values, each [B, H, m, d], to those of the prompts."""
-
-    def back(grads: Sequence[Tensor], batched: bool) -> Tensor:
-        return torch.autograd.grad(
-            shared, prompt, grads, retain_graph=True, is_grads_batched=batched
-        )[0]
-
-    try:
-        found = back(grads, True)
-    except RuntimeError:  # an operation of the block's own that torch cannot batch
-        found = torch.stack([back(one, False) for one in zip(*grads, strict=True)])
-    add(i, found)
+def _score_keys(i: int, path: PromptPath, add: AddScores, grads: list[Tensor]) -> None:
+    add(i, path.scores(grads))
 
 
 @contextmanager
-def _give_prompts(
-    model: VPT, layers: Sequence[int], batch: int, add: AddGradient
-) -> Iterator[Given]:
+def _give_prompts(model: VPT, layers: Sequence[int], batch: int, add: AddScores) -> Iterator[Given]:
     """Gives every sample prompts of its own, for paths that prompts take as tokens."""
     own = {
         i: model.prompts[i].detach().expand(batch, *model.prompts[i].shape).requires_grad_()
@@ -303,12 +398,15 @@ def _give_prompts(
     }
     with ExitStack() as stack:
         for i, leaf in own.items():
-            stack.enter_context(_when_done([leaf], partial(_as_they_are, i, add)))
+            prompts = _rows(model.prompts[i].detach(), model.kind)
+            stack.enter_context(
+                _when_done([leaf], partial(_score_prompts, i, prompts, model.kind, add))
+            )
         yield {f"prompts.{i}": leaf for i, leaf in own.items()}, list(own.values())
 
 
-def _as_they_are(i: int, add: AddGradient, grads: list[Tensor]) -> None:
-    add(i, grads[0])
+def _score_prompts(i: int, prompts: Tensor, kind: str, add: AddScores, grads: list[Tensor]) -> None:
+    add(i, prompt_score(_rows(grads[0], kind), prompts))
 
 
 @contextmanager
@@ -360,20 +458,104 @@ def _observed(
             model.layers[i].observer = None
 
 
+class _Sums:
+    """Sums over the batches so far, kept in a file where there is a folder for it."""
+
+    def __init__(
+        self,
+        reader: _Reader,
+        name: str,
+        data: str,
+        folder: str | os.PathLike | None,
+        resume: bool,
+    ):
+        self.totals, self.batches, self.samples = _zeros(reader), 0, 0
+        self.file: Path | None = None
+        if folder is None:
+            return
+        share = f"-{reader.rank}of{reader.processes}" if reader.processes > 1 else ""
+        self.file = Path(folder) / f"{name}{share}.pt"
+        self.run = {
+            "data": data,
+            "model": fingerprint(reader.model.state_dict().items()),
+            "amp": str(reader.amp),
+        }
+        if resume and self.file.exists():
+            self._load(self.file, reader.device)
+
+    def _load(self, file: Path, device: torch.device) -> None:
+        try:
+            state = torch.load(file, map_location=device, weights_only=True)
+            run, totals = state["run"], state["totals"]
+            self.batches, self.samples = state["batches"], state["samples"]
+        except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise ValueError(f"checkpoint_dir: {file} is no file of pcx.score ({error})") from None
+        if run != self.run:
+            other = [key for key in self.run if run.get(key) != self.run[key]]
+            raise ValueError(
+                f"resume: {file} is of another {' and '.join(other)}; give the same, or "
+                "another checkpoint_dir"
+            )
+        self.totals = totals
+
+    def save(self, samples: int) -> None:
+        self.batches += 1
+        self.samples = samples
+        if self.file is None:
+            return
+        state = {
+            "run": self.run,
+            "totals": self.totals,
+            "batches": self.batches,
+            "samples": samples,
+        }
+        with written_whole(self.file) as part:
+            torch.save(state, part)
+
+
 @torch.no_grad()
-def _by_removal(reader: _Reader, name: str) -> Scores:
-    """Leaves out (or zeroes) one prompt at a time: sum(counts) forward passes over the data."""
+def _by_removal(reader: _Reader, name: str, sums: _Sums) -> Scores:
+    """Leaves out (or zeroes) one prompt at a time; layers below it are not computed again."""
     model = reader.model
     change = _without_row if name == "exact" else _with_zero_row
-    totals = [torch.zeros(m, dtype=torch.float64) for m in model.counts]
-    for images, labels in reader.batches(name):
-        whole = reader.losses({}, images, labels)
-        for layer, count in enumerate(model.counts):
-            for i in range(count):
-                prompts = change(model.prompts[layer].detach(), i)
-                losses = reader.losses({f"prompts.{layer}": prompts}, images, labels)
-                totals[layer][i] += float((losses - whole).abs().double().sum())
-    return [t / reader.samples for t in totals]
+    reader.samples = sums.samples
+    steps = 1 + sum(model.counts)
+    for images, labels in reader.batches(name, steps, skip=sums.batches):
+        with _replayed(model) as replay:
+            whole = reader.losses({}, images, labels)
+            for layer, count in enumerate(model.counts):
+                replay(layer)
+                for i in range(count):
+                    reader.step()
+                    prompts = change(model.prompts[layer].detach(), i)
+                    losses = reader.losses({f"prompts.{layer}": prompts}, images, labels)
+                    sums.totals[layer][i] += (losses - whole).abs().double().sum()
+        sums.save(reader.samples + len(labels))
+    return reader.means(sums.totals)
+
+
+@contextmanager
+def _replayed(model: VPT) -> Iterator[Callable[[int], None]]:
+    """Keeps what each layer gives in the first forward; yields a function after which the layers
+    below a given one give that again without computing it."""
+    outputs: dict[int, Any] = {}
+
+    def keep(i: int, module: nn.Module, arguments: Any, output: Any) -> None:
+        outputs.setdefault(i, output)
+
+    hooks = [layer.register_forward_hook(partial(keep, i)) for i, layer in enumerate(model.layers)]
+
+    def replay(first: int) -> None:
+        for i, layer in enumerate(model.layers):
+            layer.replay = outputs[i] if i < first else None
+
+    try:
+        yield replay
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer in model.layers:
+            layer.replay = None
 
 
 def _without_row(prompts: Tensor, i: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -270,8 +271,22 @@ def _one_of_two(rank, folder, queue):
     pcx.evaluate(model, loader)  # which must not keep fit from synchronising
     history = pcx.fit(model, loader, epochs=2, lr=0.1, val_loader=loader, progress=False)
     found = pcx.evaluate(model, DataLoader(data, batch_size=4))
-    queue.put((rank, history[-1]["samples"], found, model.prompts[0].detach().sum().item()))
+    scores = pcx.score(model, loader, method=("taylor", "exact"), progress=False)
+    first = {name: by_layer[0].tolist() for name, by_layer in scores.items()}
+    exact = _without_processes(model, data)
+    queue.put(
+        (rank, history[-1]["samples"], found, model.prompts[0].detach().sum().item(), first, exact)
+    )
     torch.distributed.destroy_process_group()
+
+
+def _without_processes(model, data) -> dict:
+    """The same scores by one process that reads everything."""
+    with mock.patch("pcx.score._processes", return_value=(0, 1)):
+        scores = pcx.score(
+            model, DataLoader(data, batch_size=3), method=("taylor", "exact"), progress=False
+        )
+    return {name: by_layer[0].tolist() for name, by_layer in scores.items()}
 
 
 def test_two_processes_count_each_sample_once(tmp_path):
@@ -283,6 +298,8 @@ def test_two_processes_count_each_sample_once(tmp_path):
     results = sorted(queue.get(timeout=120) for _ in workers)
     for worker in workers:
         worker.join()
-    (_, samples, found, prompts), (_, *others) = results
+    (_, samples, found, prompts, scores, alone), (_, *others) = results
     assert samples == found["samples"] == 11
-    assert others == [samples, found, prompts]
+    assert others == [samples, found, prompts, scores, alone]
+    for name in scores:
+        assert scores[name] == pytest.approx(alone[name], rel=1e-5)

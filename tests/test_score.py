@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torchvision import transforms
 
 import pcx
 from pcx.data import data_config, plain_loader
+from pcx.prompt_path import PromptPath
 from pcx.score import METHODS
 
 KINDS = ("deep", "shallow", "prefix")
@@ -398,3 +400,103 @@ def test_a_block_whose_backward_cannot_be_batched(backbone, loader):
         found[path] = pcx.score(model, loader, **QUIET)
     for a, b in zip(found["folded"], found["concat"], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "norm", "matrix"),
+    [
+        ("vit", True, True),
+        ("eva02", True, True),
+        ("vit-post-norm", False, True),  # no norm before the attention
+        ("vit-qk-norm", True, False),  # a norm behind the projection
+        ("vit-18x2", False, False),  # two norms side by side
+    ],
+)
+def test_the_prompts_path_is_recognised(family, norm, matrix):
+    """Scores are right without; this is what makes them fast."""
+    model = pcx.VPT(build(family), 3).eval()
+    for layer, prompts in zip(model.layers, model.prompts, strict=True):
+        path = PromptPath(layer, prompts)
+        assert ((path.run.norm is not None), (path.matrix is not None)) == (norm, matrix)
+
+
+def test_a_layer_norm_of_another_kind_is_not_taken_for_one(backbone, dataset, loader):
+    class Doubled(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x) * 2 + x
+
+    old = backbone.blocks[0].norm1
+    backbone.blocks[0].norm1 = Doubled(old.normalized_shape, dtype=torch.float64)
+    model = pcx.VPT(backbone, 3).eval()
+    paths = [PromptPath(layer, p) for layer, p in zip(model.layers, model.prompts, strict=True)]
+    assert [path.run.norm is None for path in paths][:2] == [True, False]
+    found = pcx.score(model, loader, **QUIET)
+    assert_scores(found, one_at_a_time(model, dataset, lambda g, p: (g * p).norm(dim=1)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exact_computes_no_layer_below_the_one_it_changes(backbone, loader, kind):
+    model = pcx.VPT(backbone, 2, kind=kind).eval()
+    calls = [0] * len(backbone.blocks)
+
+    def count(i, *_):
+        calls[i] += 1
+
+    for i, layer in enumerate(model.layers):
+        layer.block.register_forward_hook(partial(count, i))
+    pcx.score(model, loader, method="exact", **QUIET)
+    # Once whole, then once for every prompt of this layer and of those below it.
+    once = [1 + sum(model.counts[: i + 1]) for i in range(len(calls))]
+    assert calls == [len(loader) * m for m in once]
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["exact", "exact-zero"])
+def test_exact_goes_on_where_it_was_stopped(backbone, dataset, tmp_path, method):
+    model = pcx.VPT(backbone, [2, 3]).eval()
+    loader = DataLoader(dataset, batch_size=4)
+    arguments = {"method": method, "checkpoint_dir": tmp_path, **QUIET}
+    expected = pcx.score(model, loader, method=method, **QUIET)
+    left = [2]
+
+    def stop_later(logits, labels):
+        if left[0] == 0 and len(labels) < 4:  # in the last batch
+            raise Stopped
+        left[0] -= len(labels) < 4
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    with pytest.raises(Stopped):
+        pcx.score(model, loader, criterion=stop_later, **arguments)
+    read = []
+
+    def watched(logits, labels):
+        read.append(len(labels))
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    found = pcx.score(model, loader, criterion=watched, resume=True, **arguments)
+    assert all(map(torch.equal, found, expected))
+    assert set(read) == {len(dataset) % 4}  # of the last batch alone
+    with pytest.raises(ValueError, match="resume: .* is of another model; give the same, or"):
+        pcx.score(pcx.VPT(backbone, [2, 3]), loader, resume=True, **arguments)
+    (tmp_path / f"{method}.pt").write_bytes(b"?")
+    with pytest.raises(ValueError, match=r"checkpoint_dir: .*\.pt is no file of pcx.score"):
+        pcx.score(model, loader, resume=True, **arguments)
+    with pytest.raises(ValueError, match="resume: needs checkpoint_dir"):
+        pcx.score(model, loader, method=method, resume=True, **QUIET)
+
+
+@pytest.mark.parametrize("path", ["folded", "concat"])
+def test_scores_in_bfloat16(path):
+    torch.manual_seed(0)
+    model = pcx.VPT(build("vit", dtype=torch.float32), 16, path=path).eval()
+    loader = DataLoader(TensorDataset(images("vit", 8).float(), torch.arange(8) % 3), 4)
+    expected = pcx.score(model, loader, **QUIET)
+    found = pcx.score(model, loader, amp="bf16", **QUIET)
+    for a, b in zip(found, expected, strict=True):
+        assert not torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=0.1, atol=0.02 * float(b.max()))
+    with pytest.raises(ValueError, match="amp: got 'fp8', expected one of"):
+        pcx.score(model, loader, amp="fp8", **QUIET)

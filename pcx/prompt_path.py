@@ -1,0 +1,184 @@
+"""The way from a layer's prompts to their keys and values, and gradients back along it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcx.ops.prompt_score import prompt_score
+from pcx.prompted_block import PromptedBlock
+
+# Of a matrix against autograd, relative: what rounding in these types explains.
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+
+
+@dataclass
+class _Run:
+    """One forward from prompts to keys and values, to be differentiated."""
+
+    pairs: list[tuple[Tensor, Tensor]]
+    prompt: Tensor  # [m, D], a leaf
+    norm: nn.LayerNorm | None  # that takes the prompts themselves, if all goes through one
+    normed: Tensor | None  # what it gives [m, D], a leaf too
+
+    @property
+    def shared(self) -> list[Tensor]:
+        return [tensor for pair in self.pairs for tensor in pair]
+
+    @property
+    def entry(self) -> Tensor:
+        """What gradients are led back to."""
+        return self.prompt if self.normed is None else self.normed
+
+    def back(self, grads: Sequence[Tensor], batched: bool) -> Tensor:
+        """From gradients by keys and values to one by the entry, [m, D] ([B, m, D])."""
+        (found,) = torch.autograd.grad(
+            self.shared, self.entry, grads, retain_graph=True, is_grads_batched=batched
+        )
+        return found.reshape(*found.shape[: 1 if batched else 0], *self.prompt.shape)
+
+
+class PromptPath:
+    """Scores of a layer's prompts from each sample's gradients by their keys and values.
+
+    What lies between a prompt and its key and value is the block's own and taken as it is: it is
+    run once, and autograd leads the gradients of all samples back. Two things that most blocks have
+    are recognised by trying them, and are then faster: a LayerNorm that takes the prompts
+    themselves, whose backward is part of `prompt_score`; and, behind it, a map that is the same
+    matrix for every prompt, whose transpose is one product over all samples' rows.
+
+    Args:
+        layer: of kind "deep" or "prefix", with m > 0 prompts; in eval mode.
+        prompts: [m, D], or [2, m, H*d] of kind "prefix".
+    """
+
+    def __init__(self, layer: PromptedBlock, prompts: Tensor):
+        self.kind = layer.kind
+        self.prompts = prompts.detach()
+        self.run: _Run | None = None
+        self.matrix: Tensor | None = None
+        if self.kind == "prefix":
+            self.pairs = layer.prefixes(self.prompts)
+        else:
+            with torch.enable_grad():
+                self.run = _through_norm(layer, self.prompts) or _plain(layer, self.prompts)
+                self.pairs = [(k.detach(), v.detach()) for k, v in self.run.pairs]
+                self.matrix = _matrix(layer, self.run)
+
+    def given(self, batch: int) -> list[Tensor]:
+        """Keys and values as leaves of their own for each sample, of stride 0: k, v, k, ..."""
+        return [t.expand(batch, *t.shape).requires_grad_() for pair in self.pairs for t in pair]
+
+    def scores(self, grads: Sequence[Tensor]) -> Tensor:
+        """[2, B, m] of `prompt_score`, from gradients [B, H, m, d] in the order of `given`."""
+        if self.run is None:  # the prompts are keys and values
+            return prompt_score(_rows(grads), _rows([t[None] for t in self.pairs[0]])[0])
+        norm = self.run.norm
+        if self.matrix is None:
+            gradient = self._led_back(grads)
+        else:
+            gradient = _rows(grads).to(self.matrix.dtype) @ self.matrix
+        if norm is None:
+            return prompt_score(gradient, self.prompts)
+        return prompt_score(
+            gradient, self.prompts, layer_norm=True, weight=norm.weight, eps=norm.eps
+        )
+
+    def _led_back(self, grads: Sequence[Tensor]) -> Tensor:
+        assert self.run is not None
+        try:
+            return self.run.back(grads, batched=True)
+        except RuntimeError:  # an operation of the block's own that torch cannot batch
+            return torch.stack(
+                [self.run.back(one, batched=False) for one in zip(*grads, strict=True)]
+            )
+
+
+def _rows(tensors: Sequence[Tensor]) -> Tensor:
+    """[B, H, m, d] each -> [B, m, all of their heads' d]."""
+    by_prompt = [t.transpose(1, 2) for t in tensors]
+    if len({t.shape for t in by_prompt}) == 1:
+        return torch.stack(by_prompt, 2).flatten(2)
+    return torch.cat([t.flatten(2) for t in by_prompt], -1)
+
+
+def _plain(layer: PromptedBlock, prompts: Tensor) -> _Run:
+    leaf = prompts.clone().requires_grad_()
+    return _Run(layer.prefixes(leaf), leaf, None, None)
+
+
+def _through_norm(layer: PromptedBlock, prompts: Tensor) -> _Run | None:
+    """With the graph cut behind the LayerNorm, where everything goes through it, else None."""
+    leaf = prompts.clone().requires_grad_()
+    with _cut_behind_norms(layer.block, leaf) as cuts:
+        pairs = layer.prefixes(leaf)
+    shared = [t for pair in pairs for t in pair]
+    reached = torch.autograd.grad(
+        [t.sum() for t in shared], [leaf, *(cut for _, cut in cuts)],
+        retain_graph=True, allow_unused=True,
+    )  # fmt: skip
+    used = [cut for cut, grad in zip(cuts, reached[1:], strict=True) if grad is not None]
+    if reached[0] is not None or len(used) != 1:
+        return None
+    norm, normed = used[0]
+    expected = F.layer_norm(leaf.detach(), leaf.shape[-1:], norm.weight, norm.bias, norm.eps)
+    found = normed.detach().reshape(leaf.shape).to(expected.dtype)
+    if (found - expected).norm() > _ROUNDING[normed.dtype] * expected.norm():
+        return None  # a subclass with a mind of its own
+    return _Run(pairs, leaf, norm, normed)
+
+
+@contextmanager
+def _cut_behind_norms(block: nn.Module, prompts: Tensor) -> Iterator[list]:
+    """Makes what a LayerNorm gives for the prompts themselves a leaf; yields (norm, leaf)."""
+    cuts: list[tuple[nn.LayerNorm, Tensor]] = []
+
+    def cut(norm: nn.LayerNorm, arguments: tuple, output: Tensor) -> Tensor:
+        (x,) = arguments
+        if x.data_ptr() != prompts.data_ptr() or x.numel() != prompts.numel():
+            return output
+        cuts.append((norm, output.detach().requires_grad_()))
+        return cuts[-1][1]
+
+    norms = [
+        m
+        for m in block.modules()
+        if isinstance(m, nn.LayerNorm) and tuple(m.normalized_shape) == prompts.shape[-1:]
+    ]
+    hooks = [norm.register_forward_hook(cut) for norm in norms]
+    try:
+        yield cuts
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _matrix(layer: PromptedBlock, run: _Run) -> Tensor | None:
+    """The matrix [all heads' d, D] from the gradients of one prompt's keys and values to its entry.
+
+    None where there is no one matrix for all prompts: norms of keys, positions, mixing of tokens.
+    """
+    first = run.prompt.detach()[:1]
+    one = _plain(layer, first) if run.norm is None else _through_norm(layer, first)
+    if one is None:
+        return None
+    sizes = [t.shape[0] * t.shape[2] for t in one.shared]
+    basis = torch.eye(sum(sizes), dtype=one.shared[0].dtype, device=first.device).split(sizes, 1)
+    shaped = [
+        b.reshape(-1, t.shape[0], 1, t.shape[2]) for b, t in zip(basis, one.shared, strict=True)
+    ]
+    try:
+        matrix = one.back(shaped, batched=True)[:, 0].to(one.shared[0].dtype)
+    except RuntimeError:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    random = [torch.randn(t.shape, generator=generator).to(t) for t in run.shared]
+    expected = run.back(random, batched=False)
+    found = (_rows([t[None] for t in random]) @ matrix)[0].to(expected.dtype)
+    fits = (found - expected).norm() <= _ROUNDING[matrix.dtype] * expected.norm()
+    return matrix if fits else None
