@@ -1,20 +1,27 @@
-"""Scoring a batch, beside what its gradients cost otherwise.
+"""Scoring a data set, beside what its gradients cost otherwise, and beside training.
 
-`pytest benchmarks/bench_prompt_score.py` checks and times. Run as a program it
-writes `results/prompt_score_cpu.csv`, or `prompt_score_<gpu>.csv` where there is a GPU.
+`pytest benchmarks/bench_prompt_score.py` checks and times. Run as a program it writes
+`results/prompt_score_cpu.csv`, or `prompt_score_<gpu>.csv` in bfloat16 autocast where there is a
+GPU: time and peak memory of one batch, of a data set of several. Rows already there are not
+measured again. `--draw <csv>` draws what the whole of condensing costs, as Fig. 8b of the paper.
 
 - plain: the backbone's forward and the gradient of the loss down to the input of its first block;
 - pcx: `pcx.score(method="taylor")`;
 - expanded: every sample has its own prompts, which pass each block's norm and projection;
-- one by one: a batch of one sample at a time.
+- expanded, concatenated: the same in the published form of VPT;
+- one by one: the gradient of one sample's loss by the prompts, sample after sample;
+- training: a step of `pcx.fit`'s recipe with all prompts, folded;
+- fine-tuning: the same with 30% of the prompts.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -33,124 +40,263 @@ from machine import cpu_name
 RESULTS = Path(__file__).parent / "results"
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-MODEL, BATCH = ("vit_base_patch16_224", 64) if ON_GPU else ("vit_tiny_patch16_224", 16)
-COUNTS = (10, 50, 100, 200)
+AMP = "bf16" if ON_GPU else "no"
+BATCH = 64 if ON_GPU else 16
+BATCHES = 4  # of the data set
+MODELS = (
+    {"vit_base_patch16_224": (100, 10, 50, 200), "vit_large_patch16_224": (100, 10, 50, 200)}
+    if ON_GPU
+    else {"vit_tiny_patch16_224": (100, 10, 50, 200)}
+)
+DRAWN = {
+    "vit_tiny_patch16_224": (50, 100, 200),
+    "vit_base_patch16_224": (50, 100, 200),
+    "vit_large_patch16_224": (100,),
+}
+KEEP = 0.3
+# Passes over the data set in the paper: VPT's training, scoring, fine-tuning.
+PASSES = {"training": 100, "pcx": 1, "fine-tuning": 20}
+FIELDS = "model form prompts batch dtype ms_median ms_q1 ms_q3 peak_mib threads machine torch timm"
 
 
 class Setting:
-    """A model, a batch, and the four forms of what scoring it takes."""
+    """A model, a data set, and every form of what its scores or its training take."""
 
-    def __init__(self, prompts: int):
+    def __init__(self, name: str, prompts: int):
         torch.manual_seed(0)
-        self.backbone = timm.create_model(MODEL, num_classes=100).to(DEVICE).eval()
-        self.backbone.requires_grad_(False)
-        self.model = pcx.VPT(self.backbone, prompts, read_only=False).eval()
-        self.images = torch.randn(BATCH, 3, 224, 224, device=DEVICE)
-        self.labels = torch.arange(BATCH, device=DEVICE) % 100
+        self.backbone = timm.create_model(name, num_classes=100).to(DEVICE).eval()
+        self.model = pcx.VPT(self.backbone, prompts, read_only=False, head_init="keep").eval()
+        keep = [torch.arange(round(KEEP * prompts)) for _ in self.model.layers]
+        self.small = self.model.keep(keep).train()
+        self.images = torch.randn(BATCHES * BATCH, 3, 224, 224, device=DEVICE)
+        self.labels = torch.arange(BATCHES * BATCH, device=DEVICE) % 100
 
-    def plain(self) -> torch.Tensor:
-        first, seen = self.backbone.blocks[0], []
+    def _batches(self):
+        return zip(self.images.split(BATCH), self.labels.split(BATCH), strict=True)
 
-        def watch(_, arguments):
-            seen.append(arguments[0].detach().requires_grad_())
-            return seen[0]
+    def _autocast(self):
+        return torch.autocast(DEVICE, torch.bfloat16) if AMP == "bf16" else nullcontext()
 
-        hook = first.register_forward_pre_hook(watch)
-        try:
-            loss = F.cross_entropy(self.backbone(self.images), self.labels, reduction="sum")
-            return torch.autograd.grad(loss, seen)[0]
-        finally:
-            hook.remove()
+    def _losses(self, run, images, labels) -> torch.Tensor:
+        with self._autocast():
+            logits = run(images)
+        return F.cross_entropy(logits.float(), labels, reduction="none")
 
-    def _loader(self, batch: int) -> DataLoader:
-        return DataLoader(TensorDataset(self.images, self.labels), batch_size=batch)
+    def plain(self) -> None:
+        first = self.backbone.blocks[0]
+        for images, labels in self._batches():
+            seen = []
+
+            def watch(_, arguments, seen=seen):
+                seen.append(arguments[0].detach().requires_grad_())
+                return seen[0]
+
+            hook = first.register_forward_pre_hook(watch)
+            try:
+                losses = self._losses(self.backbone, images, labels)
+                torch.autograd.grad(losses.sum(), seen)
+            finally:
+                hook.remove()
 
     def pcx(self) -> list[torch.Tensor]:
-        return pcx.score(self.model, self._loader(BATCH), progress=False)
-
-    def one_by_one(self) -> list[torch.Tensor]:
-        return pcx.score(self.model, self._loader(1), progress=False)
+        loader = DataLoader(TensorDataset(self.images, self.labels), batch_size=BATCH)
+        return pcx.score(self.model, loader, amp=AMP, progress=False)
 
     def expanded(self) -> list[torch.Tensor]:
         prompts = [p.detach() for p in self.model.prompts]
-        leaves = [p.expand(BATCH, *p.shape).requires_grad_() for p in prompts]
-        names = {f"prompts.{i}": leaf for i, leaf in enumerate(leaves)}
-        logits = functional_call(self.model, names, (self.images,))
-        loss = F.cross_entropy(logits, self.labels, reduction="sum")
-        grads = torch.autograd.grad(loss, leaves)
-        return [
-            (g * p).norm(dim=-1).mean(0).double().cpu() for g, p in zip(grads, prompts, strict=True)
-        ]
+        totals = [torch.zeros(len(p), dtype=torch.float64, device=DEVICE) for p in prompts]
+        for images, labels in self._batches():
+            leaves = [p.expand(BATCH, *p.shape).requires_grad_() for p in prompts]
+            names = {f"prompts.{i}": leaf for i, leaf in enumerate(leaves)}
+
+            def run(images, names=names):
+                return functional_call(self.model, names, (images,))
+
+            losses = self._losses(run, images, labels)
+            grads = torch.autograd.grad(losses.sum(), leaves)
+            for total, g, p in zip(totals, grads, prompts, strict=True):
+                total += (g * p).norm(dim=-1).double().sum(0)
+        return [total.cpu() / len(self.labels) for total in totals]
+
+    def concatenated(self) -> list[torch.Tensor]:
+        self.model.path = "concat"
+        try:
+            return self.expanded()
+        finally:
+            self.model.path = "folded"
+
+    def one_by_one(self) -> list[torch.Tensor]:
+        prompts = list(self.model.prompts)
+        totals = [torch.zeros(len(p), dtype=torch.float64, device=DEVICE) for p in prompts]
+        for image, label in zip(self.images.split(1), self.labels.split(1), strict=True):
+            grads = torch.autograd.grad(self._losses(self.model, image, label), prompts)
+            for total, g, p in zip(totals, grads, prompts, strict=True):
+                total += (g * p.detach()).norm(dim=-1).double()
+        return [total.cpu() / len(self.labels) for total in totals]
+
+    def _train(self, model) -> None:
+        used = [p for p in model.parameters() if p.requires_grad]
+        optimiser = torch.optim.SGD(used, lr=0.0, momentum=0.9, weight_decay=1e-3)
+        for images, labels in self._batches():
+            self._losses(model, images, labels).mean().backward()
+            optimiser.step()
+            optimiser.zero_grad()
+
+    def training(self) -> None:
+        self.model.train()
+        try:
+            self._train(self.model)
+        finally:
+            self.model.eval()
+
+    def fine_tuning(self) -> None:
+        self._train(self.small)
 
 
-FORMS = {"plain": "plain", "pcx": "pcx", "expanded": "expanded", "one by one": "one_by_one"}
+FORMS = {
+    "plain": "plain",
+    "pcx": "pcx",
+    "expanded": "expanded",
+    "expanded, concatenated": "concatenated",
+    "training": "training",
+    "fine-tuning": "fine_tuning",
+    "one by one": "one_by_one",
+}
 
 
 def check(setting: Setting) -> None:
-    """The three ways to the scores agree."""
-    expected = setting.expanded()
-    for found in (setting.pcx(), setting.one_by_one()):
+    """The ways to the scores agree."""
+    expected = setting.one_by_one()
+    for found in (setting.pcx(), setting.expanded(), setting.concatenated()):
         for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
+            if AMP == "no":
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
+            else:
+                assert (a - b).norm() < 0.05 * b.norm()
 
 
 @pytest.fixture(scope="module")
 def setting():
-    made = Setting(100)
+    made = Setting(next(iter(MODELS)), 100)
     check(made)
     return made
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_scoring_a_batch(benchmark, setting, form):
-    def run():
-        getattr(setting, FORMS[form])()
-        if ON_GPU:
-            torch.cuda.synchronize()
-
-    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+def test_a_data_set(benchmark, setting, form):
+    benchmark.pedantic(timed, (setting, form), rounds=2, warmup_rounds=1)
 
 
-def measure(prompts: int, repeats: int = 7) -> list[dict]:
+def timed(setting: Setting, form: str) -> float:
+    """Milliseconds of one batch."""
+    start = time.perf_counter()
+    getattr(setting, FORMS[form])()
+    if ON_GPU:
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - start) / BATCHES
+
+
+def peak(setting: Setting, form: str) -> int | str:
+    """MiB beyond what lies there before; "" where there is no counter."""
+    if not ON_GPU:
+        return ""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    timed(setting, form)
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20)
+
+
+def measure(name: str, prompts: int, forms: list[str], repeats: int = 5):
     """One row per form; the forms take turns, so that a slower minute meets all of them."""
-    setting = Setting(prompts)
+    setting = Setting(name, prompts)
     check(setting)
-    setting.plain()
-    times: dict[str, list[float]] = {form: [] for form in FORMS}
-    for _ in range(repeats):
-        for form, method in FORMS.items():
-            start = time.perf_counter()
-            getattr(setting, method)()
-            if ON_GPU:
-                torch.cuda.synchronize()
-            times[form].append(time.perf_counter() - start)
-    rows = []
-    for form, seconds in times.items():
-        first, median, third = statistics.quantiles(seconds, n=4)
-        rows.append(
-            {
-                "model": MODEL,
-                "form": form,
-                "prompts": prompts,
-                "batch": BATCH,
-                "dtype": "float32",
-                "seconds_median": round(median, 4),
-                "seconds_q1": round(first, 4),
-                "seconds_q3": round(third, 4),
-                "threads": torch.get_num_threads(),
-                "machine": torch.cuda.get_device_name() if ON_GPU else cpu_name(),
-                "torch": torch.__version__,
-                "timm": timm.__version__,
-            }
-        )
-        print(rows[-1], flush=True)
-    return rows
+    peaks = {form: peak(setting, form) for form in forms}
+    times: dict[str, list[float]] = {form: [] for form in forms}
+    for number in range(repeats):
+        for form in forms:
+            if form != "one by one" or number < 3:
+                times[form].append(timed(setting, form))
+    for form in forms:
+        first, median, third = statistics.quantiles(times[form], n=4, method="inclusive")
+        row = {
+            "model": name,
+            "form": form,
+            "prompts": prompts,
+            "batch": BATCH,
+            "dtype": "bfloat16 autocast" if AMP == "bf16" else "float32",
+            "ms_median": round(median, 2),
+            "ms_q1": round(first, 2),
+            "ms_q3": round(third, 2),
+            "peak_mib": peaks[form],
+            "threads": torch.get_num_threads(),
+            "machine": torch.cuda.get_device_name() if ON_GPU else cpu_name(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+        }
+        print(*row.values(), flush=True)
+        yield row
+
+
+def draw(file: Path) -> None:
+    """What training, scoring and fine-tuning take of condensing, relative to training (Fig. 8b)."""
+    from matplotlib.figure import Figure
+
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    shown = [(m, n) for m, counts in DRAWN.items() for n in counts]
+    figure = Figure(figsize=(6, 2.5), layout="constrained")
+    axes = figure.subplots()
+    colours = {"training": "C0", "pcx": "C3", "fine-tuning": "C1"}
+    labels = []
+    for place, (model, prompts) in enumerate(shown):
+        times = {
+            r["form"]: float(r["ms_median"])
+            for r in rows
+            if (r["model"], r["prompts"]) == (model, str(prompts))
+        }
+        if not set(PASSES) <= set(times):
+            continue
+        whole, left = PASSES["training"] * times["training"], 0.0
+        for form, passes in PASSES.items():
+            width = passes * times[form] / whole
+            axes.barh(place, width, left=left, color=colours[form])
+            left += width
+        labels.append((place, f"{model}, {prompts} prompts"))
+    for form, colour in colours.items():
+        name = "scoring" if form == "pcx" else form
+        passes = "1 pass" if PASSES[form] == 1 else f"{PASSES[form]} passes"
+        axes.barh(0, 0, color=colour, label=f"{name}, {passes}")
+    axes.set_yticks(*zip(*labels, strict=True), fontsize=7)
+    axes.set(xlabel="time, relative to training VPT", title=rows[0]["machine"])
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(fontsize=7, loc="outside lower center", ncols=3)
+    figure.savefig(file.with_suffix(".png"), dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--draw", type=Path)
+    arguments = parser.parse_args()
+    if arguments.draw:
+        return draw(arguments.draw)
+    if ON_GPU:
+        file, before = table(arguments.out, "prompt_score")
+    else:
+        file = arguments.out / "prompt_score_cpu.csv"
+        before = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+    done = {(r["model"], r["prompts"], r["form"]) for r in before}
+    with open(file, "a", newline="") as output:
+        writer = csv.DictWriter(output, FIELDS.split())
+        if not before:
+            writer.writeheader()
+        for name, counts in MODELS.items():
+            for prompts in counts:
+                forms = [f for f in FORMS if (name, str(prompts), f) not in done]
+                if forms:
+                    for row in measure(name, prompts, forms):
+                        writer.writerow(row)
+                    output.flush()
 
 
 if __name__ == "__main__":
-    file = table(RESULTS, "prompt_score")[0] if ON_GPU else RESULTS / "prompt_score_cpu.csv"
-    rows = [row for prompts in COUNTS for row in measure(prompts)]
-    with open(file, "w", newline="") as output:
-        writer = csv.DictWriter(output, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    main()

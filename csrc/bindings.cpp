@@ -33,6 +33,7 @@ py::dict build_info() {
 void register_operations() {
   pcx::register_cpu();
   pcx::register_cpu_scores();
+  pcx::register_cpu_pagerank();
 #ifdef PCX_CUDA
   pcx::register_cuda();
 #endif

@@ -5,10 +5,11 @@
 
 namespace pcx {
 
-constexpr int kSchemas = 5;  // as SCHEMAS in pcx/ops/registration.py
+constexpr int kSchemas = 6;  // as SCHEMAS in pcx/ops/registration.py
 
 void register_cpu();
 void register_cpu_scores();
+void register_cpu_pagerank();
 void register_cuda();
 
 }  // namespace pcx

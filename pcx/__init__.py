@@ -5,7 +5,7 @@ from pcx.cost import token_cost
 from pcx.evaluate import evaluate
 from pcx.fit import NonFiniteLoss, fit
 from pcx.freeze import ensemble, freeze
-from pcx.ops import prefix_attention
+from pcx.ops import prefix_attention, weighted_pagerank
 from pcx.save import load, save
 from pcx.score import score
 from pcx.select import select
@@ -28,4 +28,5 @@ __all__ = [
     "score",
     "select",
     "token_cost",
+    "weighted_pagerank",
 ]

@@ -101,3 +101,28 @@ def prompt_score(
         gradient = inverse * (gradient - gradient.mean(-1, keepdim=True) - normed * along)
     product = gradient * prompts
     return torch.stack([product.norm(dim=-1), product.sum(-1).abs()])
+
+
+def weighted_pagerank(
+    q: Tensor,
+    k: Tensor,
+    init: Tensor,
+    bias: Tensor | None,
+    prefix_k: Tensor | None,
+    iters: int,
+    scale: float,
+) -> Tensor:
+    """`pcx.weighted_pagerank` with the attention matrix written out; arguments as checked."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    rows = q.to(wide) * scale
+    logits = rows @ k.to(wide).transpose(-2, -1)  # [B, H, N, N]
+    if bias is not None:
+        logits = logits + bias
+    if prefix_k is not None:
+        logits = torch.cat([rows @ prefix_k.to(wide).transpose(-2, -1), logits], -1)
+    attention = logits.softmax(-1)[..., -q.shape[2] :].nan_to_num()  # NaN: attends to nothing
+    scores = init[..., None]
+    for _ in range(iters):
+        scores = attention.transpose(-2, -1) @ scores
+        scores = scores / scores.sum(-2, keepdim=True)
+    return scores[..., 0].clone()

@@ -17,7 +17,7 @@ from torch import Tensor
 from pcx.ops import reference
 
 LIBRARY = torch.library.Library("pcx", "FRAGMENT")
-SCHEMAS = 5  # moves with every change of a schema below, as kSchemas in csrc/operations.h
+SCHEMAS = 6  # moves with every change of a schema below, as kSchemas in csrc/operations.h
 
 LIBRARY.define(
     "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
@@ -49,6 +49,10 @@ LIBRARY.define(
 LIBRARY.define(
     "prompt_score(Tensor gradient, Tensor prompts, bool layer_norm, Tensor? weight, float eps) "
     "-> Tensor"
+)
+LIBRARY.define(
+    "weighted_pagerank(Tensor q, Tensor k, Tensor init, Tensor? bias, Tensor? prefix_k, int iters, "
+    "float scale) -> Tensor"
 )
 
 
@@ -195,6 +199,16 @@ def _scores_on_cuda(gradient, prompts, layer_norm, weight, eps):
     from pcx.kernels import prompt_score as kernel
 
     return kernel.prompt_score(gradient, prompts, layer_norm, weight, eps)
+
+
+@torch.library.register_fake("pcx::weighted_pagerank", lib=LIBRARY)
+def _fake_pagerank(q, k, init, bias, prefix_k, iters, scale):
+    return q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
+
+
+@torch.library.impl(LIBRARY, "weighted_pagerank", "CompositeExplicitAutograd")
+def _pagerank(q, k, init, bias, prefix_k, iters, scale):
+    return reference.weighted_pagerank(q, k, init, bias, prefix_k, iters, scale)
 
 
 def _fits_hopper(tensors: Any, bias, scale: float, backend: str, held_to: bool = True) -> bool:
