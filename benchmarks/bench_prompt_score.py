@@ -210,6 +210,9 @@ def measure(name: str, prompts: int, forms: list[str], repeats: int = 5):
     """One row per form; the forms take turns, so that a slower minute meets all of them."""
     setting = Setting(name, prompts)
     check(setting)
+    for form in forms:
+        if form not in ("one by one", "pcx"):  # which the check has run
+            timed(setting, form)
     peaks = {form: peak(setting, form) for form in forms}
     times: dict[str, list[float]] = {form: [] for form in forms}
     for number in range(repeats):
@@ -247,7 +250,7 @@ def draw(file: Path) -> None:
     axes = figure.subplots()
     colours = {"training": "C0", "pcx": "C3", "fine-tuning": "C1"}
     labels = []
-    for place, (model, prompts) in enumerate(shown):
+    for model, prompts in shown:
         times = {
             r["form"]: float(r["ms_median"])
             for r in rows
@@ -255,17 +258,20 @@ def draw(file: Path) -> None:
         }
         if not set(PASSES) <= set(times):
             continue
+        place = len(labels)
         whole, left = PASSES["training"] * times["training"], 0.0
         for form, passes in PASSES.items():
             width = passes * times[form] / whole
             axes.barh(place, width, left=left, color=colours[form])
             left += width
-        labels.append((place, f"{model}, {prompts} prompts"))
+        labels.append(f"{model}, {prompts} prompts")
+    if not labels:
+        raise SystemExit(f"{file}: no model has rows of {', '.join(PASSES)} yet")
     for form, colour in colours.items():
         name = "scoring" if form == "pcx" else form
         passes = "1 pass" if PASSES[form] == 1 else f"{PASSES[form]} passes"
         axes.barh(0, 0, color=colour, label=f"{name}, {passes}")
-    axes.set_yticks(*zip(*labels, strict=True), fontsize=7)
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
     axes.set(xlabel="time, relative to training VPT", title=rows[0]["machine"])
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(fontsize=7, loc="outside lower center", ncols=3)

@@ -874,7 +874,7 @@ def backward(
 
     dq, dk and dv lie in memory as [B, N, H, d]; the bias's gradient is [B, H, N, S] float32, to be
     summed to its shape. Where `hopper` says that they fit, the CUDA kernels of pcx._C give these,
-    but for the gradients of prefix sets.
+    but for the gradients of prefix sets, and of queries beyond HOPPER_QUERIES.
     """
     need_q, need_own, need_prefix, need_bias = needs
     batch, heads, _, dim = q.shape

@@ -132,6 +132,13 @@ def per_sample_loss(
     return losses
 
 
+def criterion_name(criterion: Criterion | None) -> str:
+    """What tells criteria apart in a file."""
+    if criterion is None:
+        return "cross-entropy"
+    return getattr(criterion, "__qualname__", None) or repr(criterion)
+
+
 def _at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 

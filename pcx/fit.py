@@ -23,6 +23,7 @@ from pcx.data import data_config
 from pcx.evaluate import (
     Criterion,
     accelerator_for,
+    criterion_name,
     evaluate_on,
     gathered,
     images_and_labels,
@@ -129,7 +130,7 @@ def fit(
             amp=amp,
             seed=seed,
             updates_per_epoch=_updates(loader, accelerator),
-            criterion=_name(criterion),
+            criterion=criterion_name(criterion),
             frozen=None if checkpoint_dir is None else _frozen(model, names),
         )
         _check_recipe(recipe)
@@ -373,12 +374,6 @@ def _check_recipe(recipe: Recipe) -> None:
         raise ValueError(f"weight_decay: {recipe.weight_decay}, expected 0 or more")
     if recipe.clip_grad is not None and recipe.clip_grad <= 0:
         raise ValueError(f"clip_grad: {recipe.clip_grad}, expected a positive number or None")
-
-
-def _name(criterion: Criterion | None) -> str:
-    if criterion is None:
-        return "cross-entropy"
-    return getattr(criterion, "__qualname__", None) or repr(criterion)
 
 
 def _frozen(model: nn.Module, names: list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,15 +61,15 @@ class PromptPath:
     def __init__(self, layer: PromptedBlock, prompts: Tensor):
         self.kind = layer.kind
         self.prompts = prompts.detach()
-        self.run: _Run | None = None
+        self.forward: _Run | None = None
         self.matrix: Tensor | None = None
         if self.kind == "prefix":
             self.pairs = layer.prefixes(self.prompts)
         else:
             with torch.enable_grad():
-                self.run = _through_norm(layer, self.prompts) or _plain(layer, self.prompts)
-                self.pairs = [(k.detach(), v.detach()) for k, v in self.run.pairs]
-                self.matrix = _matrix(layer, self.run)
+                self.forward = _through_norm(layer, self.prompts) or _plain(layer, self.prompts)
+                self.pairs = [(k.detach(), v.detach()) for k, v in self.forward.pairs]
+                self.matrix = _matrix(layer, self.forward)
 
     def given(self, batch: int) -> list[Tensor]:
         """Keys and values as leaves of their own for each sample, of stride 0: k, v, k, ..."""
@@ -76,9 +77,9 @@ class PromptPath:
 
     def scores(self, grads: Sequence[Tensor]) -> Tensor:
         """[2, B, m] of `prompt_score`, from gradients [B, H, m, d] in the order of `given`."""
-        if self.run is None:  # the prompts are keys and values
+        if self.forward is None:  # the prompts are keys and values
             return prompt_score(_rows(grads), _rows([t[None] for t in self.pairs[0]])[0])
-        norm = self.run.norm
+        norm = self.forward.norm
         if self.matrix is None:
             gradient = self._led_back(grads)
         else:
@@ -90,12 +91,14 @@ class PromptPath:
         )
 
     def _led_back(self, grads: Sequence[Tensor]) -> Tensor:
-        assert self.run is not None
+        assert self.forward is not None
         try:
-            return self.run.back(grads, batched=True)
+            return self.forward.back(grads, batched=True)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:  # an operation of the block's own that torch cannot batch
             return torch.stack(
-                [self.run.back(one, batched=False) for one in zip(*grads, strict=True)]
+                [self.forward.back(one, batched=False) for one in zip(*grads, strict=True)]
             )
 
 
@@ -138,9 +141,11 @@ def _cut_behind_norms(block: nn.Module, prompts: Tensor) -> Iterator[list]:
     """Makes what a LayerNorm gives for the prompts themselves a leaf; yields (norm, leaf)."""
     cuts: list[tuple[nn.LayerNorm, Tensor]] = []
 
-    def cut(norm: nn.LayerNorm, arguments: tuple, output: Tensor) -> Tensor:
-        (x,) = arguments
-        if x.data_ptr() != prompts.data_ptr() or x.numel() != prompts.numel():
+    def cut(norm: nn.LayerNorm, arguments: tuple, output: Any) -> Any:
+        x = arguments[0] if len(arguments) == 1 else None
+        if not (isinstance(x, Tensor) and isinstance(output, Tensor)):
+            return output
+        if x.data_ptr() != prompts.data_ptr() or x.shape[-2:] != prompts.shape:
             return output
         cuts.append((norm, output.detach().requires_grad_()))
         return cuts[-1][1]
@@ -174,6 +179,8 @@ def _matrix(layer: PromptedBlock, run: _Run) -> Tensor | None:
     ]
     try:
         matrix = one.back(shaped, batched=True)[:, 0].to(one.shared[0].dtype)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         return None
     generator = torch.Generator().manual_seed(0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -12,16 +11,16 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from accelerate.data_loader import BatchSamplerShard
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, DataLoaderShard
 from accelerate.utils import send_to_device
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from pcx.data import data_config, plain_loader
-from pcx.evaluate import Criterion, images_and_labels, per_sample_loss
+from pcx.evaluate import Criterion, criterion_name, images_and_labels, per_sample_loss
 from pcx.files import written_whole
 from pcx.fingerprint import fingerprint
 from pcx.freeze import AMP
@@ -38,6 +37,9 @@ METHODS = (*ONE_PASS, "magnitude", "random", *REMOVAL)
 FLOAT16_LOSS_SCALE = 1024.0  # of the sum over a batch; gradients would vanish without
 
 Scores = list[Tensor]
+AddRows = Callable[[str, int, Tensor], None]  # of a method and a layer, [B, m]
+AddScores = Callable[[int, Tensor], None]  # of a layer, [2, B, m] as prompt_score gives them
+Given = tuple[dict[str, Tensor], list[Tensor]]
 
 
 @overload
@@ -97,19 +99,21 @@ def score(
       place.
 
     Each sample is read once, in order, without augmentation, dropout or a dropped last batch. Where
-    torch.distributed is initialised, each process reads its share of the batches and all get the
-    scores of the whole data set.
+    torch.distributed is initialised, all processes must call this; each reads its share of the
+    batches, and all get the scores of the whole data set.
 
     Args:
         model: a VPT; not changed.
-        loader: yields (images, labels).
+        loader: yields (images, labels); not divided among processes.
         method: a method, or several, whose gradients then come from the same pass.
         criterion: (logits, labels) -> one loss per sample [B]; cross-entropy by default.
-        amp: "no", "bf16" or "fp16", of the forward and backward passes.
+        amp: "no", "bf16" or "fp16", of what is differentiated. The small differences of "exact" and
+            "exact-zero" would drown in it and are always computed without.
         seed: of "random".
         checkpoint_dir: folder for the sums so far of "exact" and "exact-zero", a file each, written
             whole or not at all after every batch.
-        resume: continue from those files, where they exist.
+        resume: continue from those files, where they exist. Other data of the same description
+            (number of samples, transform) is not noticed.
         progress: show a bar and what was read.
 
     Returns:
@@ -136,6 +140,11 @@ def score(
         raise ValueError(f"amp: got {amp!r}, expected one of {tuple(AMP)}")
     if resume and checkpoint_dir is None:
         raise ValueError("resume: needs checkpoint_dir")
+    if checkpoint_dir is not None:
+        if not set(REMOVAL) & set(methods):
+            raise ValueError(f"checkpoint_dir: only {REMOVAL} keep sums, got {methods}")
+        if Path(checkpoint_dir).exists() and not Path(checkpoint_dir).is_dir():
+            raise ValueError(f"checkpoint_dir: {checkpoint_dir} is a file, expected a folder")
     found = _without_data(model, methods, seed)
     if set(methods) - set(found):
         plain = plain_loader(loader, data_config(model))
@@ -146,8 +155,8 @@ def score(
                 if name in methods:
                     sums = _Sums(reader, name, plain.description, checkpoint_dir, resume)
                     found[name] = _by_removal(reader, name, sums)
-        Console(quiet=not progress).print(
-            f"scored {sum(model.counts)} prompts on {reader.samples} samples; {plain.description}"
+        Console(quiet=not progress or reader.rank > 0).print(
+            f"scored {sum(model.counts)} prompts on {reader.total} samples; {plain.description}"
         )
     return found[method] if isinstance(method, str) else {name: found[name] for name in methods}
 
@@ -180,7 +189,8 @@ def _as_scored(model: VPT) -> Iterator[None]:
     if backbone_too is not None:
         model.backbone.grad_checkpointing = False
     try:
-        yield
+        with torch.inference_mode(False):
+            yield
     finally:
         model.train(was_training)
         for layer, checkpoint in zip(model.layers, layers, strict=True):
@@ -205,20 +215,43 @@ class _Reader:
         self.loss_scale = FLOAT16_LOSS_SCALE if amp == torch.float16 else 1.0
         self.rank, self.processes = _processes()
         self.loader = _share(loader, self.rank, self.processes)
-        self.samples = 0
+        self.samples = self.number = 0  # samples read here in this pass, and batches
+        self.total = 0  # read by all processes
         self.bar = Progress(disable=not progress or self.rank > 0, transient=True)
 
-    def batches(self, note: str, steps: int = 1, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """From batch `skip` on; the consumer says when each of its `steps` but one is done."""
-        total = len(self.loader) * steps if hasattr(self.loader, "__len__") else None
+    def batches(
+        self, note: str, steps: int = 1, done: tuple[int, int] = (0, 0)
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those behind the (batches, samples) that are done; the consumer calls `step` after each
+        of a batch's `steps` but the last."""
+        try:
+            total = len(self.loader) * steps
+        except TypeError:  # of an iterable data set
+            total = None
+        self.samples = self.number = 0
         with self.bar:
-            task = self.bar.add_task(note, total=total, completed=skip * steps)
-            for batch in itertools.islice(self.loader, skip, None):
-                images, labels = send_to_device(images_and_labels(batch), self.device)
-                yield images, labels
+            task = self.bar.add_task(note, total=total, completed=done[0] * steps)
+            for batch in self.loader:
+                self.number += 1
+                images, labels = images_and_labels(batch)
+                if not isinstance(labels, Tensor) or not labels.dim():
+                    raise ValueError("loader: it yields single samples; give it a batch_size")
+                if self.number > done[0] and len(labels):
+                    yield send_to_device((images, labels), self.device)
+                    self.step()
                 self.samples += len(labels)
-                self.step()
+                if self.number == done[0]:
+                    self._check_done(done)
+            if self.number < done[0]:
+                self._check_done(done)
             self.bar.remove_task(task)
+
+    def _check_done(self, done: tuple[int, int]) -> None:
+        if (self.number, self.samples) != done:
+            raise ValueError(
+                f"resume: {done[1]} samples in {done[0]} batches are done, where the loader gives "
+                f"{self.samples} in {self.number}; give the same one, or another checkpoint_dir"
+            )
 
     def step(self) -> None:
         for task in self.bar.task_ids:
@@ -229,9 +262,11 @@ class _Reader:
             return nullcontext()
         return torch.autocast(self.device.type, self.amp)
 
-    def losses(self, prompts: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+    def losses(
+        self, prompts: dict[str, Tensor], images: Tensor, labels: Tensor, *, precise: bool = False
+    ) -> Tensor:
         """The loss of each sample with some prompts swapped for others, [B]."""
-        with self.autocast():
+        with nullcontext() if precise else self.autocast():
             logits = functional_call(self.model, prompts, (images,))
         losses = per_sample_loss(logits, labels, self.criterion)
         bad = (~losses.detach().isfinite()).nonzero()
@@ -247,12 +282,14 @@ class _Reader:
         sums = torch.cat([*totals, totals[0].new_tensor([self.samples])])
         if self.processes > 1:
             torch.distributed.all_reduce(sums)
-        self.samples = int(sums[-1])
-        if not self.samples:
-            raise ValueError("loader: it yielded no sample")
+        self.total = int(sums[-1])
+        if not self.total:
+            raise ValueError("loader: it yielded no sample (an iterator can be read only once)")
         if not sums.isfinite().all():
-            raise ValueError("amp: the gradients overflowed; use 'bf16' or 'no'")
-        return [s.cpu() for s in (sums[:-1] / self.samples).split([len(t) for t in totals])]
+            raise ValueError(
+                "model: its gradients overflow in float16; give float32 weights, or amp='bf16'"
+            )
+        return [s.cpu() for s in (sums[:-1] / self.total).split([len(t) for t in totals])]
 
 
 def _processes() -> tuple[int, int]:
@@ -264,21 +301,39 @@ def _processes() -> tuple[int, int]:
 
 
 def _share(loader: Any, rank: int, processes: int) -> Any:
-    """Every `processes`-th batch, unread the others where the loader lets them be."""
+    """Every `processes`-th batch, the others not even read where the loader lets them be."""
     if processes == 1:
         return loader
-    if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
-        return itertools.islice(loader, rank, None, processes)
-    mine = BatchSamplerShard(loader.batch_sampler, processes, rank, even_batches=False)
+    batches = getattr(loader, "batch_sampler", None)
+    divided = (BatchSamplerShard, DataLoaderShard, DataLoaderDispatcher, DistributedSampler)
+    if any(isinstance(x, divided) for x in (loader, batches, getattr(loader, "sampler", None))):
+        raise ValueError(
+            "loader: it is divided among processes already; give the one that reads everything"
+        )
+    if batches is None or isinstance(loader.dataset, IterableDataset):
+        return _Every(loader, rank, processes)
     return DataLoader(
         loader.dataset,
-        batch_sampler=mine,  # type: ignore[arg-type]
+        batch_sampler=_Every(batches, rank, processes),  # type: ignore[arg-type]
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
     )
+
+
+class _Every:
+    """Every `step`-th of what `items` gives, each time that it is iterated."""
+
+    def __init__(self, items: Any, first: int, step: int):
+        self.items, self.first, self.step = items, first, step
+
+    def __iter__(self) -> Iterator:
+        return itertools.islice(self.items, self.first, None, self.step)
+
+    def __len__(self) -> int:
+        return len(range(self.first, len(self.items), self.step))
 
 
 def _one_pass(reader: _Reader, methods: Sequence[str]) -> dict[str, Scores]:
@@ -288,14 +343,12 @@ def _one_pass(reader: _Reader, methods: Sequence[str]) -> dict[str, Scores]:
     totals = {m: _zeros(reader) for m in methods}
 
     def add(name: str, layer: int, rows: Tensor) -> None:
-        """rows: [B, m]."""
         if name in totals:
             totals[name][layer] += rows.detach().double().sum(0)
 
     one_pass = _GradientPass(reader, methods, add)
-    reader.samples = 0
     for images, labels in reader.batches("scoring"):
-        one_pass.run(images, labels)
+        one_pass.add_batch(images, labels)
     return {m: reader.means(layers) for m, layers in totals.items()}
 
 
@@ -306,11 +359,9 @@ def _zeros(reader: _Reader) -> list[Tensor]:
 class _GradientPass:
     """What one pass over the data computes, and what all its batches have in common."""
 
-    def __init__(
-        self, reader: _Reader, methods: Sequence[str], add: Callable[[str, int, Tensor], None]
-    ):
+    def __init__(self, reader: _Reader, methods: Sequence[str], add: AddRows):
         self.reader, self.methods, self.add = reader, methods, add
-        model = reader.model
+        model = self.model = reader.model
         self.used = [i for i, m in enumerate(model.counts) if m]
         self.shallow = model.kind == "shallow"
         self.differentiated = self.used if {"taylor", "taylor-inner"} & set(methods) else []
@@ -321,8 +372,8 @@ class _GradientPass:
                     i: PromptPath(model.layers[i], model.prompts[i]) for i in self.differentiated
                 }
 
-    def run(self, images: Tensor, labels: Tensor) -> None:
-        model, batch, scale = self.reader.model, len(labels), self.reader.loss_scale
+    def add_batch(self, images: Tensor, labels: Tensor) -> None:
+        model, batch, scale = self.model, len(labels), self.reader.loss_scale
         arrived: set[int] = set()
 
         def add_gradient(i: int, scores: Tensor) -> None:
@@ -347,18 +398,17 @@ class _GradientPass:
                 (losses.sum() * scale).backward(inputs=[*leaves, *gates])
         if sorted(arrived) != self.differentiated:
             raise RuntimeError("model: some prompts have no influence on the loss")
-        if gates:
-            slopes: list[Any] = [gate.grad for gate in gates]
-            for i, slope in zip(self.used, _per_prompts(model, slopes), strict=True):
+        self._add_observed(observers, scale)
+
+    def _add_observed(self, observers: dict[int, Observer], scale: float) -> None:
+        if "gate" in self.methods:
+            slopes: list[Any] = [o.gate.grad for o in observers.values() if o.gate is not None]
+            for i, slope in zip(self.used, _per_prompts(self.model, slopes), strict=True):
                 self.add("gate", i, torch.stack(slope).sum(0).abs() / scale)
         if "cls-attention" in self.methods:
             weights = [torch.stack(o.cls_attention).mean(0) for o in observers.values()]
-            for i, weight in zip(self.used, _per_prompts(model, weights), strict=True):
+            for i, weight in zip(self.used, _per_prompts(self.model, weights), strict=True):
                 self.add("cls-attention", i, torch.stack(weight).mean(0))
-
-
-AddScores = Callable[[int, Tensor], None]  # of a layer, [2, B, m] as prompt_score gives them
-Given = tuple[dict[str, Tensor], list[Tensor]]
 
 
 @contextmanager
@@ -478,7 +528,7 @@ class _Sums:
         self.run = {
             "data": data,
             "model": fingerprint(reader.model.state_dict().items()),
-            "amp": str(reader.amp),
+            "criterion": criterion_name(reader.criterion),
         }
         if resume and self.file.exists():
             self._load(self.file, reader.device)
@@ -486,27 +536,28 @@ class _Sums:
     def _load(self, file: Path, device: torch.device) -> None:
         try:
             state = torch.load(file, map_location=device, weights_only=True)
-            run, totals = state["run"], state["totals"]
-            self.batches, self.samples = state["batches"], state["samples"]
-        except (OSError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"checkpoint_dir: {file} is no file of pcx.score ({error})") from None
-        if run != self.run:
-            other = [key for key in self.run if run.get(key) != self.run[key]]
+            other = [key for key in self.run if state["run"][key] != self.run[key]]
+            totals, self.batches, self.samples = (
+                state[key] for key in ("totals", "batches", "samples")
+            )
+        except Exception as error:
+            raise ValueError(
+                f"checkpoint_dir: {file} is no file of pcx.score ({error!r})"
+            ) from error
+        if other:
             raise ValueError(
                 f"resume: {file} is of another {' and '.join(other)}; give the same, or "
                 "another checkpoint_dir"
             )
         self.totals = totals
 
-    def save(self, samples: int) -> None:
-        self.batches += 1
-        self.samples = samples
+    def save(self, batches: int, samples: int) -> None:
         if self.file is None:
             return
         state = {
             "run": self.run,
             "totals": self.totals,
-            "batches": self.batches,
+            "batches": batches,
             "samples": samples,
         }
         with written_whole(self.file) as part:
@@ -518,19 +569,19 @@ def _by_removal(reader: _Reader, name: str, sums: _Sums) -> Scores:
     """Leaves out (or zeroes) one prompt at a time; layers below it are not computed again."""
     model = reader.model
     change = _without_row if name == "exact" else _with_zero_row
-    reader.samples = sums.samples
     steps = 1 + sum(model.counts)
-    for images, labels in reader.batches(name, steps, skip=sums.batches):
+    for images, labels in reader.batches(name, steps, (sums.batches, sums.samples)):
         with _replayed(model) as replay:
-            whole = reader.losses({}, images, labels)
+            whole = reader.losses({}, images, labels, precise=True)
             for layer, count in enumerate(model.counts):
                 replay(layer)
                 for i in range(count):
                     reader.step()
                     prompts = change(model.prompts[layer].detach(), i)
-                    losses = reader.losses({f"prompts.{layer}": prompts}, images, labels)
+                    changed = {f"prompts.{layer}": prompts}
+                    losses = reader.losses(changed, images, labels, precise=True)
                     sums.totals[layer][i] += (losses - whole).abs().double().sum()
-        sums.save(reader.samples + len(labels))
+        sums.save(reader.number, reader.samples + len(labels))
     return reader.means(sums.totals)
 
 

@@ -248,6 +248,9 @@ def test_the_output_says_what_is_trained_and_how_images_are_normalised(backbone,
     assert "normalised by mean (0.5, 0.5, 0.5)" in said
 
 
+SCORES = ("taylor", "gate", "exact")
+
+
 def _one_of_two(rank, folder, queue):
     os.environ.update(
         RANK=str(rank),
@@ -271,7 +274,7 @@ def _one_of_two(rank, folder, queue):
     pcx.evaluate(model, loader)  # which must not keep fit from synchronising
     history = pcx.fit(model, loader, epochs=2, lr=0.1, val_loader=loader, progress=False)
     found = pcx.evaluate(model, DataLoader(data, batch_size=4))
-    scores = pcx.score(model, loader, method=("taylor", "exact"), progress=False)
+    scores = pcx.score(model, loader, method=SCORES, progress=False)
     first = {name: by_layer[0].tolist() for name, by_layer in scores.items()}
     exact = _without_processes(model, data)
     queue.put(
@@ -283,9 +286,7 @@ def _one_of_two(rank, folder, queue):
 def _without_processes(model, data) -> dict:
     """The same scores by one process that reads everything."""
     with mock.patch("pcx.score._processes", return_value=(0, 1)):
-        scores = pcx.score(
-            model, DataLoader(data, batch_size=3), method=("taylor", "exact"), progress=False
-        )
+        scores = pcx.score(model, DataLoader(data, batch_size=3), method=SCORES, progress=False)
     return {name: by_layer[0].tolist() for name, by_layer in scores.items()}
 
 

@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from families import build, images
 from torch import nn
 from torch.utils.data import (
+    BatchSampler,
     ConcatDataset,
     DataLoader,
+    DistributedSampler,
+    IterableDataset,
     Subset,
     TensorDataset,
     WeightedRandomSampler,
@@ -21,7 +24,7 @@ from torchvision import transforms
 import pcx
 from pcx.data import data_config, plain_loader
 from pcx.prompt_path import PromptPath
-from pcx.score import METHODS
+from pcx.score import METHODS, _share
 
 KINDS = ("deep", "shallow", "prefix")
 QUIET = {"progress": False}
@@ -417,19 +420,37 @@ def test_the_prompts_path_is_recognised(family, norm, matrix):
     model = pcx.VPT(build(family), 3).eval()
     for layer, prompts in zip(model.layers, model.prompts, strict=True):
         path = PromptPath(layer, prompts)
-        assert ((path.run.norm is not None), (path.matrix is not None)) == (norm, matrix)
+        assert ((path.forward.norm is not None), (path.matrix is not None)) == (norm, matrix)
 
 
-def test_a_layer_norm_of_another_kind_is_not_taken_for_one(backbone, dataset, loader):
-    class Doubled(nn.LayerNorm):
-        def forward(self, x):
-            return super().forward(x) * 2 + x
+class Doubled(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x) * 2 + x
 
-    old = backbone.blocks[0].norm1
-    backbone.blocks[0].norm1 = Doubled(old.normalized_shape, dtype=torch.float64)
+
+class Scaled(nn.LayerNorm):
+    def forward(self, x, scale=2.0):
+        return super().forward(x) * scale
+
+
+class InATuple(nn.LayerNorm):
+    def forward(self, x):
+        return (super().forward(x),)
+
+
+@pytest.mark.parametrize("norm", [Doubled, Scaled, InATuple])
+def test_a_layer_norm_of_another_kind_is_not_taken_for_one(backbone, dataset, loader, norm):
+    block = backbone.blocks[0]
+    block.norm1 = norm(block.norm1.normalized_shape, dtype=torch.float64)
+    if norm is InATuple:
+        inner = block.attn.forward
+        block.attn.forward = lambda x, **options: inner(x[0], **options)
+    if norm is Scaled:
+        plain = block.norm1.forward
+        block.norm1.forward = lambda x: plain(x, 3.0)
     model = pcx.VPT(backbone, 3).eval()
     paths = [PromptPath(layer, p) for layer, p in zip(model.layers, model.prompts, strict=True)]
-    assert [path.run.norm is None for path in paths][:2] == [True, False]
+    assert [path.forward.norm is None for path in paths] == [True, False]
     found = pcx.score(model, loader, **QUIET)
     assert_scores(found, one_at_a_time(model, dataset, lambda g, p: (g * p).norm(dim=1)))
 
@@ -460,30 +481,39 @@ def test_exact_goes_on_where_it_was_stopped(backbone, dataset, tmp_path, method)
     loader = DataLoader(dataset, batch_size=4)
     arguments = {"method": method, "checkpoint_dir": tmp_path, **QUIET}
     expected = pcx.score(model, loader, method=method, **QUIET)
-    left = [2]
+    seen, left = [], [2]
 
-    def stop_later(logits, labels):
-        if left[0] == 0 and len(labels) < 4:  # in the last batch
-            raise Stopped
-        left[0] -= len(labels) < 4
+    def criterion(logits, labels):
+        seen.append(len(labels))
+        if len(labels) < 4:  # in the last batch
+            left[0] -= 1
+            if left[0] == 0:
+                raise Stopped
         return F.cross_entropy(logits, labels, reduction="none")
 
+    arguments["criterion"] = criterion
     with pytest.raises(Stopped):
-        pcx.score(model, loader, criterion=stop_later, **arguments)
-    read = []
-
-    def watched(logits, labels):
-        read.append(len(labels))
-        return F.cross_entropy(logits, labels, reduction="none")
-
-    found = pcx.score(model, loader, criterion=watched, resume=True, **arguments)
+        pcx.score(model, loader, **arguments)
+    seen.clear()
+    found = pcx.score(model, loader, resume=True, **arguments)
     assert all(map(torch.equal, found, expected))
-    assert set(read) == {len(dataset) % 4}  # of the last batch alone
+    assert set(seen) == {len(dataset) % 4}  # of the last batch alone
+    with pytest.raises(ValueError, match="resume: 10 samples in 3 batches are done, where the l"):
+        pcx.score(model, DataLoader(dataset, batch_size=5), resume=True, **arguments)
+    with pytest.raises(ValueError, match="resume: 10 samples in 3 batches are done, where the l"):
+        pcx.score(model, DataLoader(dataset, batch_size=2), resume=True, **arguments)
+    with pytest.raises(ValueError, match="resume: .* is of another criterion"):
+        pcx.score(model, loader, resume=True, **{**arguments, "criterion": None})
     with pytest.raises(ValueError, match="resume: .* is of another model; give the same, or"):
         pcx.score(pcx.VPT(backbone, [2, 3]), loader, resume=True, **arguments)
-    (tmp_path / f"{method}.pt").write_bytes(b"?")
-    with pytest.raises(ValueError, match=r"checkpoint_dir: .*\.pt is no file of pcx.score"):
-        pcx.score(model, loader, resume=True, **arguments)
+    for content in (b"?", b""):
+        (tmp_path / f"{method}.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"checkpoint_dir: .*\.pt is no file of pcx.score"):
+            pcx.score(model, loader, resume=True, **arguments)
+    with pytest.raises(ValueError, match="checkpoint_dir: .* is a file, expected a folder"):
+        pcx.score(model, loader, **{**arguments, "checkpoint_dir": tmp_path / f"{method}.pt"})
+    with pytest.raises(ValueError, match="checkpoint_dir: only .* keep sums, got"):
+        pcx.score(model, loader, checkpoint_dir=tmp_path, **QUIET)
     with pytest.raises(ValueError, match="resume: needs checkpoint_dir"):
         pcx.score(model, loader, method=method, resume=True, **QUIET)
 
@@ -500,3 +530,80 @@ def test_scores_in_bfloat16(path):
         torch.testing.assert_close(a, b, rtol=0.1, atol=0.02 * float(b.max()))
     with pytest.raises(ValueError, match="amp: got 'fp8', expected one of"):
         pcx.score(model, loader, amp="fp8", **QUIET)
+
+
+def test_scores_in_float32_and_bfloat16_rank_as_in_float64():
+    torch.manual_seed(0)
+    model = pcx.VPT(build("vit", dtype=torch.float32), 40).eval()
+    with torch.no_grad():
+        for prompts in model.prompts:
+            prompts.mul_(torch.rand(40, 1) * 4 + 1)
+    loader = DataLoader(TensorDataset(images("vit", 8).float(), torch.arange(8) % 3), 4)
+    narrow = {amp: pcx.score(model, loader, amp=amp, **QUIET) for amp in ("no", "bf16")}
+    wide = DataLoader(TensorDataset(images("vit", 8), torch.arange(8) % 3), 4)
+    exact = pcx.score(model.double(), wide, **QUIET)
+    for full, half, right in zip(narrow["no"], narrow["bf16"], exact, strict=True):
+        assert ((full - right).abs() / right).max() < 1e-4
+        ranks = torch.stack([half, right]).argsort(-1).argsort(-1).double()
+        assert torch.corrcoef(ranks)[0, 1] > 0.99
+
+
+class Uneven(BatchSampler):
+    """Batches of several sizes, and a batch_size that does not say so."""
+
+    def __init__(self):
+        super().__init__(range(10), 3, drop_last=True)
+
+    def __iter__(self):
+        yield from ([0, 1], [2], [3, 4, 5, 6], [7, 8, 9])
+
+    def __len__(self):
+        return 4
+
+
+class Streamed(IterableDataset):
+    def __iter__(self):
+        return iter(range(10))
+
+
+@pytest.mark.parametrize("processes", [2, 3, 7])
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader(range(10), batch_size=3),
+        DataLoader(range(10), batch_size=None),
+        DataLoader(range(10), batch_sampler=Uneven()),
+        DataLoader(Streamed(), batch_size=4),
+        [[0, 1, 2, 3], [4, 5], [6, 7, 8, 9]],
+    ],
+)
+def test_processes_read_every_sample_once(loader, processes):
+    shares = [_share(loader, rank, processes) for rank in range(processes)]
+    for _ in range(2):
+        read = [
+            int(i) for share in shares for batch in share for i in torch.as_tensor(batch).view(-1)
+        ]
+        assert sorted(read) == list(range(10))
+
+
+def test_a_loader_that_is_divided_already_is_refused():
+    loader = DataLoader(range(10), sampler=DistributedSampler(range(10), 2, 0))
+    with pytest.raises(ValueError, match="loader: it is divided among processes already"):
+        _share(loader, 0, 2)
+
+
+def test_loaders_of_odd_batches(backbone, dataset):
+    model = pcx.VPT(backbone, 2).eval()
+    xs, ys = (torch.stack(t) for t in zip(*dataset, strict=True))
+    expected = pcx.score(model, [(xs, ys)], method=METHODS, **QUIET)
+    found = pcx.score(
+        model, [(xs[:4], ys[:4]), (xs[:0], ys[:0]), (xs[4:], ys[4:])], method=METHODS, **QUIET
+    )
+    for name in METHODS:
+        assert_scores(found[name], expected[name])
+    with pytest.raises(ValueError, match="loader: it yields single samples; give it a batch_size"):
+        pcx.score(model, DataLoader(dataset, batch_size=None), **QUIET)
+    with pytest.raises(ValueError, match="loader: it yielded no sample"):
+        pcx.score(model, iter([(xs, ys)]), method=("taylor", "exact"), **QUIET)
+    with torch.inference_mode():
+        assert_scores(pcx.score(model, [(xs, ys)], **QUIET), expected["taylor"])

@@ -1,6 +1,7 @@
-// Scores of prompts from gradients by what their LayerNorm gives, on the CPU: one task is some
-// samples of one prompt, whose mean and variance are computed once. bfloat16 and float are computed
-// in float, double in double. The same bits on every run, whatever the number of threads.
+// Scores of prompts from gradients by what their LayerNorm gives, on the CPU: one task is all
+// samples of some prompts, whose means and variances are computed once. float and the 16-bit types
+// are computed in float, double in double. The same bits on every run, whatever the number of
+// threads.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

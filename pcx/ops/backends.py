@@ -34,7 +34,7 @@ def cannot(
 
 
 def _cuda_cannot(q, k, v, prefix_k, prefix_v, bias, scale: float) -> str | None:
-    reason = _triton_cannot(q, k, v, scale)  # which gives the gradient of the queries
+    reason = _triton_cannot(q, k, v, scale)  # which gives what the CUDA kernels leave
     if reason:
         return reason
     if "cuda" not in registration.EXTENSION:

@@ -33,8 +33,17 @@ def prompt_score(
         differentiable.
 
     Raises:
-        ValueError: a shape does not fit; the message names the argument.
+        TypeError: an argument is not of floating point.
+        ValueError: a shape or device does not fit; the message names the argument.
     """
+    named = {"gradient": gradient, "prompts": prompts, "weight": weight}
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: {tensor.dtype}, expected floating point")
+        if tensor.device != gradient.device:
+            raise ValueError(f"{name}: on {tensor.device}, gradient on {gradient.device}")
     if gradient.dim() != 3 or prompts.shape != gradient.shape[1:]:
         raise ValueError(
             f"prompts: shape {tuple(prompts.shape)}, expected [m, D] of gradient [B, m, D], which "

@@ -7,7 +7,6 @@ CUDA C++ for Hopper, when `pcx._C` is loaded.
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from typing import Any
 
@@ -194,7 +193,9 @@ def _scores(gradient, prompts, layer_norm, weight, eps):
 
 @torch.library.impl(LIBRARY, "prompt_score", "CUDA")
 def _scores_on_cuda(gradient, prompts, layer_norm, weight, eps):
-    if gradient.dtype == torch.float64 or importlib.util.find_spec("triton") is None:
+    from pcx.ops.backends import TRITON
+
+    if gradient.dtype == torch.float64 or not TRITON:
         return reference.prompt_score(gradient, prompts, layer_norm, weight, eps)
     from pcx.kernels import prompt_score as kernel
 

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 from pcx import prefix_attention
-from pcx.kernels import prefix_attention as kernels
 from pcx.ops import reference
 
 pytestmark = [
@@ -83,7 +82,7 @@ def test_prefix_lengths_on_hopper(m, dtype):
 @hopper
 @pytest.mark.parametrize("n", [1, 5, 8, 9, 49, 63, 64, 65, 72, 73, 192, 257, 320, 577])
 def test_tokens_on_hopper(n, monkeypatch):
-    monkeypatch.setattr(kernels, "HOPPER_QUERIES", 2**31)
+    monkeypatch.setattr("pcx.kernels.prefix_attention.HOPPER_QUERIES", 2**31)
     check(inputs(n=n, m=20), "cuda")
     check(inputs(n=n, own=33, m=0), "cuda")
 

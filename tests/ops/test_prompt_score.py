@@ -99,3 +99,7 @@ def test_bad_shapes_are_named():
         prompt_score(gradient, prompts[:4])
     with pytest.raises(ValueError, match=r"weight: shape \(36,\), expected \[37\]"):
         prompt_score(gradient, prompts, layer_norm=True, weight=weight[1:])
+    with pytest.raises(TypeError, match=r"gradient: torch.int64, expected floating point"):
+        prompt_score(gradient.long(), prompts)
+    with pytest.raises(ValueError, match=r"prompts: on meta, gradient on cpu"):
+        prompt_score(gradient, prompts.to("meta"))
