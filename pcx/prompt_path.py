@@ -72,8 +72,8 @@ class PromptPath:
                 self.matrix = _matrix(layer, self.forward)
 
     def given(self, batch: int) -> list[Tensor]:
-        """Keys and values as leaves of their own for each sample, of stride 0: k, v, k, ..."""
-        return [t.expand(batch, *t.shape).requires_grad_() for pair in self.pairs for t in pair]
+        """Keys and values of each sample, [B, H, m, d] of stride 0: k, v, k, ..."""
+        return [t.expand(batch, *t.shape) for pair in self.pairs for t in pair]
 
     def scores(self, grads: Sequence[Tensor]) -> Tensor:
         """[2, B, m] of `prompt_score`, from gradients [B, H, m, d] in the order of `given`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -39,7 +39,6 @@ FLOAT16_LOSS_SCALE = 1024.0  # of the sum over a batch; gradients would vanish w
 Scores = list[Tensor]
 AddRows = Callable[[str, int, Tensor], None]  # of a method and a layer, [B, m]
 AddScores = Callable[[int, Tensor], None]  # of a layer, [2, B, m] as prompt_score gives them
-Given = tuple[dict[str, Tensor], list[Tensor]]
 
 
 @overload
@@ -382,20 +381,22 @@ class _GradientPass:
             self.add("taylor-inner", i, scores[1] / scale)
 
         watched = range(len(model.layers)) if self.shallow else self.used
+        anchor = torch.zeros((), device=self.reader.device, requires_grad=True)
         give = (
-            _give_prompts(model, self.differentiated, batch, add_gradient)
+            _give_prompts(model, self.differentiated, batch, anchor, add_gradient)
             if self.paths is None
-            else _give_keys(model, self.paths, batch, add_gradient)
+            else _give_keys(model, self.paths, batch, anchor, add_gradient)
         )
         with (
             _observed(model, watched, self.methods, batch) as observers,
             torch.enable_grad(),
-            give as (prompts, leaves),
+            give as prompts,
         ):
             losses = self.reader.losses(prompts, images, labels)
-            gates = [o.gate for o in observers.values() if o.gate is not None]
-            if leaves or gates:
-                (losses.sum() * scale).backward(inputs=[*leaves, *gates])
+            leaves = [o.gate for o in observers.values() if o.gate is not None]
+            leaves += [anchor] if self.differentiated else []
+            if leaves and losses.requires_grad:
+                (losses.sum() * scale).backward(inputs=leaves)
         if sorted(arrived) != self.differentiated:
             raise RuntimeError("model: some prompts have no influence on the loss")
         self._add_observed(observers, scale)
@@ -411,71 +412,64 @@ class _GradientPass:
                 self.add("cls-attention", i, torch.stack(weight).mean(0))
 
 
+class _Tap(torch.autograd.Function):
+    """Passes tensors on; calls `then` with their gradients in the backward pass and keeps none.
+
+    The backward pass comes by for the sake of `anchor`, a leaf that gets no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchor: Tensor, then: Callable[..., None], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.then = then
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        ctx.then(grads)
+        return (None,) * (2 + len(grads))
+
+
 @contextmanager
 def _give_keys(
-    model: VPT, paths: dict[int, PromptPath], batch: int, add: AddScores
-) -> Iterator[Given]:
+    model: VPT, paths: dict[int, PromptPath], batch: int, anchor: Tensor, add: AddScores
+) -> Iterator[dict[str, Tensor]]:
     """Gives every sample keys and values of its own, which take no memory of their own.
 
     A prompt acts on a sample through its key and value alone, and these are the same for all. So
     they are computed once for the data set; their gradients are each sample's, and are led back to
     the prompts layer by layer as the backward pass comes by.
     """
-    leaves: list[Tensor] = []
-    with ExitStack() as stack:
-        try:
-            for i, path in paths.items():
-                own = path.given(batch)
-                model.layers[i].given = list(zip(own[::2], own[1::2], strict=True))
-                stack.enter_context(_when_done(own, partial(_score_keys, i, path, add)))
-                leaves += own
-            yield {}, leaves
-        finally:
-            for layer in model.layers:
-                layer.given = None
+    try:
+        for i, path in paths.items():
+            own = _Tap.apply(anchor, partial(_score_keys, i, path, add), *path.given(batch))
+            model.layers[i].given = list(zip(own[::2], own[1::2], strict=True))
+        yield {}
+    finally:
+        for layer in model.layers:
+            layer.given = None
 
 
-def _score_keys(i: int, path: PromptPath, add: AddScores, grads: list[Tensor]) -> None:
+def _score_keys(i: int, path: PromptPath, add: AddScores, grads: Sequence[Tensor]) -> None:
     add(i, path.scores(grads))
 
 
 @contextmanager
-def _give_prompts(model: VPT, layers: Sequence[int], batch: int, add: AddScores) -> Iterator[Given]:
+def _give_prompts(
+    model: VPT, layers: Sequence[int], batch: int, anchor: Tensor, add: AddScores
+) -> Iterator[dict[str, Tensor]]:
     """Gives every sample prompts of its own, for paths that prompts take as tokens."""
-    own = {
-        i: model.prompts[i].detach().expand(batch, *model.prompts[i].shape).requires_grad_()
-        for i in layers
-    }
-    with ExitStack() as stack:
-        for i, leaf in own.items():
-            prompts = _rows(model.prompts[i].detach(), model.kind)
-            stack.enter_context(
-                _when_done([leaf], partial(_score_prompts, i, prompts, model.kind, add))
-            )
-        yield {f"prompts.{i}": leaf for i, leaf in own.items()}, list(own.values())
+    given = {}
+    for i in layers:
+        prompts = model.prompts[i].detach()
+        then = partial(_score_prompts, i, prompts, add)
+        (given[f"prompts.{i}"],) = _Tap.apply(anchor, then, prompts.expand(batch, *prompts.shape))
+    yield given
 
 
-def _score_prompts(i: int, prompts: Tensor, kind: str, add: AddScores, grads: list[Tensor]) -> None:
-    add(i, prompt_score(_rows(grads[0], kind), prompts))
-
-
-@contextmanager
-def _when_done(leaves: list[Tensor], then: Callable[[list[Tensor]], None]) -> Iterator[None]:
-    """Calls with the gradients of all once the backward pass has them, and does not keep them."""
-
-    def arrived(_: Tensor) -> None:
-        if all(leaf.grad is not None for leaf in leaves):
-            grads: list[Any] = [leaf.grad for leaf in leaves]
-            for leaf in leaves:
-                leaf.grad = None
-            then(grads)
-
-    handles = [leaf.register_post_accumulate_grad_hook(arrived) for leaf in leaves]
-    try:
-        yield
-    finally:
-        for handle in handles:  # else leaf and hook hold each other, out of the collector's sight
-            handle.remove()
+def _score_prompts(i: int, prompts: Tensor, add: AddScores, grads: Sequence[Tensor]) -> None:
+    add(i, prompt_score(grads[0], prompts))
 
 
 def _per_prompts(model: VPT, by_layer: list[Tensor]) -> list[list[Tensor]]:
