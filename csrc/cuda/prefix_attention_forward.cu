@@ -162,19 +162,15 @@ __global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, con
   const int items = inputs.batch * inputs.heads * plan.blocks;
   const uint32_t stages = shared_address(memory);
   const uint32_t queries = stages + plan.stages * 2 * kHalf;
-  const uint32_t full = shared_address(barriers), empty = full + 8 * kMaxStages;
-  const uint32_t queries_full = full + 16 * kMaxStages, queries_empty = queries_full + 8;
+  Ring ring(stages, shared_address(barriers), plan);
+  const uint32_t queries_full = ring.full + 16 * kMaxStages, queries_empty = queries_full + 8;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < plan.stages; ++i) {
-      make_barrier(full + 8 * i, 32);
-      make_barrier(empty + 8 * i, readers);
-    }
+    ring.make_barriers(readers);
     make_barrier(queries_full, 32);
     make_barrier(queries_empty, readers);
   }
   __syncthreads();
 
-  Turn turn;
   uint32_t queries_parity = 0;
   if (warp >= readers) {  // copies every kCopiers-th stage
     int until_mine = warp - readers;
@@ -187,13 +183,8 @@ __global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, con
         copy_held(queries, q, plan, item.block, inputs.queries, lane);
         arrive_after_copies(queries_full);
       }
-      for (int first = 0; first < item.total; first += kStage, turn.next(plan.stages)) {
-        if (until_mine--) continue;
-        until_mine = kCopiers - 1;
-        wait(empty + 8 * turn.stage, turn.parity ^ 1);
-        keys.copy_stage(stages + turn.stage * 2 * kHalf, first, item, lane);
-        arrive_after_copies(full + 8 * turn.stage);
-      }
+      ring.fill(0, item.total, until_mine,
+                [&](int first) { keys.copy_stage(ring.stage(), first, item, lane); });
     }
     commit_copies();
     wait_for_copies<0>();
@@ -211,26 +202,21 @@ __global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, con
     wait(queries_full, queries_parity);
     if (idle) {
       if (lane == 0) arrive(queries_empty);
-      for (int left = item.total; left > 0; left -= kStage, turn.next(plan.stages)) {
-        wait(full + 8 * turn.stage, turn.parity);
-        if (lane == 0) arrive(empty + 8 * turn.stage);
-      }
+      ring.pass(item.total, lane);
     } else if (turned) {
       uint32_t q[kDim / 16][2];
       load_right(q, queries + warp * 16 * kRowBytes, lane);
       __syncwarp();
       if (lane == 0) arrive(queries_empty);
       State<true> state;
-      for (int left = item.total; left > 0; left -= kStage, turn.next(plan.stages)) {
-        const uint32_t keys = stages + turn.stage * 2 * kHalf;
-        wait(full + 8 * turn.stage, turn.parity);
+      ring.read(item.total, lane, [&](int left) {
+        const uint32_t keys = ring.stage();
         if (left >= kStage)
           attend_turned<T, false>(state, q, keys, factor, left, lane);
         else
           attend_turned<T, true>(state, q, keys, factor, left, lane);
         __syncwarp();
-        if (lane == 0) arrive(empty + 8 * turn.stage);
-      }
+      });
       state.template store<T>(call, item, plan.tiles * 64, inputs.queries, staging, lane);
     } else {
       uint32_t q[kDim / 16][4];
@@ -240,9 +226,8 @@ __global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, con
       __syncwarp();
       if (lane == 0) arrive(queries_empty);
       State<false> state;
-      for (int left = item.total; left > 0; left -= kStage, turn.next(plan.stages)) {
-        const uint64_t keys = descriptor(stages + turn.stage * 2 * kHalf);
-        wait(full + 8 * turn.stage, turn.parity);
+      ring.read(item.total, lane, [&](int left) {
+        const uint64_t keys = descriptor(ring.stage());
         see_copies();
         if (left >= kStage)
           attend<T, 8, false>(state, q, keys, factor, left, lane);
@@ -254,8 +239,7 @@ __global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, con
           attend<T, 4, true>(state, q, keys, factor, left, lane);
         else
           attend<T, 2, true>(state, q, keys, factor, left, lane);
-        if (lane == 0) arrive(empty + 8 * turn.stage);
-      }
+      });
       state.template store<T>(call, item, tile * 64 + warp % 4 * 16,
                               min(inputs.queries, tile * 64 + 64), staging, lane);
     }

@@ -206,13 +206,10 @@ __global__ void __launch_bounds__(512, 1)
   const uint32_t stages = shared_address(memory);
   const uint32_t held = stages + plan.stages * 2 * kHalf;  // keys, then values, twice
   const uint32_t held_bytes = plan.slots() * kRowBytes;
-  const uint32_t full = shared_address(barriers), empty = full + 8 * kMaxStages;
-  const uint32_t held_full = full + 16 * kMaxStages, held_empty = held_full + 16;
+  Ring ring(stages, shared_address(barriers), plan);
+  const uint32_t held_full = ring.full + 16 * kMaxStages, held_empty = held_full + 16;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < plan.stages; ++i) {
-      make_barrier(full + 8 * i, 32);
-      make_barrier(empty + 8 * i, readers);
-    }
+    ring.make_barriers(readers);
     for (int i = 0; i < 2; ++i) {
       make_barrier(held_full + 8 * i, 32);
       make_barrier(held_empty + 8 * i, readers);
@@ -220,7 +217,7 @@ __global__ void __launch_bounds__(512, 1)
   }
   __syncthreads();
 
-  Turn turn, place;  // in the ring, and of the two places for keys and values
+  Turn place;  // of the two places for keys and values
   if (warp >= readers) {
     int until_mine = warp - readers;
     for (int i = blockIdx.x; i < items; i += gridDim.x, place.next(2)) {
@@ -234,14 +231,9 @@ __global__ void __launch_bounds__(512, 1)
         copy_held(to + held_bytes, v, plan, item.block, call.count, lane);
         arrive_after_copies(held_full + 8 * place.stage);
       }
-      for (int first = item.first; first < item.end; first += kStage, turn.next(plan.stages)) {
-        if (until_mine--) continue;
-        until_mine = kCopiers - 1;
-        wait(empty + 8 * turn.stage, turn.parity ^ 1);
-        copy_stage(stages + turn.stage * 2 * kHalf, shared_address(stats[turn.stage]), call, item,
-                   first, lane);
-        arrive_after_copies(full + 8 * turn.stage);
-      }
+      ring.fill(item.first, item.end, until_mine, [&](int first) {
+        copy_stage(ring.stage(), shared_address(stats[ring.turn.stage]), call, item, first, lane);
+      });
     }
     commit_copies();
     wait_for_copies<0>();
@@ -258,45 +250,40 @@ __global__ void __launch_bounds__(512, 1)
     const uint32_t keys_at = held + place.stage * 2 * held_bytes + warp / 4 * kHalf;
     wait(held_full + 8 * place.stage, place.parity);
     if (idle) {
-      for (int left = item.end - item.first; left > 0; left -= kStage, turn.next(plan.stages)) {
-        wait(full + 8 * turn.stage, turn.parity);
-        if (lane == 0) arrive(empty + 8 * turn.stage);
-      }
+      ring.pass(item.end - item.first, lane);
     } else if (turned) {
       uint32_t k[kDim / 16][2], v[kDim / 16][2];
       load_right(k, keys_at, lane);
       load_right(v, keys_at + held_bytes, lane);
       float dk[kDim / 16][4] = {}, dv[kDim / 16][4] = {};
-      for (int left = item.end - item.first; left > 0; left -= kStage, turn.next(plan.stages)) {
-        wait(full + 8 * turn.stage, turn.parity);
+      ring.read(item.end - item.first, lane, [&](int left) {
 #pragma unroll
         for (int start = 0; start < kStage; start += 16)
           if (start < left)
-            add_queries_turned<T>(dk, dv, k, v, stages + turn.stage * 2 * kHalf, stats[turn.stage],
-                                  start, factor, lane);
+            add_queries_turned<T>(dk, dv, k, v, ring.stage(), stats[ring.turn.stage], start, factor,
+                                  lane);
         __syncwarp();
-        if (lane == 0) arrive(empty + 8 * turn.stage);
-      }
+      });
       store<T, Partial, true>(call, item, call.dk, dk, call.scale, plan.tiles * 64, staging, lane);
       store<T, Partial, true>(call, item, call.dv, dv, 1.0f, plan.tiles * 64, staging, lane);
     } else {
       see_copies();
       const uint64_t keys = descriptor(keys_at), values = descriptor(keys_at + held_bytes);
       float dk[kDim / 8][4] = {}, dv[kDim / 8][4] = {};
-      for (int left = item.end - item.first; left > 0; left -= kStage, turn.next(plan.stages)) {
-        const uint64_t queries = descriptor(stages + turn.stage * 2 * kHalf);
-        wait(full + 8 * turn.stage, turn.parity);
+      ring.read(item.end - item.first, lane, [&](int left) {
+        const uint64_t queries = descriptor(ring.stage());
         see_copies();
         for (int start = 0; start < min(left, kStage); start += kPart) {
           const uint64_t part = queries + start * kRowBytes / 16;
           if (left - start > 16)
-            add_queries<T, 4>(dk, dv, keys, values, part, stats[turn.stage] + start, factor, lane);
+            add_queries<T, 4>(dk, dv, keys, values, part, stats[ring.turn.stage] + start, factor,
+                              lane);
           else
-            add_queries<T, 2>(dk, dv, keys, values, part, stats[turn.stage] + start, factor, lane);
+            add_queries<T, 2>(dk, dv, keys, values, part, stats[ring.turn.stage] + start, factor,
+                              lane);
         }
         __syncwarp();
-        if (lane == 0) arrive(empty + 8 * turn.stage);
-      }
+      });
       const int first = tile * 64 + warp % 4 * 16;
       store<T, Partial, false>(call, item, call.dk, dk, call.scale, first, staging, lane);
       store<T, Partial, false>(call, item, call.dv, dv, 1.0f, first, staging, lane);

@@ -156,14 +156,11 @@ __global__ void __launch_bounds__(512, 1)
   const int held_bytes = plan.slots() * kRowBytes;
   const int held = plan.stages * 2 * kHalf;  // queries, then output gradients, twice; outputs
   const int out = held + 4 * held_bytes;
-  const uint32_t full = shared_address(barriers), empty = full + 8 * kMaxStages;
-  const uint32_t held_full = full + 16 * kMaxStages, held_empty = held_full + 16;
+  Ring ring(stages, shared_address(barriers), plan);
+  const uint32_t held_full = ring.full + 16 * kMaxStages, held_empty = held_full + 16;
   const uint32_t out_empty = held_empty + 16;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < plan.stages; ++i) {
-      make_barrier(full + 8 * i, 32);
-      make_barrier(empty + 8 * i, readers);
-    }
+    ring.make_barriers(readers);
     for (int i = 0; i < 2; ++i) {
       make_barrier(held_full + 8 * i, 32);
       make_barrier(held_empty + 8 * i, readers);
@@ -172,7 +169,7 @@ __global__ void __launch_bounds__(512, 1)
   }
   __syncthreads();
 
-  Turn turn, place;  // in the ring, and of the two places for queries and output gradients
+  Turn place;  // of the two places for queries and output gradients
   if (warp >= readers) {
     int until_mine = warp - readers;
     uint32_t out_parity = 0;
@@ -193,13 +190,8 @@ __global__ void __launch_bounds__(512, 1)
                   inputs.queries, lane);
         arrive_after_copies(held_full + 8 * place.stage);
       }
-      for (int first = 0; first < item.total; first += kStage, turn.next(plan.stages)) {
-        if (until_mine--) continue;
-        until_mine = kCopiers - 1;
-        wait(empty + 8 * turn.stage, turn.parity ^ 1);
-        keys.copy_stage(stages + turn.stage * 2 * kHalf, first, item, lane);
-        arrive_after_copies(full + 8 * turn.stage);
-      }
+      ring.fill(0, item.total, until_mine,
+                [&](int first) { keys.copy_stage(ring.stage(), first, item, lane); });
     }
     commit_copies();
     wait_for_copies<0>();
@@ -221,10 +213,7 @@ __global__ void __launch_bounds__(512, 1)
     wait(held_full + 8 * place.stage, place.parity);
     if (idle) {
       if (lane == 0) arrive(out_empty);
-      for (int left = item.total; left > 0; left -= kStage, turn.next(plan.stages)) {
-        wait(full + 8 * turn.stage, turn.parity);
-        if (lane == 0) arrive(empty + 8 * turn.stage);
-      }
+      ring.pass(item.total, lane);
     } else if (turned) {
       const Known known = learn<T, true>(call, item, first, limit, memory + out + mine, gradients,
                                          lse[place.stage] + warp * 16, lane);
@@ -234,16 +223,13 @@ __global__ void __launch_bounds__(512, 1)
       load_right(q, stages + queries_at + mine, lane);
       load_right(g, stages + queries_at + held_bytes + mine, lane);
       float dq[kDim / 16][4] = {};
-      for (int left = item.total; left > 0; left -= kStage, turn.next(plan.stages)) {
-        wait(full + 8 * turn.stage, turn.parity);
+      ring.read(item.total, lane, [&](int left) {
 #pragma unroll
         for (int start = 0; start < kStage; start += 16)
           if (start < left)
-            add_keys_turned<T>(dq, known, q, g, stages + turn.stage * 2 * kHalf, start, factor,
-                               left - start, lane);
+            add_keys_turned<T>(dq, known, q, g, ring.stage(), start, factor, left - start, lane);
         __syncwarp();
-        if (lane == 0) arrive(empty + 8 * turn.stage);
-      }
+      });
       item.template store<T, true>(inputs, call.dq, dq, {inputs.scale, inputs.scale}, first, limit,
                                    staging, lane);
     } else {
@@ -255,9 +241,8 @@ __global__ void __launch_bounds__(512, 1)
       const uint64_t q = descriptor(stages + queries_at + warp / 4 * kHalf);
       const uint64_t g = descriptor(stages + queries_at + held_bytes + warp / 4 * kHalf);
       float dq[kDim / 8][4] = {};
-      for (int left = item.total; left > 0; left -= kStage, turn.next(plan.stages)) {
-        const uint64_t keys = descriptor(stages + turn.stage * 2 * kHalf);
-        wait(full + 8 * turn.stage, turn.parity);
+      ring.read(item.total, lane, [&](int left) {
+        const uint64_t keys = descriptor(ring.stage());
         see_copies();
         if (left >= kStage)
           add_keys<T, 8, false>(dq, known, q, g, keys, factor, left, lane);
@@ -269,8 +254,7 @@ __global__ void __launch_bounds__(512, 1)
           add_keys<T, 4, true>(dq, known, q, g, keys, factor, left, lane);
         else
           add_keys<T, 2, true>(dq, known, q, g, keys, factor, left, lane);
-        if (lane == 0) arrive(empty + 8 * turn.stage);
-      }
+      });
       item.template store<T, false>(inputs, call.dq, dq, {inputs.scale, inputs.scale}, first, limit,
                                     staging, lane);
     }

@@ -148,6 +148,56 @@ struct Turn {
   }
 };
 
+// The stages and, of each, a barrier that says that it is full and one that it is empty; as one
+// warp goes around them.
+struct Ring {
+  uint32_t stages, full, empty;
+  int count;
+  Turn turn;
+
+  __device__ Ring(uint32_t stages, uint32_t barriers, const Plan& plan)
+      : stages(stages), full(barriers), empty(barriers + 8 * kMaxStages), count(plan.stages) {}
+
+  // By one thread.
+  __device__ __forceinline__ void make_barriers(int readers) const {
+    for (int i = 0; i < count; ++i) {
+      make_barrier(full + 8 * i, 32);
+      make_barrier(empty + 8 * i, readers);
+    }
+  }
+
+  __device__ uint32_t stage() const { return stages + turn.stage * 2 * kHalf; }
+
+  // By a copying warp: of the stages of rows `first` to `end`, those that are its own. `until_mine`
+  // counts the others in between, from item to item.
+  template <typename Copy>
+  __device__ __forceinline__ void fill(int first, int end, int& until_mine, Copy copy) {
+    for (; first < end; first += kStage, turn.next(count)) {
+      if (until_mine--) continue;
+      until_mine = kCopiers - 1;
+      wait(empty + 8 * turn.stage, turn.parity ^ 1);
+      copy(first);
+      arrive_after_copies(full + 8 * turn.stage);
+    }
+  }
+
+  // By a reading warp: `use` is told how many rows are left with each stage. It ends with the warp
+  // together.
+  template <typename Use>
+  __device__ __forceinline__ void read(int rows, int lane, Use use) {
+    for (int left = rows; left > 0; left -= kStage, turn.next(count)) {
+      wait(full + 8 * turn.stage, turn.parity);
+      use(left);
+      if (lane == 0) arrive(empty + 8 * turn.stage);
+    }
+  }
+
+  // By a reading warp that has nothing to do with them.
+  __device__ __forceinline__ void pass(int rows, int lane) {
+    read(rows, lane, [](int) {});
+  }
+};
+
 // Writes up to 16 rows of a warp's accumulators, scaled, to rows at `to`, through 2 KB at
 // `staging`, so that a row goes out in whole pieces. Turned: up to 8 rows, from accumulators of d
 // by rows.
