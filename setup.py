@@ -66,7 +66,7 @@ def extension_arguments() -> dict:
         # Not linked with OpenMP: torch brings its own, and a second one would not see the first's
         # threads.
         files, flags = sources("*.cpp", "cpu/*.cpp"), ["-O3", "-std=c++20", "-fopenmp"]
-        headers = sources("*.h", "cuda/*.h", "cuda/*.cuh")
+        headers = sources("*.h", "*/*.h", "cuda/*.cuh")
         kind, compilers = cpp_extension.CppExtension, {"cxx": flags}
         if with_cuda:
             files += sources("cuda/*.cpp", "cuda/*.cu")

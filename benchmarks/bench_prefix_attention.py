@@ -26,7 +26,7 @@ from torch.nn.attention.flex_attention import flex_attention
 import pcx
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu_timing import graphed, table
+from gpu_timing import graphed, rows_of, table
 
 RESULTS = Path(__file__).parent / "results"
 HEADS = 12
@@ -131,6 +131,10 @@ def forms_at(shape: dict) -> dict[str, tuple[Callable, SDPBackend | None]]:
     return forms
 
 
+def _three_sets(shape: dict, m: int) -> list[list[Tensor]]:
+    return [inputs(**shape, m=m, dtype=torch.bfloat16, device="cuda", seed=i) for i in range(3)]
+
+
 def _row(which: str, form: str, shape: dict, m: int, quartiles, error: float) -> dict:
     first, median, third = quartiles
     row = {
@@ -159,10 +163,7 @@ def measure(shape: dict, m: int, done: set[tuple]) -> list[dict]:
     def add(which: str, form: str, quartiles, error: float) -> None:
         rows.append(_row(which, form, shape, m, quartiles, error))
 
-    sets = [
-        inputs(shape["batch"], shape["n"], m, shape["dim"], torch.bfloat16, "cuda", seed)
-        for seed in range(3)
-    ]
+    sets = _three_sets(shape, m)
     for form, (attend, backend) in forms_at(shape).items():
         if not (missing("forward", form) or missing("backward", form)):
             continue
@@ -238,9 +239,7 @@ def measure_merging(m: int, done: set[tuple]) -> list[dict]:
     for form, attend in {"folded flash, merged": _flash, "folded flex, merged": _flex}.items():
         if ("forward", form, HEADLINE["batch"], HEADLINE["n"], m, HEADLINE["dim"]) in done:
             continue
-        sets = [
-            inputs(**HEADLINE, m=m, dtype=torch.bfloat16, device="cuda", seed=i) for i in (0, 1, 2)
-        ]
+        sets = _three_sets(HEADLINE, m)
         torch._dynamo.reset()
         compiled = torch.compile(merging(attend), fullgraph=True, dynamic=False)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -248,11 +247,8 @@ def measure_merging(m: int, done: set[tuple]) -> list[dict]:
         with torch.no_grad():
             error = largest_error((compiled(*sets[0][:5]).float(),), (right,))
         assert error < BOUND, (form, m, error)
-        rows.append(
-            _row(
-                "forward", form, HEADLINE, m, graphed([_forward(compiled, s) for s in sets]), error
-            )
-        )
+        quartiles = graphed([_forward(compiled, s) for s in sets])
+        rows.append(_row("forward", form, HEADLINE, m, quartiles, error))
     return rows
 
 
@@ -274,7 +270,7 @@ def draw(file: Path) -> None:
     """Times against the number of prompts at the headline shape, beside the table."""
     from matplotlib.figure import Figure
 
-    rows = list(csv.DictReader(file.read_text().splitlines()))
+    rows = rows_of(file)
     rows = [r for r in rows if all(int(r[key]) == value for key, value in HEADLINE.items())]
     figure = Figure(figsize=(8, 3), layout="constrained")
     labels = {

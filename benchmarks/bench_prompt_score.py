@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pcx
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu_timing import table
+from gpu_timing import rows_of, table
 from machine import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
@@ -244,7 +244,7 @@ def draw(file: Path) -> None:
     """What training, scoring and fine-tuning take of condensing, relative to training (Fig. 8b)."""
     from matplotlib.figure import Figure
 
-    rows = list(csv.DictReader(file.read_text().splitlines()))
+    rows = rows_of(file)
     shown = [(m, n) for m, counts in DRAWN.items() for n in counts]
     figure = Figure(figsize=(6, 2.5), layout="constrained")
     axes = figure.subplots()
@@ -289,7 +289,7 @@ def main() -> None:
         file, before = table(arguments.out, "prompt_score")
     else:
         file = arguments.out / "prompt_score_cpu.csv"
-        before = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+        before = rows_of(file)
     done = {(r["model"], r["prompts"], r["form"]) for r in before}
     with open(file, "a", newline="") as output:
         writer = csv.DictWriter(output, FIELDS.split())

@@ -13,7 +13,12 @@ def table(folder: Path, stem: str) -> tuple[Path, list[dict]]:
     """The CSV of this GPU, <stem>_<gpu>.csv, and the rows that are in it already."""
     name = torch.cuda.get_device_name().removeprefix("NVIDIA ").lower().replace(" ", "_")
     file = folder / f"{stem}_{name}.csv"
-    return file, list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+    return file, rows_of(file)
+
+
+def rows_of(file: Path) -> list[dict]:
+    """The rows of a CSV, none where it is not there yet."""
+    return list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
 
 
 def graph_of(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:

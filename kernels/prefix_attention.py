@@ -15,15 +15,14 @@ All functions take what `pcx.ops.prefix_attention` has checked:
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from pcx.kernels.launch import on_device, rowwise
 from pcx.ops.backends import aligned
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -835,9 +834,9 @@ def forward(
         return out, lse
     bm, bn, warps, stages = tiles or _configuration("forward", q, own)
     index, lengths = _dense(index), _dense(lengths)
-    q, k, v, prefix_k, prefix_v = map(_rowwise, (q, k, v, prefix_k, prefix_v))
+    q, k, v, prefix_k, prefix_v = map(rowwise, (q, k, v, prefix_k, prefix_v))
     bias_pointer, bias_strides, inner_batch = _bias(bias, q)
-    with _on(q):
+    with on_device(q):
         _forward[(triton.cdiv(n, bm) * heads * batch,)](
             q, k, v, prefix_k, prefix_v, _or(index, q), _or(lengths, q), bias_pointer,
             out, lse, scale * LOG2_E.value,
@@ -879,8 +878,8 @@ def backward(
     need_q, need_own, need_prefix, need_bias = needs
     batch, heads, _, dim = q.shape
     own, m = k.shape[2], prefix_k.shape[-2]
-    q, k, v, prefix_k, prefix_v = map(_rowwise, (q, k, v, prefix_k, prefix_v))
-    grad_out, out = _rowwise(grad_out), _rowwise(out)
+    q, k, v, prefix_k, prefix_v = map(rowwise, (q, k, v, prefix_k, prefix_v))
+    grad_out, out = rowwise(grad_out), rowwise(out)
     lse = lse.transpose(0, 1).contiguous().transpose(0, 1)  # hooks on saved tensors may move it
     index, lengths = _dense(index), _dense(lengths)
     tiles = tiles or {}
@@ -939,7 +938,7 @@ def _query_gradients(
     bm, bn, warps, stages = config
     bias_pointer, bias_strides, inner_batch = _bias(bias, q)
     if q.numel():
-        with _on(q):
+        with on_device(q):
             _query_gradient[(triton.cdiv(n, bm) * heads * batch,)](
                 q, k, v, prefix_k, prefix_v, _or(index, q), _or(lengths, q), bias_pointer,
                 out, lse, grad_out, _or(grad_lse, lse), delta, _or(dq, delta), _or(dbias, delta),
@@ -1034,7 +1033,7 @@ def _launch_key_gradients(
     count = n if kind == "one" else batch * n
     per_chunk = n if kind == "one" else triton.cdiv(triton.cdiv(count, chunks), bm) * bm
     assert kind != "one" or chunks == 1
-    with _on(q):
+    with on_device(q):
         _key_gradients[(triton.cdiv(m, bn) * heads * sets * chunks,)](
             q, keys, values, order, bounds, _or(lengths, q), bias_pointer, rows.lse, grad_out,
             rows.delta, dk, dv, rows.scale * LOG2_E.value, rows.scale,
@@ -1104,13 +1103,6 @@ def _tail(count: int, tile: int) -> int:
     return max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
-def _rowwise(x: Tensor) -> Tensor:
-    """With dense rows, from an address that Triton takes for aligned in every call."""
-    if x.data_ptr() % 16:
-        return x.clone(memory_format=torch.contiguous_format)
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
@@ -1149,8 +1141,3 @@ def _precision(q: Tensor) -> str:
     if setting == "none":
         setting = torch.backends.fp32_precision  # type: ignore[attr-defined]
     return "tf32" if q.is_cuda and setting == "tf32" else "ieee"
-
-
-def _on(q: Tensor) -> Any:
-    """Triton launches on the current device."""
-    return torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext()

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pcx.kernels.launch import on_device, rowwise
+
 SAMPLES = 4  # of one program
 
 
@@ -67,9 +69,9 @@ def prompt_score(
     batch, m, dim = gradient.shape
     scores = gradient.new_empty(2, batch, m, dtype=torch.float32)
     if scores.numel():
-        gradient = gradient if gradient.stride(-1) == 1 else gradient.contiguous()
-        prompts, scale = prompts.contiguous(), None if weight is None else weight.contiguous()
-        with torch.cuda.device(gradient.device) if gradient.is_cuda else torch.no_grad():
+        gradient, prompts = rowwise(gradient), prompts.contiguous()
+        scale = None if weight is None else weight.contiguous()
+        with on_device(gradient):
             _score[(m, triton.cdiv(batch, SAMPLES))](
                 gradient, prompts, prompts if scale is None else scale, scores[0], scores[1],
                 *gradient.stride()[:2], batch, m, dim, eps,

@@ -115,18 +115,22 @@ def plain_loader(loader, config: dict) -> PlainLoader:
         dataset = Subset(dataset, list(given.indices))
     elif not isinstance(given, RandomSampler | SequentialSampler):
         sampler, said = given, f"as {type(given).__name__} gives them"
-    plain = DataLoader(
+    size = loader.batch_size or getattr(batches, "batch_size", None)
+    plain = rebuilt(loader, dataset, batch_size=size, sampler=sampler)
+    return PlainLoader(plain, f"{len(dataset)} samples {said}, {transform}")
+
+
+def rebuilt(loader: DataLoader, dataset: Any, **order: Any) -> DataLoader:
+    """A loader over another data set or in another order, whose workers do as this one's."""
+    return DataLoader(
         dataset,
-        batch_size=loader.batch_size or getattr(batches, "batch_size", None),
-        sampler=sampler,
-        drop_last=False,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
+        **order,
     )
-    return PlainLoader(plain, f"{len(dataset)} samples {said}, {transform}")
 
 
 def _without_augmentation(dataset: Any, config: dict) -> tuple[Any, str]:

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DistributedSampler, IterableDataset
 
-from pcx.data import data_config, plain_loader
+from pcx.data import data_config, plain_loader, rebuilt
 from pcx.evaluate import Criterion, criterion_name, images_and_labels, per_sample_loss
 from pcx.files import written_whole
 from pcx.fingerprint import fingerprint
@@ -311,15 +311,7 @@ def _share(loader: Any, rank: int, processes: int) -> Any:
         )
     if batches is None or isinstance(loader.dataset, IterableDataset):
         return _Every(loader, rank, processes)
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=_Every(batches, rank, processes),  # type: ignore[arg-type]
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-    )
+    return rebuilt(loader, loader.dataset, batch_sampler=_Every(batches, rank, processes))
 
 
 class _Every:

@@ -6,7 +6,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
@@ -16,7 +15,6 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -26,6 +24,7 @@
 #include <vector>
 
 #include "../operations.h"
+#include "plain.h"
 
 namespace {
 
@@ -34,12 +33,6 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int64_t kGroups = 8;  // parts of a batch that shares one prefix; fixed, for fixed sums
-
-// Torch's operations without autograd and without autocast, in whichever thread.
-struct Plain {
-  at::AutoDispatchBelowADInplaceOrView below;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
-};
 
 at::ScalarType compute_type(const Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
@@ -133,7 +126,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   Tensor out = token_major(q, n, v.size(3));
   Tensor lse = at::empty({heads, batch, n}, q.options().dtype(in.type)).transpose(0, 1);
   at::parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
-    const Plain plain;  // threads have dispatch states of their own
+    const pcx::Plain plain;  // threads have dispatch states of their own
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / heads, h = task % heads;
       const Tensor queries = in.head(q, b, h), keys = in.head(k, b, h), values = in.head(v, b, h);
@@ -183,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Tensor dprefix_v = at::zeros({need_prefix ? count : 0, heads, m, prefix_v.size(-1)}, wide);
 
   at::parallel_for(0, count * heads, 1, [&](int64_t begin, int64_t end) {
-    const Plain plain;
+    const pcx::Plain plain;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / heads, h = task % heads;
       for (const int64_t b : groups[group]) {

@@ -4,11 +4,9 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -18,6 +16,7 @@
 #include <vector>
 
 #include "../operations.h"
+#include "plain.h"
 
 namespace {
 
@@ -44,8 +43,7 @@ void run(const Tensor& q, const Tensor& k, const Tensor& init, const Tensor& bia
          const Tensor& prefix_k, int64_t iters, double scale, const Tensor& scores) {
   const int64_t heads = q.size(1), n = q.size(2), m = prefix_k.defined() ? prefix_k.size(1) : 0;
   at::parallel_for(0, q.size(0) * heads, 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const pcx::Plain plain;  // threads have dispatch states of their own
     std::vector<T> now(n), next(n);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / heads, h = i % heads;

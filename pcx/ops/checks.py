@@ -99,12 +99,16 @@ def _check_values(name: str, given: Tensor, low: int, high: int) -> None:
             raise ValueError(f"{name}: values {least}..{most}, expected {low}..{high}")
 
 
-def _check_bias(bias: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor broadcasts to a shape."""
     try:
-        fits = tuple(torch.broadcast_shapes(bias.shape, shape)) == shape
+        return tuple(torch.broadcast_shapes(tensor.shape, shape)) == shape
     except RuntimeError:
-        fits = False
-    if not fits:
+        return False
+
+
+def _check_bias(bias: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if not broadcasts(bias, shape):
         raise ValueError(
             f"bias: shape {tuple(bias.shape)} does not broadcast to [B, H, N, S] = {shape}; the "
             "prefix takes no bias"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pcx.ops import reference, registration  # noqa: F401  registration defines the operation
+from pcx.ops.checks import broadcasts
 
 
 def weighted_pagerank(
@@ -69,7 +70,7 @@ def _check(q, k, iters, init, bias, prefix_k) -> None:
     if isinstance(iters, bool) or not isinstance(iters, int) or iters < 0:
         raise ValueError(f"iters: {iters!r}, expected a whole number, 0 or more")
     if init is not None:
-        if not _broadcasts(init.shape, (batch, heads, n)):
+        if not broadcasts(init, (batch, heads, n)):
             raise ValueError(
                 f"init: shape {tuple(init.shape)}, expected one that broadcasts to [B, H, N] = "
                 f"{(batch, heads, n)}"
@@ -79,7 +80,7 @@ def _check(q, k, iters, init, bias, prefix_k) -> None:
     if bias is not None:
         if not (bias.is_floating_point() or bias.dtype == torch.bool):
             raise TypeError(f"bias: {bias.dtype}, expected floating point or boolean")
-        if not _broadcasts(bias.shape, (batch, heads, n, n)):
+        if not broadcasts(bias, (batch, heads, n, n)):
             raise ValueError(
                 f"bias: shape {tuple(bias.shape)}, expected one that broadcasts to [B, H, N, N] = "
                 f"{(batch, heads, n, n)}"
@@ -88,9 +89,3 @@ def _check(q, k, iters, init, bias, prefix_k) -> None:
         raise ValueError(
             f"prefix_k: shape {tuple(prefix_k.shape)}, expected [H, m, d] = ({heads}, m, {dim})"
         )
-
-
-def _broadcasts(shape: torch.Size, to: tuple[int, ...]) -> bool:
-    return len(shape) <= len(to) and all(
-        a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False)
-    )
