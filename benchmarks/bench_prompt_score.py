@@ -2,12 +2,14 @@
 
 `pytest benchmarks/bench_prompt_score.py` checks and times. Run as a program it writes
 `results/prompt_score_cpu.csv`, or `prompt_score_<gpu>.csv` in bfloat16 autocast where there is a
-GPU: time and peak memory of one batch, of a data set of several. Rows already there are not
+GPU: time of one batch, of a data set of several, and peak memory. Rows already there are not
 measured again. `--draw <csv>` draws what the whole of condensing costs, as Fig. 8b of the paper.
 
 - plain: the backbone's forward and the gradient of the loss down to the input of its first block;
 - pcx: `pcx.score(method="taylor")`;
-- expanded: every sample has its own prompts, which pass each block's norm and projection;
+- pcx, four methods: the other scores that one pass gives as well;
+- expanded: every sample has its own prompts, which pass each block's norm and projection; folded,
+  with `pcx.prefix_attention`;
 - expanded, concatenated: the same in the published form of VPT;
 - one by one: the gradient of one sample's loss by the prompts, sample after sample;
 - training: a step of `pcx.fit`'s recipe with all prompts, folded;
@@ -29,7 +31,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
-from torch.utils.data import DataLoader, TensorDataset
 
 import pcx
 
@@ -42,7 +43,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 AMP = "bf16" if ON_GPU else "no"
 BATCH = 64 if ON_GPU else 16
-BATCHES = 4  # of the data set
+BATCHES = 16 if ON_GPU else 4  # of the data set: on a GPU as many images as VTAB-1k trains on
 MODELS = (
     {"vit_base_patch16_224": (100, 10, 50, 200), "vit_large_patch16_224": (100, 10, 50, 200)}
     if ON_GPU
@@ -53,59 +54,64 @@ DRAWN = {
     "vit_base_patch16_224": (50, 100, 200),
     "vit_large_patch16_224": (100,),
 }
+COMPILED = {("vit_base_patch16_224", 100), ("vit_base_patch16_224", 200)} if ON_GPU else set()
 KEEP = 0.3
 # Passes over the data set in the paper: VPT's training, scoring, fine-tuning.
 PASSES = {"training": 100, "pcx": 1, "fine-tuning": 20}
-FIELDS = "model form prompts batch dtype ms_median ms_q1 ms_q3 peak_mib threads machine torch timm"
+FIELDS = (
+    "model form mode prompts batch dtype ms_median ms_q1 ms_q3 peak_mib threads machine torch timm"
+)
+
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class Setting:
-    """A model, a data set, and every form of what its scores or its training take."""
+    """A model, and every form of what its scores or its training take over some batches."""
 
-    def __init__(self, name: str, prompts: int):
+    def __init__(self, name: str, prompts: int, compiled: bool = False):
         torch.manual_seed(0)
         self.backbone = timm.create_model(name, num_classes=100).to(DEVICE).eval()
         self.model = pcx.VPT(self.backbone, prompts, read_only=False, head_init="keep").eval()
         keep = [torch.arange(round(KEEP * prompts)) for _ in self.model.layers]
         self.small = self.model.keep(keep).train()
-        self.images = torch.randn(BATCHES * BATCH, 3, 224, 224, device=DEVICE)
-        self.labels = torch.arange(BATCHES * BATCH, device=DEVICE) % 100
+        self.embed, self.rest = self._embed, self._rest
+        if compiled:
+            self.model.compile()
+            self.embed, self.rest = torch.compile(self._embed), torch.compile(self._rest)
+        images = torch.randn(BATCHES * BATCH, 3, 224, 224, device=DEVICE)
+        labels = torch.arange(BATCHES * BATCH, device=DEVICE) % 100
+        self.batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
 
-    def _batches(self):
-        return zip(self.images.split(BATCH), self.labels.split(BATCH), strict=True)
+    def _embed(self, images: torch.Tensor) -> torch.Tensor:
+        return self.backbone._pos_embed(self.backbone.patch_embed(images))
 
-    def _autocast(self):
-        return torch.autocast(DEVICE, torch.bfloat16) if AMP == "bf16" else nullcontext()
+    def _rest(self, x: torch.Tensor) -> torch.Tensor:
+        return self.backbone.forward_head(self.backbone.norm(self.backbone.blocks(x)))
 
-    def _losses(self, run, images, labels) -> torch.Tensor:
-        with self._autocast():
-            logits = run(images)
+    def _losses(self, run, x, labels) -> torch.Tensor:
+        with torch.autocast(DEVICE, torch.bfloat16) if AMP == "bf16" else nullcontext():
+            logits = run(x)
         return F.cross_entropy(logits.float(), labels, reduction="none")
 
-    def plain(self) -> None:
-        first = self.backbone.blocks[0]
-        for images, labels in self._batches():
-            seen = []
+    def plain(self, batches: Batches) -> None:
+        for images, labels in batches:
+            with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, AMP == "bf16"):
+                tokens = self.embed(images)
+            tokens.requires_grad_()
+            torch.autograd.grad(self._losses(self.rest, tokens, labels).sum(), tokens)
 
-            def watch(_, arguments, seen=seen):
-                seen.append(arguments[0].detach().requires_grad_())
-                return seen[0]
+    def pcx(self, batches: Batches) -> list[torch.Tensor]:
+        return pcx.score(self.model, batches, amp=AMP, progress=False)
 
-            hook = first.register_forward_pre_hook(watch)
-            try:
-                losses = self._losses(self.backbone, images, labels)
-                torch.autograd.grad(losses.sum(), seen)
-            finally:
-                hook.remove()
+    def four_methods(self, batches: Batches) -> list[torch.Tensor]:
+        methods = ("taylor", "taylor-inner", "gate", "cls-attention")
+        return pcx.score(self.model, batches, method=methods, amp=AMP, progress=False)["taylor"]
 
-    def pcx(self) -> list[torch.Tensor]:
-        loader = DataLoader(TensorDataset(self.images, self.labels), batch_size=BATCH)
-        return pcx.score(self.model, loader, amp=AMP, progress=False)
-
-    def expanded(self) -> list[torch.Tensor]:
+    def expanded(self, batches: Batches) -> list[torch.Tensor]:
         prompts = [p.detach() for p in self.model.prompts]
         totals = [torch.zeros(len(p), dtype=torch.float64, device=DEVICE) for p in prompts]
-        for images, labels in self._batches():
+        for images, labels in batches:
             leaves = [p.expand(BATCH, *p.shape).requires_grad_() for p in prompts]
             names = {f"prompts.{i}": leaf for i, leaf in enumerate(leaves)}
 
@@ -116,59 +122,67 @@ class Setting:
             grads = torch.autograd.grad(losses.sum(), leaves)
             for total, g, p in zip(totals, grads, prompts, strict=True):
                 total += (g * p).norm(dim=-1).double().sum(0)
-        return [total.cpu() / len(self.labels) for total in totals]
+        return _means(totals, batches)
 
-    def concatenated(self) -> list[torch.Tensor]:
+    def concatenated(self, batches: Batches) -> list[torch.Tensor]:
         self.model.path = "concat"
         try:
-            return self.expanded()
+            return self.expanded(batches)
         finally:
             self.model.path = "folded"
 
-    def one_by_one(self) -> list[torch.Tensor]:
+    def one_by_one(self, batches: Batches) -> list[torch.Tensor]:
         prompts = list(self.model.prompts)
         totals = [torch.zeros(len(p), dtype=torch.float64, device=DEVICE) for p in prompts]
-        for image, label in zip(self.images.split(1), self.labels.split(1), strict=True):
-            grads = torch.autograd.grad(self._losses(self.model, image, label), prompts)
-            for total, g, p in zip(totals, grads, prompts, strict=True):
-                total += (g * p.detach()).norm(dim=-1).double()
-        return [total.cpu() / len(self.labels) for total in totals]
+        for images, labels in batches:
+            for image, label in zip(images.split(1), labels.split(1), strict=True):
+                grads = torch.autograd.grad(self._losses(self.model, image, label), prompts)
+                for total, g, p in zip(totals, grads, prompts, strict=True):
+                    total += (g * p.detach()).norm(dim=-1).double()
+        return _means(totals, batches)
 
-    def _train(self, model) -> None:
+    def _train(self, model, batches: Batches) -> None:
         used = [p for p in model.parameters() if p.requires_grad]
         optimiser = torch.optim.SGD(used, lr=0.0, momentum=0.9, weight_decay=1e-3)
-        for images, labels in self._batches():
+        for images, labels in batches:
             self._losses(model, images, labels).mean().backward()
             optimiser.step()
             optimiser.zero_grad()
 
-    def training(self) -> None:
+    def training(self, batches: Batches) -> None:
         self.model.train()
         try:
-            self._train(self.model)
+            self._train(self.model, batches)
         finally:
             self.model.eval()
 
-    def fine_tuning(self) -> None:
-        self._train(self.small)
+    def fine_tuning(self, batches: Batches) -> None:
+        self._train(self.small, batches)
+
+
+def _means(totals: list[torch.Tensor], batches: Batches) -> list[torch.Tensor]:
+    return [total.cpu() / sum(len(labels) for _, labels in batches) for total in totals]
 
 
 FORMS = {
     "plain": "plain",
     "pcx": "pcx",
+    "pcx, four methods": "four_methods",
     "expanded": "expanded",
     "expanded, concatenated": "concatenated",
     "training": "training",
     "fine-tuning": "fine_tuning",
     "one by one": "one_by_one",
 }
+# Forms that are measured compiled too.
+ALSO_COMPILED = ("plain", "pcx", "expanded", "expanded, concatenated")
 
 
-def check(setting: Setting) -> None:
-    """The ways to the scores agree."""
-    expected = setting.one_by_one()
-    for found in (setting.pcx(), setting.expanded(), setting.concatenated()):
-        for a, b in zip(found, expected, strict=True):
+def check(setting: Setting, expected: list[torch.Tensor]) -> None:
+    """The ways to the scores agree on the first batch."""
+    first = setting.batches[:1]
+    for form in (setting.pcx, setting.four_methods, setting.expanded, setting.concatenated):
+        for a, b in zip(form(first), expected, strict=True):
             if AMP == "no":
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
             else:
@@ -178,7 +192,7 @@ def check(setting: Setting) -> None:
 @pytest.fixture(scope="module")
 def setting():
     made = Setting(next(iter(MODELS)), 100)
-    check(made)
+    check(made, made.one_by_one(made.batches[:1]))
     return made
 
 
@@ -188,12 +202,13 @@ def test_a_data_set(benchmark, setting, form):
 
 
 def timed(setting: Setting, form: str) -> float:
-    """Milliseconds of one batch."""
+    """Milliseconds of one batch; of the slowest form only one batch is run on a GPU."""
+    batches = setting.batches[:1] if ON_GPU and form == "one by one" else setting.batches
     start = time.perf_counter()
-    getattr(setting, FORMS[form])()
+    getattr(setting, FORMS[form])(batches)
     if ON_GPU:
         torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start) / BATCHES
+    return 1000 * (time.perf_counter() - start) / len(batches)
 
 
 def peak(setting: Setting, form: str) -> int | str:
@@ -206,12 +221,14 @@ def peak(setting: Setting, form: str) -> int | str:
     return round((torch.cuda.max_memory_allocated() - before) / 2**20)
 
 
-def measure(name: str, prompts: int, forms: list[str], repeats: int = 5):
+def measure(name: str, prompts: int, mode: str, forms: list[str], repeats: int = 5):
     """One row per form; the forms take turns, so that a slower minute meets all of them."""
-    setting = Setting(name, prompts)
-    check(setting)
+    eager = Setting(name, prompts)
+    expected = eager.one_by_one(eager.batches[:1])
+    setting = Setting(name, prompts, compiled=True) if mode == "compiled" else eager
+    check(setting, expected)
     for form in forms:
-        if form not in ("one by one", "pcx"):  # which the check has run
+        if form != "one by one":  # which the check has run
             timed(setting, form)
     peaks = {form: peak(setting, form) for form in forms}
     times: dict[str, list[float]] = {form: [] for form in forms}
@@ -224,6 +241,7 @@ def measure(name: str, prompts: int, forms: list[str], repeats: int = 5):
         row = {
             "model": name,
             "form": form,
+            "mode": mode,
             "prompts": prompts,
             "batch": BATCH,
             "dtype": "bfloat16 autocast" if AMP == "bf16" else "float32",
@@ -254,7 +272,7 @@ def draw(file: Path) -> None:
         times = {
             r["form"]: float(r["ms_median"])
             for r in rows
-            if (r["model"], r["prompts"]) == (model, str(prompts))
+            if (r["model"], r["prompts"], r["mode"]) == (model, str(prompts), "eager")
         }
         if not set(PASSES) <= set(times):
             continue
@@ -290,18 +308,28 @@ def main() -> None:
     else:
         file = arguments.out / "prompt_score_cpu.csv"
         before = rows_of(file)
-    done = {(r["model"], r["prompts"], r["form"]) for r in before}
+    done = {(r["model"], r["mode"], r["prompts"], r["form"]) for r in before}
     with open(file, "a", newline="") as output:
         writer = csv.DictWriter(output, FIELDS.split())
         if not before:
             writer.writeheader()
-        for name, counts in MODELS.items():
-            for prompts in counts:
-                forms = [f for f in FORMS if (name, str(prompts), f) not in done]
-                if forms:
-                    for row in measure(name, prompts, forms):
-                        writer.writerow(row)
-                    output.flush()
+        for name, mode, prompts in settings():
+            wanted = FORMS if mode == "eager" else ALSO_COMPILED
+            forms = [f for f in wanted if (name, mode, str(prompts), f) not in done]
+            if forms:
+                for row in measure(name, prompts, mode, forms):
+                    writer.writerow(row)
+                output.flush()
+
+
+def settings():
+    """(model, mode, prompts)."""
+    for name, counts in MODELS.items():
+        for prompts in counts:
+            yield name, "eager", prompts
+        for prompts in counts:
+            if (name, prompts) in COMPILED:
+                yield name, "compiled", prompts
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 namespace pcx {
 
-constexpr int kSchemas = 6;  // as SCHEMAS in pcx/ops/registration.py
+constexpr int kSchemas = 7;  // as SCHEMAS in pcx/ops/registration.py
 
 void register_cpu();
 void register_cpu_scores();

@@ -873,7 +873,8 @@ def backward(
 
     dq, dk and dv lie in memory as [B, N, H, d]; the bias's gradient is [B, H, N, S] float32, to be
     summed to its shape. Where `hopper` says that they fit, the CUDA kernels of pcx._C give these,
-    but for the gradients of prefix sets, and of queries beyond HOPPER_QUERIES.
+    but for the gradients of prefix sets that samples share, and of queries beyond HOPPER_QUERIES.
+    Those of sets [G, H, m, d] lie in memory as [G, m, H, d].
     """
     need_q, need_own, need_prefix, need_bias = needs
     batch, heads, _, dim = q.shape
@@ -902,7 +903,7 @@ def backward(
         dk, dv = (q.new_empty(batch, own, heads, dim).transpose(1, 2) for _ in range(2))
         config = tiles.get("own") or _configuration("own", q, own)
         _launch_key_gradients(k, v, dk[None], dv[None], rows, config, bias=bias)
-    if need_prefix and hopper and prefix_k.dim() == 3 and lengths is None and m > 0:
+    if need_prefix and hopper and index is None and lengths is None and m > 0:
         dprefix_k, dprefix_v = _hopper_gradients(prefix_k, prefix_v, rows)
     elif need_prefix:
         config = tiles.get("prefix") or _configuration("prefix", q, m)
@@ -992,17 +993,13 @@ def _prefix_gradients(
         first = torch.searchsorted(ordered, torch.arange(sets + 1, device=index.device))
         users = (order, first)
     dtype = rows.q.dtype if chunks == 1 else torch.float32
-    partial_k, partial_v = (
-        rows.q.new_empty(chunks, sets, heads, m, dim, dtype=dtype) for _ in range(2)
-    )
-    _launch_key_gradients(
-        prefix_k, prefix_v, partial_k, partial_v, rows, config, users=users, lengths=lengths
-    )
-    dprefix_k, dprefix_v = (
-        (part[0] if chunks == 1 else part.sum(0).to(rows.q.dtype))
-        for part in (partial_k, partial_v)
-    )
-    return dprefix_k.view(prefix_k.shape), dprefix_v.view(prefix_v.shape)
+    by_prompt = prefix_k.dim() == 4  # in memory [G, m, H, d]
+    shape = (chunks, sets, m, heads, dim) if by_prompt else (chunks, heads, m, dim)
+    parts = [rows.q.new_empty(shape, dtype=dtype) for _ in range(2)]
+    dk, dv = (part.transpose(2, 3) if by_prompt else part[:, None] for part in parts)
+    _launch_key_gradients(prefix_k, prefix_v, dk, dv, rows, config, users=users, lengths=lengths)
+    dk, dv = (part[0] if chunks == 1 else part.sum(0).to(rows.q.dtype) for part in parts)
+    return (dk.transpose(1, 2), dv.transpose(1, 2)) if by_prompt else (dk, dv)
 
 
 def _launch_key_gradients(

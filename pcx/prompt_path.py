@@ -62,14 +62,14 @@ class PromptPath:
         self.kind = layer.kind
         self.prompts = prompts.detach()
         self.forward: _Run | None = None
-        self.matrix: Tensor | None = None
+        self.matrices: tuple[Tensor, ...] = ()  # of keys, values, ...: all heads' d by D
         if self.kind == "prefix":
             self.pairs = layer.prefixes(self.prompts)
         else:
             with torch.enable_grad():
                 self.forward = _through_norm(layer, self.prompts) or _plain(layer, self.prompts)
                 self.pairs = [(k.detach(), v.detach()) for k, v in self.forward.pairs]
-                self.matrix = _matrix(layer, self.forward)
+                self.matrices = _matrices(layer, self.forward)
 
     def given(self, batch: int) -> list[Tensor]:
         """Keys and values of each sample, [B, H, m, d] of stride 0: k, v, k, ..."""
@@ -78,12 +78,13 @@ class PromptPath:
     def scores(self, grads: Sequence[Tensor]) -> Tensor:
         """[2, B, m] of `prompt_score`, from gradients [B, H, m, d] in the order of `given`."""
         if self.forward is None:  # the prompts are keys and values
-            return prompt_score(_rows(grads), _rows([t[None] for t in self.pairs[0]])[0])
+            rows, prompts = (
+                torch.cat([_rows(t) for t in (key, value)], -1)
+                for key, value in (grads, [t[None] for t in self.pairs[0]])
+            )
+            return prompt_score(rows, prompts[0])
         norm = self.forward.norm
-        if self.matrix is None:
-            gradient = self._led_back(grads)
-        else:
-            gradient = _rows(grads).to(self.matrix.dtype) @ self.matrix
+        gradient = _product(grads, self.matrices) if self.matrices else self._led_back(grads)
         if norm is None:
             return prompt_score(gradient, self.prompts)
         return prompt_score(
@@ -102,12 +103,9 @@ class PromptPath:
             )
 
 
-def _rows(tensors: Sequence[Tensor]) -> Tensor:
-    """[B, H, m, d] each -> [B, m, all of their heads' d]."""
-    by_prompt = [t.transpose(1, 2) for t in tensors]
-    if len({t.shape for t in by_prompt}) == 1:
-        return torch.stack(by_prompt, 2).flatten(2)
-    return torch.cat([t.flatten(2) for t in by_prompt], -1)
+def _rows(x: Tensor) -> Tensor:
+    """[B, H, m, d] -> [B, m, all heads' d]; a view of what `prefix_attention` gives on CUDA."""
+    return x.transpose(1, 2).flatten(2)
 
 
 def _plain(layer: PromptedBlock, prompts: Tensor) -> _Run:
@@ -163,29 +161,41 @@ def _cut_behind_norms(block: nn.Module, prompts: Tensor) -> Iterator[list]:
             hook.remove()
 
 
-def _matrix(layer: PromptedBlock, run: _Run) -> Tensor | None:
-    """The matrix [all heads' d, D] from the gradients of one prompt's keys and values to its entry.
+def _matrices(layer: PromptedBlock, run: _Run) -> tuple[Tensor, ...]:
+    """Those [all heads' d, D] from the gradients of one prompt's key, value, ... to its entry.
 
-    None where there is no one matrix for all prompts: norms of keys, positions, mixing of tokens.
+    None at all where they are not the same for all prompts: norms of keys, positions, mixing of
+    tokens.
     """
     first = run.prompt.detach()[:1]
     one = _plain(layer, first) if run.norm is None else _through_norm(layer, first)
     if one is None:
-        return None
+        return ()
     sizes = [t.shape[0] * t.shape[2] for t in one.shared]
     basis = torch.eye(sum(sizes), dtype=one.shared[0].dtype, device=first.device).split(sizes, 1)
     shaped = [
         b.reshape(-1, t.shape[0], 1, t.shape[2]) for b, t in zip(basis, one.shared, strict=True)
     ]
     try:
-        matrix = one.back(shaped, batched=True)[:, 0].to(one.shared[0].dtype)
+        matrices = one.back(shaped, batched=True)[:, 0].to(one.shared[0].dtype).split(sizes)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:
-        return None
+        return ()
     generator = torch.Generator().manual_seed(0)
     random = [torch.randn(t.shape, generator=generator).to(t) for t in run.shared]
     expected = run.back(random, batched=False)
-    found = (_rows([t[None] for t in random]) @ matrix)[0].to(expected.dtype)
-    fits = (found - expected).norm() <= _ROUNDING[matrix.dtype] * expected.norm()
-    return matrix if fits else None
+    found = _product([t[None] for t in random], matrices)[0].to(expected.dtype)
+    fits = (found - expected).norm() <= _ROUNDING[matrices[0].dtype] * expected.norm()
+    return matrices if fits else ()
+
+
+def _product(grads: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
+    """Gradients by the entry [B, m, D] from those [B, H, m, d] by keys, values, ..."""
+    batch, _, m, _ = grads[0].shape
+    total: Tensor | None = None
+    for grad, matrix in zip(grads, matrices, strict=True):
+        rows = _rows(grad).flatten(0, 1).to(matrix.dtype)  # [B m, all heads' d]
+        total = rows @ matrix if total is None else torch.addmm(total, rows, matrix)
+    assert total is not None
+    return total.unflatten(0, (batch, m))

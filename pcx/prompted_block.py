@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pcx import seam
 from pcx.ops import reference
+from pcx.ops.logit_gate import logit_gate
 from pcx.ops.prefix_attention import prefix_attention
 
 PATHS = ("folded", "concat")
@@ -21,9 +22,22 @@ PATHS = ("folded", "concat")
 class Observer:
     """What scoring needs from inside one block's attention, for the length of one forward."""
 
-    gate: Tensor | None = None  # [B, m] added to the prompts' attention logits
+    gate: Tensor | None = None  # [B, m] zeros, as if added to the prompts' attention logits
     cls_attention: list[Tensor] = field(default_factory=list)  # [B, m], one item per attention call
     watch_cls: bool = False
+
+    def see(
+        self, call: seam.Call, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor
+    ) -> Tensor:
+        """Of attention over a prefix, [H, m, d] or [B, H, m, d], and own keys; returns `out`."""
+        scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
+        if self.watch_cls:
+            logits = (call.q[:, :, :1] @ keys.transpose(-2, -1)).to(lse.dtype) * scale
+            weights = (logits - lse[:, :, :1, None]).exp()[:, :, 0].mean(1)  # [B, m]
+            self.cls_attention.append(weights.detach())
+        if self.gate is None:
+            return out
+        return logit_gate(out, self.gate, call.q, keys, values, lse, scale)
 
     def watch(self, call: seam.Call, keys: Tensor, columns: slice, added: int) -> None:
         """Records the attention of [CLS] to the prompts' columns, mean over heads.
@@ -194,27 +208,19 @@ class PromptedBlock(nn.Module):
 
     def _attend(self, call: seam.Call, key: Tensor, value: Tensor, sets: Tensor | None) -> Tensor:
         key, value = key.to(call.k.dtype), value.to(call.v.dtype)
-        tensors = (call.q, call.k, call.v, key, value)
-        if self.observer is None:
-            return prefix_attention(
-                *tensors,
-                prefix_index=sets,
-                prefix_lengths=self.lengths,
-                bias=call.bias,
-                scale=call.scale,
-            )
-        if self.observer.watch_cls:
-            m, batch = key.shape[-2], call.q.shape[0]
-            front = _per_sample(key, sets, (batch, *key.shape[-3:]))
-            self.observer.watch(call, torch.cat([front, call.k], -2), slice(0, m), added=m)
-        gate = self.observer.gate
-        return reference.prefix_attention(
-            *tensors,
+        found = prefix_attention(
+            call.q,
+            call.k,
+            call.v,
+            key,
+            value,
             prefix_index=sets,
+            prefix_lengths=self.lengths,
             bias=call.bias,
             scale=call.scale,
-            prefix_bias=None if gate is None else gate[:, None, None],
+            return_lse=self.observer is not None,
         )
+        return found if self.observer is None else self.observer.see(call, key, value, *found)
 
     # Concatenated: the published form, prompts as tokens between [CLS] and the patches.
 

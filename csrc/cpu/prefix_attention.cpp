@@ -172,8 +172,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const bool one_set = prefix_k.dim() == 3;
   const auto groups = groups_of(in, one_set);
   const int64_t count = groups.size(), m = prefix_k.size(-2);
-  Tensor dprefix_k = at::zeros({need_prefix ? count : 0, heads, m, prefix_k.size(-1)}, wide);
-  Tensor dprefix_v = at::zeros({need_prefix ? count : 0, heads, m, prefix_v.size(-1)}, wide);
+  // By prompt in memory where each set has its own.
+  const auto zeros = [&](int64_t dim) {
+    if (!need_prefix) return none();
+    return one_set ? at::zeros({count, heads, m, dim}, wide)
+                   : at::zeros({count, m, heads, dim}, wide).transpose(1, 2);
+  };
+  Tensor dprefix_k = zeros(prefix_k.size(-1)), dprefix_v = zeros(prefix_v.size(-1));
 
   at::parallel_for(0, count * heads, 1, [&](int64_t begin, int64_t end) {
     const pcx::Plain plain;

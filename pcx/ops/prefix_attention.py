@@ -49,11 +49,12 @@ def prefix_attention(
         scale: factor on the logits, 1 / sqrt(d) by default.
         return_lse: also return the natural log of the softmax's denominator, [B, H, N] in float32
             (float64 for float64), differentiable.
-        backend: "cuda" (Hopper, 16 bits, d = 64, no bias; of the backward, the gradients of q and
-            of prefix sets are Triton's), "triton" (any other on CUDA), "cpu" (C++), "reference"
-            (torch, by concatenation), or "auto": the first of these on CUDA that can run, and
-            torch elsewhere, which is faster there. The first three give the same bits on every
-            run and have no second derivative.
+        backend: "cuda" (Hopper, 16 bits, d = 64, no bias; of the backward, the gradients of more
+            than 200 queries and of prefix sets that samples share are Triton's), "triton" (any
+            other on CUDA), "cpu" (C++), "reference" (torch, by concatenation), or "auto": the
+            first of these on CUDA that can run, "cuda" only where it is faster, and torch
+            elsewhere, which is faster there. The first three give the same bits on every run and
+            have no second derivative.
 
     Returns:
         [B, H, N, dv], with the LSE as a second item where asked for.

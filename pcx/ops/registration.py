@@ -16,7 +16,7 @@ from torch import Tensor
 from pcx.ops import reference
 
 LIBRARY = torch.library.Library("pcx", "FRAGMENT")
-SCHEMAS = 6  # moves with every change of a schema below, as kSchemas in csrc/operations.h
+SCHEMAS = 7  # moves with every change of a schema below, as kSchemas in csrc/operations.h
 
 LIBRARY.define(
     "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
@@ -46,6 +46,10 @@ LIBRARY.define(
     "Tensor lse, Tensor delta, float scale) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
+    "prefix_logit_gradient(Tensor grad_out, Tensor q, Tensor prefix_k, Tensor prefix_v, "
+    "Tensor out, Tensor lse, float scale) -> Tensor"
+)
+LIBRARY.define(
     "prompt_score(Tensor gradient, Tensor prompts, bool layer_norm, Tensor? weight, float eps) "
     "-> Tensor"
 )
@@ -58,6 +62,13 @@ LIBRARY.define(
 def _token_major(like: Tensor, tokens: int, dim: int) -> Tensor:
     """[B, H, tokens, dim] over memory [B, tokens, H, dim], as all backends give it."""
     return like.new_empty(like.shape[0], tokens, like.shape[1], dim).transpose(1, 2)
+
+
+def _like_prefix(prefix: Tensor) -> Tensor:
+    """[H, m, d], or [G, H, m, d] over memory [G, m, H, d]: one row for each prompt of a set."""
+    if prefix.dim() == 3:
+        return prefix.new_empty(prefix.shape)
+    return _token_major(prefix, *prefix.shape[2:])
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -95,8 +106,8 @@ def _fake_backward(
         _token_major(q, q.shape[2], q.shape[3]) if need_q else q.new_empty(0),
         _token_major(q, own, k.shape[3]) if need_own else q.new_empty(0),
         _token_major(q, own, v.shape[3]) if need_own else q.new_empty(0),
-        q.new_empty(prefix_k.shape) if need_prefix else q.new_empty(0),
-        q.new_empty(prefix_v.shape) if need_prefix else q.new_empty(0),
+        _like_prefix(prefix_k) if need_prefix else q.new_empty(0),
+        _like_prefix(prefix_v) if need_prefix else q.new_empty(0),
         q.new_empty(bias_shape, dtype=_wide(q.dtype)) if need_bias else q.new_empty(0),
     )
 
@@ -179,6 +190,29 @@ def _backward_on_cuda(grad_out, grad_lse, *arguments):
     run: Any = kernel.backward
     found = run(grad_out, grad_lse, *tensors, scale, tuple(needs), hopper=hopper)
     return tuple(q.new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+@torch.library.register_fake("pcx::prefix_logit_gradient", lib=LIBRARY)
+def _fake_logit_gradient(grad_out, q, prefix_k, prefix_v, out, lse, scale):
+    shape = (*q.shape[:2], prefix_k.shape[-2])
+    return q.new_empty(shape, dtype=_wide(q.dtype))
+
+
+@torch.library.impl(LIBRARY, "prefix_logit_gradient", "CompositeExplicitAutograd")
+def _logit_gradient(grad_out, q, prefix_k, prefix_v, out, lse, scale):
+    return reference.prefix_logit_gradient(grad_out, q, prefix_k, prefix_v, out, lse, scale)
+
+
+@torch.library.impl(LIBRARY, "prefix_logit_gradient", "CUDA")
+def _logit_gradient_on_cuda(grad_out, q, prefix_k, prefix_v, out, lse, scale):
+    from pcx.ops.backends import cannot
+
+    arguments = (grad_out, q, prefix_k, prefix_v, out, lse, scale)
+    if cannot("triton", q, out, out, prefix_k, prefix_v, None, scale):
+        return reference.prefix_logit_gradient(*arguments)
+    from pcx.kernels import prompt_score as kernel
+
+    return kernel.prefix_logit_gradient(*arguments)
 
 
 @torch.library.register_fake("pcx::prompt_score", lib=LIBRARY)

@@ -256,6 +256,64 @@ def test_repeats_bit_by_bit(backend):
     assert all(map(torch.equal, run(), run()))
 
 
+def gradients_by(backend, tensors, grad_out, which=range(5)):
+    out = prefix_attention(*tensors, backend=backend)
+    return torch.autograd.grad(out, [tensors[i] for i in which], grad_out)
+
+
+LAYOUTS = {
+    "expanded": lambda g: g[:1, :, :1, :1].expand_as(g),
+    "by head": lambda g: g.contiguous(),
+    "by column": lambda g: g.transpose(2, 3).contiguous().transpose(2, 3),
+    "at an odd address": lambda g: F.pad(g, (1, 0))[..., 1:],
+    "of every other token": lambda g: g.repeat_interleave(2, 2)[:, :, ::2],
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_gradient_in_any_layout(layout, backend):
+    tensors = inputs()
+    grad_out = LAYOUTS[layout](rand(*tensors[0].shape).bfloat16())
+    found = gradients_by(backend, tensors, grad_out)
+    dense = grad_out.transpose(1, 2).contiguous().transpose(1, 2)
+    for a, b in zip(found, gradients_by(backend, tensors, dense), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("hooks", ["on the CPU", "contiguous", "at odd addresses"])
+def test_hooks_may_move_what_is_saved(hooks, backend):
+    def moved(t):
+        return F.pad(t, (1, 0))[..., 1:] if t.dim() == 4 else t.clone()
+
+    contexts = {
+        "on the CPU": torch.autograd.graph.save_on_cpu,
+        "contiguous": lambda: torch.autograd.graph.saved_tensors_hooks(
+            lambda t: t, lambda t: t.clone(memory_format=torch.contiguous_format)
+        ),
+        "at odd addresses": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, moved),
+    }
+    tensors = inputs()
+    grad_out = rand(*tensors[0].shape).bfloat16()
+    expected = gradients_by(backend, tensors, grad_out)
+    with contexts[hooks]():
+        found = gradients_by(backend, tensors, grad_out)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (3,), (4,), (1, 3), (0, 4), (3, 4)])
+def test_some_gradients_alone(which, backend):
+    tensors = inputs()
+    grad_out = rand(*tensors[0].shape).bfloat16()
+    every = gradients_by(backend, tensors, grad_out)
+    only = [t.detach().requires_grad_(i in which) for i, t in enumerate(tensors)]
+    found = gradients_by(backend, only, grad_out, which)
+    assert all(torch.equal(a, every[i]) for a, i in zip(found, which, strict=True))
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # opcheck's own
 @pytest.mark.parametrize("sets", [(), (2,)])
 def test_opcheck(sets):
