@@ -132,6 +132,19 @@ __device__ __forceinline__ void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
 }
 
+// By a whole warp that has come together after its last read of what the barrier guards. One lane
+// arrives for all, which compute-sanitizer's racecheck does not follow: for it, build with
+// PCX_RACECHECK defined, and every lane arrives.
+#ifdef PCX_RACECHECK
+constexpr int kReleases = 32;
+#else
+constexpr int kReleases = 1;
+#endif
+
+__device__ __forceinline__ void release(uint32_t barrier, int lane) {
+  if (lane < kReleases) arrive(barrier);
+}
+
 // Arrives when this thread's copies so far are done.
 __device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");

@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, con
   if (threadIdx.x == 0) {
     ring.make_barriers(readers);
     make_barrier(queries_full, 32);
-    make_barrier(queries_empty, readers);
+    make_barrier(queries_empty, readers * kReleases);
   }
   __syncthreads();
 
@@ -201,13 +201,13 @@ __global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, con
     const bool idle = turned ? item.block + 1 < plan.blocks : tile >= plan.tiles;
     wait(queries_full, queries_parity);
     if (idle) {
-      if (lane == 0) arrive(queries_empty);
+      release(queries_empty, lane);
       ring.pass(item.total, lane);
     } else if (turned) {
       uint32_t q[kDim / 16][2];
       load_right(q, queries + warp * 16 * kRowBytes, lane);
       __syncwarp();
-      if (lane == 0) arrive(queries_empty);
+      release(queries_empty, lane);
       State<true> state;
       ring.read(item.total, lane, [&](int left) {
         const uint32_t keys = ring.stage();
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, con
       for (int j = 0; j < kDim / 16; ++j)
         load_matrices(q[j], queries + swizzled(warp * 16 + lane % 16, 2 * j + lane / 16));
       __syncwarp();
-      if (lane == 0) arrive(queries_empty);
+      release(queries_empty, lane);
       State<false> state;
       ring.read(item.total, lane, [&](int left) {
         const uint64_t keys = descriptor(ring.stage());
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, con
 template <typename T>
 cudaError_t launch(const Forward& call, cudaStream_t stream) {
   Plan plan(call.inputs.queries);
-  const int bytes = plan.share_memory(plan.slots() * kRowBytes);
+  const int bytes = plan.share_memory(plan.slots() * kRowBytes + plan.staging_bytes());
   return plan.launch(forward_kernel<T>, call, call.inputs.batch * call.inputs.heads, bytes, stream);
 }
 

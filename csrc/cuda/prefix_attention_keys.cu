@@ -1,8 +1,8 @@
 // The gradients of keys and values of prefix_attention on Hopper, head dim 64, 16 bits: for each
 // key the sum over all rows of queries that use it. A block holds up to 200 keys and values in
-// shared memory, next to those of its next item; the stages hold queries and output gradients. The
-// products are those of keys by queries, so that weights and slopes are left factors as they come
-// out of the first products: dV = P^T dO, dK = dS^T Q.
+// shared memory, of samples next to those of its next item; the stages hold queries and output
+// gradients. The products are those of keys by queries, so that weights and slopes are left factors
+// as they come out of the first products: dV = P^T dO, dK = dS^T Q.
 //
 // No atomics and no order that could change: the same bits on every run.
 
@@ -12,6 +12,16 @@ namespace pcx {
 namespace {
 
 constexpr int kPart = 32;  // queries of one step
+
+// For keys and values. A block has one part of a prefix's work, but several samples, one of which
+// it can fetch while it works on another.
+template <bool Partial>
+constexpr int kPlaces = Partial ? 1 : 2;
+
+// With one copying warp, three blocks fit a processor where one group holds all of a prefix.
+inline Plan plan_of(int keys, bool partial) {
+  return Plan(keys, partial && keys <= 64 ? 1 : kCopiers);
+}
 
 struct Item {
   int index, h, block, first, end;  // rows of the folded axis
@@ -204,23 +214,23 @@ __global__ void __launch_bounds__(512, 1)
   const int readers = plan.readers();
   const int items = call.items * call.heads * plan.blocks;
   const uint32_t stages = shared_address(memory);
-  const uint32_t held = stages + plan.stages * 2 * kHalf;  // keys, then values, twice
+  const uint32_t held = stages + plan.stages * 2 * kHalf;  // keys, then values, in each place
   const uint32_t held_bytes = plan.slots() * kRowBytes;
   Ring ring(stages, shared_address(barriers), plan);
   const uint32_t held_full = ring.full + 16 * kMaxStages, held_empty = held_full + 16;
   if (threadIdx.x == 0) {
     ring.make_barriers(readers);
-    for (int i = 0; i < 2; ++i) {
+    for (int i = 0; i < kPlaces<Partial>; ++i) {
       make_barrier(held_full + 8 * i, 32);
-      make_barrier(held_empty + 8 * i, readers);
+      make_barrier(held_empty + 8 * i, readers * kReleases);
     }
   }
   __syncthreads();
 
-  Turn place;  // of the two places for keys and values
+  Turn place;  // for keys and values
   if (warp >= readers) {
     int until_mine = warp - readers;
-    for (int i = blockIdx.x; i < items; i += gridDim.x, place.next(2)) {
+    for (int i = blockIdx.x; i < items; i += gridDim.x, place.next(kPlaces<Partial>)) {
       const Item item(call, plan, i);
       if (warp == readers) {  // this warp alone, so that it sees every phase of the barrier
         const Rows k = item.rows(call.keys, call.key_strides);
@@ -242,8 +252,9 @@ __global__ void __launch_bounds__(512, 1)
 
   const float factor = call.scale * kLog2E;
   const bool turned = warp == plan.groups * 4;
-  char* const staging = memory + plan.stages * 2 * kHalf + 4 * held_bytes + warp * 16 * kRowBytes;
-  for (int i = blockIdx.x; i < items; i += gridDim.x, place.next(2)) {
+  char* const staging =
+      memory + plan.stages * 2 * kHalf + 2 * kPlaces<Partial> * held_bytes + warp * 16 * kRowBytes;
+  for (int i = blockIdx.x; i < items; i += gridDim.x, place.next(kPlaces<Partial>)) {
     const Item item(call, plan, i);
     const int tile = item.block * plan.groups + warp / 4;
     const bool idle = turned ? item.block + 1 < plan.blocks : tile >= plan.tiles;
@@ -289,14 +300,15 @@ __global__ void __launch_bounds__(512, 1)
       store<T, Partial, false>(call, item, call.dv, dv, 1.0f, first, staging, lane);
     }
     __syncwarp();
-    if (lane == 0) arrive(held_empty + 8 * place.stage);
+    release(held_empty + 8 * place.stage, lane);
   }
 }
 
 template <typename T, bool Partial>
 cudaError_t launch(const KeyGradients& call, cudaStream_t stream) {
-  Plan plan(call.count);
-  const int bytes = plan.share_memory(4 * plan.slots() * kRowBytes);
+  Plan plan = plan_of(call.count, Partial);
+  const int held = 2 * kPlaces<Partial> * plan.slots() * kRowBytes;
+  const int bytes = plan.share_memory(held + (Partial ? 0 : plan.staging_bytes()));
   return plan.launch(key_gradients_kernel<T, Partial>, call, call.items * call.heads, bytes,
                      stream);
 }
@@ -318,7 +330,7 @@ __global__ void sum_kernel(const float4* parts, int n, int64_t count, uint2* dk,
 }  // namespace
 
 cudaError_t cut_prefix(int heads, int m, int rows, int* items) {
-  const Plan plan(m);
+  const Plan plan = plan_of(m, true);
   int room = 0;
   const cudaError_t error = plan.fill(&room);
   const int most = rows / 256 > 1 ? rows / 256 : 1, filling = room / (heads * plan.blocks);

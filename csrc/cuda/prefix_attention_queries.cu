@@ -163,9 +163,9 @@ __global__ void __launch_bounds__(512, 1)
     ring.make_barriers(readers);
     for (int i = 0; i < 2; ++i) {
       make_barrier(held_full + 8 * i, 32);
-      make_barrier(held_empty + 8 * i, readers);
+      make_barrier(held_empty + 8 * i, readers * kReleases);
     }
-    make_barrier(out_empty, readers);
+    make_barrier(out_empty, readers * kReleases);
   }
   __syncthreads();
 
@@ -212,13 +212,13 @@ __global__ void __launch_bounds__(512, 1)
     const char* const gradients = memory + queries_at + held_bytes + mine;
     wait(held_full + 8 * place.stage, place.parity);
     if (idle) {
-      if (lane == 0) arrive(out_empty);
+      release(out_empty, lane);
       ring.pass(item.total, lane);
     } else if (turned) {
       const Known known = learn<T, true>(call, item, first, limit, memory + out + mine, gradients,
                                          lse[place.stage] + warp * 16, lane);
       __syncwarp();
-      if (lane == 0) arrive(out_empty);
+      release(out_empty, lane);
       uint32_t q[kDim / 16][2], g[kDim / 16][2];
       load_right(q, stages + queries_at + mine, lane);
       load_right(g, stages + queries_at + held_bytes + mine, lane);
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(512, 1)
       const Known known = learn<T, false>(call, item, first, limit, memory + out + mine, gradients,
                                           lse[place.stage] + warp * 16, lane);
       __syncwarp();
-      if (lane == 0) arrive(out_empty);
+      release(out_empty, lane);
       see_copies();
       const uint64_t q = descriptor(stages + queries_at + warp / 4 * kHalf);
       const uint64_t g = descriptor(stages + queries_at + held_bytes + warp / 4 * kHalf);
@@ -259,14 +259,14 @@ __global__ void __launch_bounds__(512, 1)
                                     staging, lane);
     }
     __syncwarp();
-    if (lane == 0) arrive(held_empty + 8 * place.stage);
+    release(held_empty + 8 * place.stage, lane);
   }
 }
 
 template <typename T>
 cudaError_t launch(const QueryGradient& call, cudaStream_t stream) {
   Plan plan(call.inputs.queries);
-  const int bytes = plan.share_memory(5 * plan.slots() * kRowBytes);
+  const int bytes = plan.share_memory(5 * plan.slots() * kRowBytes + plan.staging_bytes());
   return plan.launch(query_gradient_kernel<T>, call, call.inputs.batch * call.inputs.heads, bytes,
                      stream);
 }

@@ -20,7 +20,7 @@ constexpr int kDim = 64;
 constexpr int kStage = 64;  // rows of a stage
 constexpr int kMaxStages = 8;
 constexpr int kGroups = 3;                 // of 64 rows, at most, in a block
-constexpr int kCopiers = 2;                // warps; more made no kernel faster
+constexpr int kCopiers = 2;                // warps of a block, at most; more made no kernel faster
 constexpr int kTail = 8;                   // rows, at most, of the warp of its own
 constexpr int kHalf = kStage * kRowBytes;  // bytes of one of a stage's two tiles
 constexpr int kSharedBytes = 224 * 1024;   // of a processor, that its blocks may take
@@ -34,13 +34,14 @@ inline int ceil_divide(int64_t a, int64_t b) { return static_cast<int>((a + b - 
 
 // How `rows` rows of one head of one sample are cut.
 struct Plan {
-  int tiles;   // of 64 rows
-  int tail;    // rows left over for the warp of its own, 0..8
-  int blocks;  // that share the tiles; the last has the tail
-  int groups;  // of a block, a tile each
+  int tiles;    // of 64 rows
+  int tail;     // rows left over for the warp of its own, 0..8
+  int blocks;   // that share the tiles; the last has the tail
+  int groups;   // of a block, a tile each
+  int copiers;  // warps of a block that copy
   int stages = 0;
 
-  explicit Plan(int rows) {
+  explicit Plan(int rows, int copiers = kCopiers) : copiers(copiers) {
     const int rest = rows % 64;
     tiles = rows / 64 + (rest > kTail);
     tail = rest > kTail ? 0 : rest;
@@ -51,9 +52,9 @@ struct Plan {
   // Rows that a block has room for, warps that compute, and all threads.
   __host__ __device__ int slots() const { return groups * 64 + (tail ? kTail : 0); }
   __host__ __device__ int readers() const { return groups * 4 + (tail ? 1 : 0); }
-  __host__ __device__ int threads() const { return 32 * (readers() + kCopiers); }
+  __host__ __device__ int threads() const { return 32 * (readers() + copiers); }
   int blocks_per_processor() const {  // by registers, and memory for a few stages each
-    const int blocks = kWarps / (readers() + kCopiers);
+    const int blocks = kWarps / (readers() + copiers);
     return blocks < kMostBlocks ? blocks : kMostBlocks;
   }
 
@@ -62,10 +63,12 @@ struct Plan {
     return slot < groups * 64 ? block * groups * 64 + slot : tiles * 64 + slot - groups * 64;
   }
 
-  // Gives the stages what memory a block has left beside `held` bytes and room to write from, and
-  // returns what it takes in all.
-  int share_memory(int held) {
-    const int taken = held + readers() * 16 * kRowBytes;
+  // Room for `store_rows` of all readers.
+  int staging_bytes() const { return readers() * 16 * kRowBytes; }
+
+  // Gives the stages what memory a block has left beside `taken` bytes, and returns what it takes
+  // in all.
+  int share_memory(int taken) {
     const int left = kSharedBytes / blocks_per_processor() - kStaticBytes - taken;
     stages = left / (2 * kHalf) < kMaxStages ? left / (2 * kHalf) : kMaxStages;
     return stages * 2 * kHalf + taken;
@@ -83,7 +86,7 @@ struct Plan {
 
   template <typename Kernel, typename Call>
   cudaError_t launch(Kernel kernel, const Call& call, int heads, int bytes, cudaStream_t stream) {
-    if (stages < kCopiers) return cudaErrorInvalidConfiguration;  // else a parity could mislead one
+    if (stages < copiers) return cudaErrorInvalidConfiguration;  // else a parity could mislead one
     int room = 0;
     cudaError_t error = fill(&room);
     if (error == cudaSuccess)  // always the same: other threads launch the same kernel
@@ -152,17 +155,21 @@ struct Turn {
 // warp goes around them.
 struct Ring {
   uint32_t stages, full, empty;
-  int count;
+  int count, copiers;
   Turn turn;
 
   __device__ Ring(uint32_t stages, uint32_t barriers, const Plan& plan)
-      : stages(stages), full(barriers), empty(barriers + 8 * kMaxStages), count(plan.stages) {}
+      : stages(stages),
+        full(barriers),
+        empty(barriers + 8 * kMaxStages),
+        count(plan.stages),
+        copiers(plan.copiers) {}
 
   // By one thread.
   __device__ __forceinline__ void make_barriers(int readers) const {
     for (int i = 0; i < count; ++i) {
       make_barrier(full + 8 * i, 32);
-      make_barrier(empty + 8 * i, readers);
+      make_barrier(empty + 8 * i, readers * kReleases);
     }
   }
 
@@ -174,7 +181,7 @@ struct Ring {
   __device__ __forceinline__ void fill(int first, int end, int& until_mine, Copy copy) {
     for (; first < end; first += kStage, turn.next(count)) {
       if (until_mine--) continue;
-      until_mine = kCopiers - 1;
+      until_mine = copiers - 1;
       wait(empty + 8 * turn.stage, turn.parity ^ 1);
       copy(first);
       arrive_after_copies(full + 8 * turn.stage);
@@ -188,7 +195,7 @@ struct Ring {
     for (int left = rows; left > 0; left -= kStage, turn.next(count)) {
       wait(full + 8 * turn.stage, turn.parity);
       use(left);
-      if (lane == 0) arrive(empty + 8 * turn.stage);
+      release(empty + 8 * turn.stage, lane);
     }
   }
 
