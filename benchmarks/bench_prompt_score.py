@@ -2,8 +2,9 @@
 
 `pytest benchmarks/bench_prompt_score.py` checks and times. Run as a program it writes
 `results/prompt_score_cpu.csv`, or `prompt_score_<gpu>.csv` in bfloat16 autocast where there is a
-GPU: time of one batch, of a data set of several, and peak memory. Rows already there are not
-measured again. `--draw <csv>` draws what the whole of condensing costs, as Fig. 8b of the paper.
+GPU: time of one batch, of a data set of several, and peak memory; eager, from CUDA graphs
+("graphed", for pcx `cuda_graph=True`), and compiled. Rows already there are not measured again.
+`--draw <csv>` draws what the whole of condensing costs, as Fig. 8b of the paper.
 
 - plain: the backbone's forward and the gradient of the loss down to the input of its first block;
 - pcx: `pcx.score(method="taylor")`;
@@ -35,7 +36,7 @@ from torch.func import functional_call
 import pcx
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu_timing import rows_of, table
+from gpu_timing import graph_of, rows_of, table
 from machine import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
@@ -43,7 +44,8 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 AMP = "bf16" if ON_GPU else "no"
 BATCH = 64 if ON_GPU else 16
-BATCHES = 16 if ON_GPU else 4  # of the data set: on a GPU as many images as VTAB-1k trains on
+BATCHES = 32 if ON_GPU else 4  # of the data set
+REPEATS = 3 if ON_GPU else 5
 MODELS = (
     {"vit_base_patch16_224": (100, 10, 50, 200), "vit_large_patch16_224": (100, 10, 50, 200)}
     if ON_GPU
@@ -54,7 +56,7 @@ DRAWN = {
     "vit_base_patch16_224": (50, 100, 200),
     "vit_large_patch16_224": (100,),
 }
-COMPILED = {("vit_base_patch16_224", 100), ("vit_base_patch16_224", 200)} if ON_GPU else set()
+GRAPHED = {("vit_base_patch16_224", 100), ("vit_base_patch16_224", 200)} if ON_GPU else set()
 KEEP = 0.3
 # Passes over the data set in the paper: VPT's training, scoring, fine-tuning.
 PASSES = {"training": 100, "pcx": 1, "fine-tuning": 20}
@@ -69,14 +71,16 @@ Batches = list[tuple[torch.Tensor, torch.Tensor]]
 class Setting:
     """A model, and every form of what its scores or its training take over some batches."""
 
-    def __init__(self, name: str, prompts: int, compiled: bool = False):
+    def __init__(self, name: str, prompts: int, mode: str = "eager"):
         torch.manual_seed(0)
+        self.mode = mode
+        self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
         self.backbone = timm.create_model(name, num_classes=100).to(DEVICE).eval()
         self.model = pcx.VPT(self.backbone, prompts, read_only=False, head_init="keep").eval()
         keep = [torch.arange(round(KEEP * prompts)) for _ in self.model.layers]
         self.small = self.model.keep(keep).train()
         self.embed, self.rest = self._embed, self._rest
-        if compiled:
+        if mode == "compiled":
             self.model.compile()
             self.embed, self.rest = torch.compile(self._embed), torch.compile(self._rest)
         images = torch.randn(BATCHES * BATCH, 3, 224, 224, device=DEVICE)
@@ -102,7 +106,8 @@ class Setting:
             torch.autograd.grad(self._losses(self.rest, tokens, labels).sum(), tokens)
 
     def pcx(self, batches: Batches) -> list[torch.Tensor]:
-        return pcx.score(self.model, batches, amp=AMP, progress=False)
+        graph = self.mode == "graphed"
+        return pcx.score(self.model, batches, amp=AMP, cuda_graph=graph, progress=False)
 
     def four_methods(self, batches: Batches) -> list[torch.Tensor]:
         methods = ("taylor", "taylor-inner", "gate", "cls-attention")
@@ -161,7 +166,7 @@ class Setting:
 
 
 def _means(totals: list[torch.Tensor], batches: Batches) -> list[torch.Tensor]:
-    return [total.cpu() / sum(len(labels) for _, labels in batches) for total in totals]
+    return [total / sum(len(labels) for _, labels in batches) for total in totals]
 
 
 FORMS = {
@@ -174,8 +179,8 @@ FORMS = {
     "fine-tuning": "fine_tuning",
     "one by one": "one_by_one",
 }
-# Forms that are measured compiled too.
-ALSO_COMPILED = ("plain", "pcx", "expanded", "expanded, concatenated")
+# Forms that are measured graphed and compiled too.
+ALSO_GRAPHED = ("plain", "pcx", "expanded", "expanded, concatenated")
 
 
 def check(setting: Setting, expected: list[torch.Tensor]) -> None:
@@ -183,6 +188,7 @@ def check(setting: Setting, expected: list[torch.Tensor]) -> None:
     first = setting.batches[:1]
     for form in (setting.pcx, setting.four_methods, setting.expanded, setting.concatenated):
         for a, b in zip(form(first), expected, strict=True):
+            a, b = a.cpu(), b.cpu()
             if AMP == "no":
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
             else:
@@ -201,41 +207,49 @@ def test_a_data_set(benchmark, setting, form):
     benchmark.pedantic(timed, (setting, form), rounds=2, warmup_rounds=1)
 
 
-def timed(setting: Setting, form: str) -> float:
+def timed(setting: Setting, form: str, batches: int | None = None) -> float:
     """Milliseconds of one batch; of the slowest form only one batch is run on a GPU."""
-    batches = setting.batches[:1] if ON_GPU and form == "one by one" else setting.batches
+    given = setting.batches[:1] if ON_GPU and form == "one by one" else setting.batches[:batches]
     start = time.perf_counter()
-    getattr(setting, FORMS[form])(batches)
+    if setting.mode == "graphed" and form != "pcx":
+        for _ in given:
+            setting.graphs[form].replay()
+    else:
+        getattr(setting, FORMS[form])(given)
     if ON_GPU:
         torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start) / len(batches)
+    return 1000 * (time.perf_counter() - start) / len(given)
 
 
-def peak(setting: Setting, form: str) -> int | str:
-    """MiB beyond what lies there before; "" where there is no counter."""
+def warm_up(setting: Setting, form: str) -> int | str:
+    """The peak in MiB beyond what lay there before, of two batches; "" without a counter."""
     if not ON_GPU:
+        timed(setting, form)
         return ""
+    if setting.mode == "graphed" and form != "pcx":
+        call = getattr(setting, FORMS[form])
+        setting.graphs[form] = graph_of([lambda: call(setting.batches[:1])])
+        return ""  # a graph keeps all of its memory
+    if form != "one by one":  # which the check has run
+        timed(setting, form, 2)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    timed(setting, form)
+    timed(setting, form, 2)
     return round((torch.cuda.max_memory_allocated() - before) / 2**20)
 
 
-def measure(name: str, prompts: int, mode: str, forms: list[str], repeats: int = 5):
+def measure(name: str, prompts: int, mode: str, forms: list[str]):
     """One row per form; the forms take turns, so that a slower minute meets all of them."""
-    eager = Setting(name, prompts)
-    expected = eager.one_by_one(eager.batches[:1])
-    setting = Setting(name, prompts, compiled=True) if mode == "compiled" else eager
+    setting = Setting(name, prompts)
+    expected = setting.one_by_one(setting.batches[:1])
+    if mode != "eager":
+        setting = Setting(name, prompts, mode)
     check(setting, expected)
-    for form in forms:
-        if form != "one by one":  # which the check has run
-            timed(setting, form)
-    peaks = {form: peak(setting, form) for form in forms}
+    peaks = {form: warm_up(setting, form) for form in forms}
     times: dict[str, list[float]] = {form: [] for form in forms}
-    for number in range(repeats):
+    for _ in range(REPEATS):
         for form in forms:
-            if form != "one by one" or number < 3:
-                times[form].append(timed(setting, form))
+            times[form].append(timed(setting, form))
     for form in forms:
         first, median, third = statistics.quantiles(times[form], n=4, method="inclusive")
         row = {
@@ -314,7 +328,7 @@ def main() -> None:
         if not before:
             writer.writeheader()
         for name, mode, prompts in settings():
-            wanted = FORMS if mode == "eager" else ALSO_COMPILED
+            wanted = FORMS if mode == "eager" else ALSO_GRAPHED
             forms = [f for f in wanted if (name, mode, str(prompts), f) not in done]
             if forms:
                 for row in measure(name, prompts, mode, forms):
@@ -323,13 +337,14 @@ def main() -> None:
 
 
 def settings():
-    """(model, mode, prompts)."""
+    """(model, mode, prompts), those that must hold first."""
+    for mode in ("eager", "graphed", "compiled"):
+        for name, prompts in sorted(GRAPHED):
+            yield name, mode, prompts
     for name, counts in MODELS.items():
         for prompts in counts:
-            yield name, "eager", prompts
-        for prompts in counts:
-            if (name, prompts) in COMPILED:
-                yield name, "compiled", prompts
+            if (name, prompts) not in GRAPHED:
+                yield name, "eager", prompts
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pcx.kernels.launch import on_device, rowwise
-from pcx.ops.backends import aligned
+from pcx.ops.backends import aligned, processors
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -1045,7 +1045,7 @@ def _launch_key_gradients(
 
 def _chunk_count(q: Tensor, programs: int, rows: int) -> int:
     """Into how many parts the batch is cut so that the programs fill the chip four times."""
-    cores = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
+    cores = processors(q.device) if q.is_cuda else 2
     return max(1, min(4 * cores // max(programs, 1), rows // 256))
 
 

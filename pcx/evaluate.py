@@ -121,7 +121,7 @@ def per_sample_loss(
     labels = labels.long()
     if criterion is None:
         if check:
-            _check_labels(logits, labels)
+            check_labels(label_range(labels), logits.shape[-1])
         return F.cross_entropy(_at_least_float32(logits), labels, reduction="none")
     losses = criterion(_at_least_float32(logits), labels)
     if losses.shape != labels.shape[:1]:
@@ -143,11 +143,15 @@ def _at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _check_labels(logits: Tensor, labels: Tensor) -> None:
-    if labels.numel():
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= logits.shape[-1]:
-            raise ValueError(
-                f"loader: labels {low}..{high} for a head of {logits.shape[-1]} classes; "
-                "give VPT num_classes, or map the labels to 0..C-1"
-            )
+def label_range(labels: Tensor) -> tuple[int, int]:
+    """The lowest and the highest, (0, 0) of none; a GPU that has them is waited for."""
+    return (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
+
+
+def check_labels(seen: tuple[int, int], classes: int) -> None:
+    low, high = seen
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"loader: labels {low}..{high} for a head of {classes} classes; "
+            "give VPT num_classes, or map the labels to 0..C-1"
+        )

@@ -167,21 +167,18 @@ def _matrices(layer: PromptedBlock, run: _Run) -> tuple[Tensor, ...]:
     None at all where they are not the same for all prompts: norms of keys, positions, mixing of
     tokens.
     """
-    first = run.prompt.detach()[:1]
-    one = _plain(layer, first) if run.norm is None else _through_norm(layer, first)
-    if one is None:
+    sizes = [t.shape[0] * t.shape[2] for t in run.shared]
+    # As many copies of one prompt as the matrix has rows, each differentiated by one number.
+    copies = run.prompt.detach()[:1].expand(sum(sizes), -1).contiguous()
+    many = _plain(layer, copies) if run.norm is None else _through_norm(layer, copies)
+    if many is None:
         return ()
-    sizes = [t.shape[0] * t.shape[2] for t in one.shared]
-    basis = torch.eye(sum(sizes), dtype=one.shared[0].dtype, device=first.device).split(sizes, 1)
-    shaped = [
-        b.reshape(-1, t.shape[0], 1, t.shape[2]) for b, t in zip(basis, one.shared, strict=True)
+    basis = torch.eye(sum(sizes), dtype=many.shared[0].dtype, device=copies.device).split(sizes, 1)
+    ones = [
+        b.unflatten(1, (len(t), -1)).transpose(0, 1)
+        for b, t in zip(basis, many.shared, strict=True)
     ]
-    try:
-        matrices = one.back(shaped, batched=True)[:, 0].to(one.shared[0].dtype).split(sizes)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        return ()
+    matrices = many.back(ones, batched=False).to(many.shared[0].dtype).split(sizes)
     generator = torch.Generator().manual_seed(0)
     random = [torch.randn(t.shape, generator=generator).to(t) for t in run.shared]
     expected = run.back(random, batched=False)

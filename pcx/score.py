@@ -20,13 +20,21 @@ from torch.func import functional_call
 from torch.utils.data import DistributedSampler, IterableDataset
 
 from pcx.data import data_config, plain_loader, rebuilt
-from pcx.evaluate import Criterion, criterion_name, images_and_labels, per_sample_loss
+from pcx.evaluate import (
+    Criterion,
+    check_labels,
+    criterion_name,
+    images_and_labels,
+    label_range,
+    per_sample_loss,
+)
 from pcx.files import written_whole
 from pcx.fingerprint import fingerprint
 from pcx.freeze import AMP
 from pcx.ops.prompt_score import prompt_score
 from pcx.prompt_path import PromptPath
 from pcx.prompted_block import Observer
+from pcx.replay import Replayed
 from pcx.vpt import VPT
 
 GRADIENT = ("taylor", "taylor-inner", "gate")
@@ -37,7 +45,6 @@ METHODS = (*ONE_PASS, "magnitude", "random", *REMOVAL)
 FLOAT16_LOSS_SCALE = 1024.0  # of the sum over a batch; gradients would vanish without
 
 Scores = list[Tensor]
-AddRows = Callable[[str, int, Tensor], None]  # of a method and a layer, [B, m]
 AddScores = Callable[[int, Tensor], None]  # of a layer, [2, B, m] as prompt_score gives them
 
 
@@ -49,6 +56,7 @@ def score(
     method: str = "taylor",
     criterion: Criterion | None = None,
     amp: str = "no",
+    cuda_graph: bool = False,
     seed: int = 0,
     checkpoint_dir: str | os.PathLike | None = None,
     resume: bool = False,
@@ -64,6 +72,7 @@ def score(
     method: Sequence[str],
     criterion: Criterion | None = None,
     amp: str = "no",
+    cuda_graph: bool = False,
     seed: int = 0,
     checkpoint_dir: str | os.PathLike | None = None,
     resume: bool = False,
@@ -78,6 +87,7 @@ def score(
     method: str | Sequence[str] = "taylor",
     criterion: Criterion | None = None,
     amp: str = "no",
+    cuda_graph: bool = False,
     seed: int = 0,
     checkpoint_dir: str | os.PathLike | None = None,
     resume: bool = False,
@@ -108,6 +118,10 @@ def score(
         criterion: (logits, labels) -> one loss per sample [B]; cross-entropy by default.
         amp: "no", "bf16" or "fp16", of what is differentiated. The small differences of "exact" and
             "exact-zero" would drown in it and are always computed without.
+        cuda_graph: on CUDA, record what one batch's gradients take in a CUDA graph and replay it
+            for all batches of that shape, so that no slow CPU holds the GPU up. The model and the
+            criterion must not wait for the GPU. Takes twice the memory. Not for "exact" and
+            "exact-zero".
         seed: of "random".
         checkpoint_dir: folder for the sums so far of "exact" and "exact-zero", a file each, written
             whole or not at all after every batch.
@@ -137,6 +151,8 @@ def score(
         raise ValueError("model: it has no prompts to score")
     if amp not in AMP:
         raise ValueError(f"amp: got {amp!r}, expected one of {tuple(AMP)}")
+    if cuda_graph and model.prompts[0].device.type != "cuda":
+        raise ValueError(f"cuda_graph: the model is on {model.prompts[0].device}, expected CUDA")
     if resume and checkpoint_dir is None:
         raise ValueError("resume: needs checkpoint_dir")
     if checkpoint_dir is not None:
@@ -149,7 +165,7 @@ def score(
         plain = plain_loader(loader, data_config(model))
         with _as_scored(model):
             reader = _Reader(model, plain.loader, criterion, AMP[amp], progress)
-            found |= _one_pass(reader, [m for m in methods if m in ONE_PASS])
+            found |= _one_pass(reader, [m for m in methods if m in ONE_PASS], cuda_graph)
             for name in REMOVAL:
                 if name in methods:
                     sums = _Sums(reader, name, plain.description, checkpoint_dir, resume)
@@ -216,6 +232,8 @@ class _Reader:
         self.loader = _share(loader, self.rank, self.processes)
         self.samples = self.number = 0  # samples read here in this pass, and batches
         self.total = 0  # read by all processes
+        self.classes: int | None = None  # of the logits seen so far
+        self.labels = (0, 0)  # lowest and highest of this batch
         self.bar = Progress(disable=not progress or self.rank > 0, transient=True)
 
     def batches(
@@ -236,6 +254,7 @@ class _Reader:
                 if not isinstance(labels, Tensor) or not labels.dim():
                     raise ValueError("loader: it yields single samples; give it a batch_size")
                 if self.number > done[0] and len(labels):
+                    self._look_at(labels)
                     yield send_to_device((images, labels), self.device)
                     self.step()
                 self.samples += len(labels)
@@ -244,6 +263,16 @@ class _Reader:
             if self.number < done[0]:
                 self._check_done(done)
             self.bar.remove_task(task)
+
+    def _look_at(self, labels: Tensor) -> None:
+        """Before they go to a GPU, which would have to be waited for, and where wrong ones end all.
+
+        What else could be wrong with them `per_sample_loss` says.
+        """
+        if self.criterion is None and not labels.is_floating_point():
+            self.labels = label_range(labels)
+            if self.classes is not None:
+                check_labels(self.labels, self.classes)
 
     def _check_done(self, done: tuple[int, int]) -> None:
         if (self.number, self.samples) != done:
@@ -264,10 +293,18 @@ class _Reader:
     def losses(
         self, prompts: dict[str, Tensor], images: Tensor, labels: Tensor, *, precise: bool = False
     ) -> Tensor:
-        """The loss of each sample with some prompts swapped for others, [B]."""
+        """The loss of each sample with some prompts swapped for others, [B], to be checked."""
         with nullcontext() if precise else self.autocast():
-            logits = functional_call(self.model, prompts, (images,))
-        losses = per_sample_loss(logits, labels, self.criterion)
+            if prompts:
+                logits = functional_call(self.model, prompts, (images,))
+            else:
+                logits = self.model(images)
+        self.classes = logits.shape[-1]
+        check_labels(self.labels, self.classes)
+        return per_sample_loss(logits, labels, self.criterion, check=False)
+
+    def check(self, losses: Tensor) -> Tensor:
+        """Waits for the losses of the batch at hand and gives them back."""
         bad = (~losses.detach().isfinite()).nonzero()
         if len(bad):
             of = f" of process {self.rank}" if self.processes > 1 else ""
@@ -327,20 +364,22 @@ class _Every:
         return len(range(self.first, len(self.items), self.step))
 
 
-def _one_pass(reader: _Reader, methods: Sequence[str]) -> dict[str, Scores]:
+def _one_pass(reader: _Reader, methods: Sequence[str], cuda_graph: bool) -> dict[str, Scores]:
     """Per-sample gradients by giving every sample its own prompts, or their keys and values."""
     if not methods:
         return {}
-    totals = {m: _zeros(reader) for m in methods}
-
-    def add(name: str, layer: int, rows: Tensor) -> None:
-        if name in totals:
-            totals[name][layer] += rows.detach().double().sum(0)
-
-    one_pass = _GradientPass(reader, methods, add)
+    counts = reader.model.counts
+    totals = torch.zeros(len(methods), sum(counts), dtype=torch.float64, device=reader.device)
+    one_pass: Callable[..., tuple] = _GradientPass(reader, methods)
+    if cuda_graph:
+        one_pass = Replayed(one_pass)
     for images, labels in reader.batches("scoring"):
-        one_pass.add_batch(images, labels)
-    return {m: reader.means(layers) for m, layers in totals.items()}
+        losses, rows = one_pass(images, labels)
+        reader.check(losses)
+        totals += rows.double().sum(1)
+    return {
+        m: reader.means(list(sums.split(counts))) for m, sums in zip(methods, totals, strict=True)
+    }
 
 
 def _zeros(reader: _Reader) -> list[Tensor]:
@@ -350,8 +389,8 @@ def _zeros(reader: _Reader) -> list[Tensor]:
 class _GradientPass:
     """What one pass over the data computes, and what all its batches have in common."""
 
-    def __init__(self, reader: _Reader, methods: Sequence[str], add: AddRows):
-        self.reader, self.methods, self.add = reader, methods, add
+    def __init__(self, reader: _Reader, methods: Sequence[str]):
+        self.reader, self.methods = reader, methods
         model = self.model = reader.model
         self.used = [i for i, m in enumerate(model.counts) if m]
         self.shallow = model.kind == "shallow"
@@ -363,21 +402,17 @@ class _GradientPass:
                     i: PromptPath(model.layers[i], model.prompts[i]) for i in self.differentiated
                 }
 
-    def add_batch(self, images: Tensor, labels: Tensor) -> None:
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses [B], and scores of the methods for all layers' prompts [methods, B, all m]."""
         model, batch, scale = self.model, len(labels), self.reader.loss_scale
-        arrived: set[int] = set()
-
-        def add_gradient(i: int, scores: Tensor) -> None:
-            arrived.add(i)
-            self.add("taylor", i, scores[0] / scale)
-            self.add("taylor-inner", i, scores[1] / scale)
+        arrived: dict[int, Tensor] = {}
 
         watched = range(len(model.layers)) if self.shallow else self.used
         anchor = torch.zeros((), device=self.reader.device, requires_grad=True)
         give = (
-            _give_prompts(model, self.differentiated, batch, anchor, add_gradient)
+            _give_prompts(model, self.differentiated, batch, anchor, arrived.__setitem__)
             if self.paths is None
-            else _give_keys(model, self.paths, batch, anchor, add_gradient)
+            else _give_keys(model, self.paths, batch, anchor, arrived.__setitem__)
         )
         with (
             _observed(model, watched, self.methods, batch) as observers,
@@ -391,17 +426,24 @@ class _GradientPass:
                 (losses.sum() * scale).backward(inputs=leaves)
         if sorted(arrived) != self.differentiated:
             raise RuntimeError("model: some prompts have no influence on the loss")
-        self._add_observed(observers, scale)
+        found = self._observed_scores(observers, scale)
+        if arrived:
+            both = torch.cat([arrived[i] for i in self.used], -1).detach() / scale
+            found |= {"taylor": both[0], "taylor-inner": both[1]}
+        return losses.detach(), torch.stack([found[m] for m in self.methods])
 
-    def _add_observed(self, observers: dict[int, Observer], scale: float) -> None:
+    def _observed_scores(self, observers: dict[int, Observer], scale: float) -> dict[str, Tensor]:
+        """Of "gate" and "cls-attention", [B, all m]."""
+        found = {}
         if "gate" in self.methods:
             slopes: list[Any] = [o.gate.grad for o in observers.values() if o.gate is not None]
-            for i, slope in zip(self.used, _per_prompts(self.model, slopes), strict=True):
-                self.add("gate", i, torch.stack(slope).sum(0).abs() / scale)
+            by_layer = [torch.stack(s).sum(0) for s in _per_prompts(self.model, slopes)]
+            found["gate"] = torch.cat(by_layer, -1).abs() / scale
         if "cls-attention" in self.methods:
             weights = [torch.stack(o.cls_attention).mean(0) for o in observers.values()]
-            for i, weight in zip(self.used, _per_prompts(self.model, weights), strict=True):
-                self.add("cls-attention", i, torch.stack(weight).mean(0))
+            by_layer = [torch.stack(w).mean(0) for w in _per_prompts(self.model, weights)]
+            found["cls-attention"] = torch.cat(by_layer, -1)
+        return found
 
 
 class _Tap(torch.autograd.Function):
@@ -558,7 +600,7 @@ def _by_removal(reader: _Reader, name: str, sums: _Sums) -> Scores:
     steps = 1 + sum(model.counts)
     for images, labels in reader.batches(name, steps, (sums.batches, sums.samples)):
         with _replayed(model) as replay:
-            whole = reader.losses({}, images, labels, precise=True)
+            whole = reader.check(reader.losses({}, images, labels, precise=True))
             for layer, count in enumerate(model.counts):
                 replay(layer)
                 for i in range(count):
@@ -566,7 +608,8 @@ def _by_removal(reader: _Reader, name: str, sums: _Sums) -> Scores:
                     prompts = change(model.prompts[layer].detach(), i)
                     changed = {f"prompts.{layer}": prompts}
                     losses = reader.losses(changed, images, labels, precise=True)
-                    sums.totals[layer][i] += (losses - whole).abs().double().sum()
+                    difference = reader.check(losses) - whole
+                    sums.totals[layer][i] += difference.abs().double().sum()
         sums.save(reader.number, reader.samples + len(labels))
     return reader.means(sums.totals)
 

@@ -90,6 +90,35 @@ def test_train_score_and_condense(amp):
     assert sum(small.counts) == 6
 
 
+@pytest.mark.parametrize("amp", ["no", "bf16"])
+@pytest.mark.parametrize("kind", ["deep", "shallow", "prefix"])
+def test_scores_from_a_cuda_graph_are_the_same(kind, amp):
+    torch.manual_seed(0)
+    model = pcx.VPT(build("vit", 3, torch.float32), 5, kind=kind, head_init="keep").cuda()
+    images, labels = torch.randn(60, 3, 64, 64), torch.arange(60) % 3
+    loader = DataLoader(TensorDataset(images, labels), batch_size=16)  # the last batch is smaller
+    methods = ("taylor", "taylor-inner", "gate", "cls-attention")
+    arguments = {"method": methods, "amp": amp, "progress": False}
+    expected = pcx.score(model, loader, **arguments)
+    found = pcx.score(model, loader, cuda_graph=True, **arguments)
+    for name in methods:
+        for a, b in zip(found[name], expected[name], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
+def test_a_criterion_that_waits_for_the_gpu_is_no_graph():
+    model = pcx.VPT(build("vit", 3, torch.float32), 5, head_init="keep").cuda()
+    loader = DataLoader(TensorDataset(torch.randn(6, 3, 64, 64), torch.arange(6) % 3), batch_size=2)
+
+    def waiting(logits, labels):
+        assert logits.sum().item() < 1e9
+        return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+    with pytest.raises(ValueError, match="cuda_graph: the model or the criterion waits"):
+        pcx.score(model, loader, criterion=waiting, cuda_graph=True, progress=False)
+    assert pcx.score(model, loader, criterion=waiting, progress=False)
+
+
 def _double(loader):
     x, labels = loader.dataset.tensors
     return DataLoader(TensorDataset(x.double(), labels), batch_size=16)

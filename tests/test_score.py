@@ -157,16 +157,27 @@ def test_an_infinitely_negative_gate_is_removal(backbone, loader, dataset):
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize("method", ["taylor", ("taylor", "gate", "cls-attention")])
-def test_a_compiled_model_gives_the_same_scores(backbone, loader, method):
+def test_a_compiled_model_gives_the_same_scores(backbone, loader):
+    methods = ("taylor", "taylor-inner", "gate", "cls-attention")
+    graphs = []
+
+    def compiler(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
     model = pcx.VPT(backbone, 3)
-    expected = pcx.score(model, loader, method=method, **QUIET)
-    model.compile(backend="aot_eager", fullgraph=True)
-    found = pcx.score(model, loader, method=method, **QUIET)
-    for name in expected if isinstance(expected, dict) else [None]:
-        pairs = zip(found[name], expected[name]) if name else zip(found, expected)  # noqa: B905
-        for a, b in pairs:
+    expected = pcx.score(model, loader, method=methods, **QUIET)
+    model.compile(backend=compiler, fullgraph=True)
+    found = pcx.score(model, loader, method=methods, **QUIET)
+    assert graphs
+    for name in methods:
+        for a, b in zip(found[name], expected[name], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_a_graph_needs_cuda(model, loader):
+    with pytest.raises(ValueError, match="cuda_graph: the model is on cpu"):
+        pcx.score(model, loader, cuda_graph=True, **QUIET)
 
 
 @pytest.mark.parametrize("path", ["folded", "concat"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -39,7 +40,7 @@ def _cuda_cannot(q, k, v, prefix_k, prefix_v, bias, scale: float) -> str | None:
         return reason
     if "cuda" not in registration.EXTENSION:
         return "pcx was installed without its CUDA kernels"
-    if torch.cuda.get_device_capability(q.device) != HOPPER:
+    if capability(q.device) != HOPPER:
         return "it is written for compute capability 9.0 (Hopper)"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"it computes bfloat16 and float16, q has {q.dtype}"
@@ -59,10 +60,20 @@ def _cuda_cannot(q, k, v, prefix_k, prefix_v, bias, scale: float) -> str | None:
 
 def aligned(x: Tensor) -> bool:
     """Whether rows are dense and begin 16 bytes apart, or multiples of it, in x's memory."""
-    steps = (s for size, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1)
-    return bool(
-        x.stride(-1) == 1 and x.storage_offset() % 8 == 0 and all(s % 8 == 0 for s in steps)
-    )
+    *steps, last = x.stride()
+    if last != 1 or x.storage_offset() % 8:
+        return False
+    return not any(step % 8 and x.shape[i] > 1 for i, step in enumerate(steps))
+
+
+@functools.cache  # torch's own takes a while
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _triton_cannot(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:

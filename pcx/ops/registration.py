@@ -267,8 +267,9 @@ def _fits_hopper(tensors: Any, bias, scale: float, backend: str, held_to: bool =
 
 def _fills_device(q: Tensor) -> bool:
     """Whether every processor gets a head; with fewer, Triton's smaller parts are faster."""
-    processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    return q.shape[0] * q.shape[1] >= processors
+    from pcx.ops.backends import processors
+
+    return q.shape[0] * q.shape[1] >= processors(q.device)
 
 
 def _load() -> frozenset[str]:
