@@ -197,9 +197,12 @@ def _rows(prompts: Tensor, kind: str) -> Tensor:
 def _as_scored(model: VPT) -> Iterator[None]:
     """Eval mode, and no checkpointing: a block would be run again after the prompts were swapped
     back."""
-    was_training, layers = model.training, [layer.checkpoint for layer in model.layers]
+    was_training = model.training
+    as_is = not any(module.training for module in model.modules())
+    layers = [layer.checkpoint for layer in model.layers]
     backbone_too = getattr(model.backbone, "grad_checkpointing", None)
-    model.eval()
+    if not as_is:
+        model.eval()
     model.set_grad_checkpointing(False)
     if backbone_too is not None:
         model.backbone.grad_checkpointing = False
@@ -207,7 +210,8 @@ def _as_scored(model: VPT) -> Iterator[None]:
         with torch.inference_mode(False):
             yield
     finally:
-        model.train(was_training)
+        if not as_is:
+            model.train(was_training)
         for layer, checkpoint in zip(model.layers, layers, strict=True):
             layer.checkpoint = checkpoint
         if backbone_too is not None:
