@@ -1,0 +1,1 @@
+"""Pruning of image tokens without training."""

@@ -1,0 +1,272 @@
+"""The stages of one pruning layer of Zero-TPrune (paper, Sec. 3), each a function of its own.
+
+I' ranks tokens by one vote, S drops tokens that are like more important ones, I keeps the most
+important of the rest. Tokens that stand first, [CLS] and registers, are `protected`: they vote and
+are never dropped. All counts are of patches and the same for every sample, so shapes are static.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pcx.ops import weighted_pagerank
+
+PARTITIONS = ("sequential-u", "sequential-i", "alternating", "random", "none")
+MEASURES = ("cosine", "dot")  # or p of a Minkowski distance
+VARIANCES = (0.01, 0.7)  # of a head's scores, where their mean is 1
+
+
+def filter_heads(scores: Tensor, low: float = VARIANCES[0], high: float = VARIANCES[1]) -> Tensor:
+    """VHF (Sec. 3.2): the heads whose scores vary enough to tell tokens apart, and not too much.
+
+    Scores that sum to 1 over N tokens have a variance of 1/N at most, so that the paper's bounds
+    would reject every head of a small model; the variance is therefore taken of N times the
+    scores, whose mean is 1. Where all heads would be rejected, all are kept.
+
+    Args:
+        scores: [B, H, N], each head's summing to 1.
+        low, high: bounds on the variance, both inclusive.
+
+    Returns:
+        [B, H], boolean.
+    """
+    variance = (scores * scores.shape[-1]).var(-1, correction=0)  # [B, H]
+    passed = (variance >= low) & (variance <= high)
+    return passed | ~passed.any(-1, keepdim=True)
+
+
+def combine_heads(scores: Tensor, heads: Tensor) -> Tensor:
+    """EIR (Sec. 3.2, Eq. 2): sqrt(sum_h s_h^2 eta_h) / sum_h eta_h.
+
+    A token that matters much to one head comes before one that matters a little to all.
+
+    Args:
+        scores: [B, H, N].
+        heads: [B, H], eta: boolean, at least one of each sample.
+
+    Returns:
+        [B, N].
+    """
+    used = heads[..., None].to(scores.dtype)  # [B, H, 1]
+    return (scores.square() * used).sum(1).sqrt() / used.sum(1)
+
+
+def importance(
+    q: Tensor,
+    k: Tensor,
+    *,
+    iters: int,
+    cls_boost: bool = False,
+    variances: tuple[float, float] = VARIANCES,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    prefix_k: Tensor | None = None,
+) -> Tensor:
+    """The I-stage's scores: Weighted PageRank, VHF, EIR (Sec. 3.2).
+
+    With `iters=1` and no boost these are those of the I'-stage (Sec. 3.1).
+
+    Args:
+        q, k: [B, H, N, d].
+        iters: of PageRank.
+        cls_boost: whether the first token, [CLS], starts sqrt(N) times above the others
+            ("Zero-TPrune"), or all start alike ("Zero-TPrune-uni").
+        variances: bounds of VHF.
+        scale, bias, prefix_k: as `pcx.weighted_pagerank` takes them.
+
+    Returns:
+        [B, N] float32 (float64 for float64).
+    """
+    start = q.new_ones(q.shape[2], dtype=torch.promote_types(q.dtype, torch.float32))
+    if cls_boost:
+        start[0] = q.shape[2] ** 0.5
+    scores = weighted_pagerank(
+        q, k, iters=iters, init=start, scale=scale, bias=bias, prefix_k=prefix_k
+    )
+    return combine_heads(scores, filter_heads(scores, *variances))
+
+
+def most_important(scores: Tensor, keep: int, *, protected: int) -> Tensor:
+    """The I-stage's choice: the `keep` patches of the highest scores, and what is protected.
+
+    Args:
+        scores: [B, N].
+        keep: patches, 0 to N - protected; of equal ones the first stay.
+        protected: tokens at the front.
+
+    Returns:
+        [B, protected + keep] int64, ascending.
+
+    Raises:
+        ValueError: more are to be kept than there are.
+    """
+    patches = scores.shape[1] - protected
+    if not 0 <= keep <= patches:
+        raise ValueError(f"keep: {keep} of {patches} patches")
+    best = _ranked(scores[:, protected:])[:, :keep] + protected
+    return _with_protected(best, protected)
+
+
+def without_similar(
+    features: Tensor,
+    scores: Tensor,
+    drop: int,
+    *,
+    protected: int,
+    partition: str = "sequential-u",
+    measure: str | float = "cosine",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The S-stage (Sec. 3.3): drops patches of group A that are most like one of group B.
+
+    The groups are halves of the patches ranked by their scores: "sequential-u" prunes the less
+    important half and is the paper's, "sequential-i" the more important one, "alternating" every
+    second of the ranking, "random" any half; with "none" all are in both groups, and each is
+    compared with all others.
+
+    Args:
+        features: [B, N, F]; the paper's are the keys.
+        scores: [B, N], of the I'-stage.
+        drop: patches to drop, 0 to the size of A, half of the patches rounded down.
+        protected: tokens at the front, which are in neither group.
+        partition: one of PARTITIONS.
+        measure: "cosine", "dot", or the p (1 or more, or inf) of a Minkowski distance, negated.
+        generator: of "random", on the features' device.
+
+    Returns:
+        [B, N - drop] int64: what stays, ascending.
+
+    Raises:
+        ValueError: no such partition or measure, or more to drop than group A holds.
+    """
+    batch, tokens, _ = features.shape
+    patches = tokens - protected
+    if partition not in PARTITIONS:
+        raise ValueError(f"partition: got {partition!r}, expected one of {PARTITIONS}")
+    size = patches if partition == "none" else patches // 2
+    if not 0 <= drop <= size:
+        raise ValueError(
+            f"drop: {drop} similar patches, but partition {partition!r} of {patches} offers {size}"
+        )
+    features = features[:, protected:]
+    if partition == "random":
+        chance = torch.rand(batch, patches, generator=generator, device=features.device)
+        order = chance.argsort(1)
+    else:
+        order = _ranked(scores[:, protected:])  # [B, P], the most important first
+    a, b = {
+        "sequential-u": (order[:, patches - size :], order[:, : patches - size]),
+        "sequential-i": (order[:, :size], order[:, size:]),
+        "alternating": (order[:, 1::2], order[:, ::2]),
+        "random": (order[:, :size], order[:, size:]),
+        "none": (order, order),
+    }[partition]
+    likeness = _likeness(_gather(features, a), _gather(features, b), measure)  # [B, |A|, |B|]
+    if partition == "none":
+        likeness.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    alike = likeness.amax(2) if likeness.shape[2] else likeness.new_zeros(batch, a.shape[1])
+    left = a.gather(1, _ranked(alike)[:, drop:])  # of A
+    stays = left if partition == "none" else torch.cat([b, left], 1)
+    return _with_protected(stays + protected, protected)
+
+
+def prune(
+    q: Tensor,
+    k: Tensor,
+    *,
+    keep: int,
+    similar: int,
+    iters: int,
+    protected: int,
+    cls_boost: bool = True,
+    partition: str = "sequential-u",
+    measure: str | float = "cosine",
+    variances: tuple[float, float] = VARIANCES,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """One pruning layer: I', S on the keys' mean over heads, I among what S leaves (Sec. 3.1).
+
+    The attention among what S leaves is a softmax over these alone.
+
+    Args:
+        q, k: [B, H, N, d], what the block attends with.
+        keep: patches that stay in the end.
+        similar: patches that S drops.
+        iters: of PageRank in I.
+        protected: tokens at the front.
+        cls_boost, variances: as `importance` takes them, of I.
+        partition, measure: as `without_similar` takes them.
+        scale: of the attention, 1/sqrt(d) by default.
+        bias: as SDPA's attn_mask, broadcastable to [B, H, N, N].
+
+    Returns:
+        [B, protected + keep] int64: the tokens that stay, ascending.
+
+    Raises:
+        ValueError: more are to be kept or dropped than there are.
+    """
+    stays = None
+    if similar:
+        votes = importance(q, k, iters=1, variances=variances, scale=scale, bias=bias)
+        stays = without_similar(
+            k.mean(1), votes, similar, protected=protected, partition=partition, measure=measure
+        )
+        q, k = _tokens(q, stays), _tokens(k, stays)
+        bias = None if bias is None else _among(bias, stays)
+    scores = importance(
+        q, k, iters=iters, cls_boost=cls_boost, variances=variances, scale=scale, bias=bias
+    )
+    best = most_important(scores, keep, protected=protected)
+    return best if stays is None else stays.gather(1, best)
+
+
+def _ranked(scores: Tensor) -> Tensor:
+    """Indices from the highest to the lowest; equal ones in their order."""
+    return scores.sort(dim=1, descending=True, stable=True).indices
+
+
+def _with_protected(patches: Tensor, protected: int) -> Tensor:
+    first = torch.arange(protected, device=patches.device).expand(len(patches), -1)
+    return torch.cat([first, patches.sort(1).values], 1)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """[B, N, F] at [B, n] -> [B, n, F]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _tokens(x: Tensor, index: Tensor) -> Tensor:
+    """[B, H, N, d] at [B, n] -> [B, H, n, d]."""
+    batch, heads, _, dim = x.shape
+    return x.gather(2, index[:, None, :, None].expand(batch, heads, -1, dim))
+
+
+def _among(bias: Tensor, index: Tensor) -> Tensor:
+    """The rows and columns of a bias, broadcastable to [B, H, N, N], at [B, n]."""
+    batch, n = index.shape
+    bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
+    bias = bias.expand(batch, *bias.shape[1:])
+    for axis, picked in ((2, index[:, None, :, None]), (3, index[:, None, None, :])):
+        if bias.shape[axis] > 1:
+            shape = [*bias.shape]
+            shape[axis] = n
+            bias = bias.gather(axis, picked.expand(shape))
+    return bias
+
+
+def _likeness(a: Tensor, b: Tensor, measure: str | float) -> Tensor:
+    """[B, n, F] and [B, m, F] -> [B, n, m], the higher the more alike."""
+    if measure == "cosine":
+        a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
+    if measure in MEASURES:
+        return a @ b.transpose(1, 2)
+    if isinstance(measure, str) or not measure >= 1:
+        raise ValueError(
+            f"measure: got {measure!r}, expected one of {MEASURES} or a Minkowski distance's p, "
+            "1 or more"
+        )
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return -torch.cdist(a.to(wide), b.to(wide), p=float(measure))
