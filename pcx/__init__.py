@@ -9,6 +9,7 @@ from pcx.ops import prefix_attention, weighted_pagerank
 from pcx.save import load, save
 from pcx.score import score
 from pcx.select import select
+from pcx.token_pruning.zero_tprune import zero_tprune
 from pcx.vpt import VPT
 
 __version__ = "0.1.0"
@@ -29,4 +30,5 @@ __all__ = [
     "select",
     "token_cost",
     "weighted_pagerank",
+    "zero_tprune",
 ]

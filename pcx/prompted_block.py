@@ -104,6 +104,7 @@ class PromptedBlock(nn.Module):
         # Keys and values for each attention call, one set per sample, in place of the prompts'.
         self.given: list[tuple[Tensor, Tensor]] | None = None
         self.replay: Any = None  # what to give again in place of computing it
+        self.calls_seen: list[seam.Call] | None = None  # gets the folded path's attention calls
         self.register_buffer("lengths", None)  # of constant prefix sets where they differ, [G]
         self.constants = 0  # attention calls whose prompts' keys and values are buffers
         # In a tuple, so that the list is registered once, by the owner.
@@ -176,12 +177,14 @@ class PromptedBlock(nn.Module):
         if self.read_tokens is not None and self.last:
             full = seam.capture(self.block, self.calls, x, *args, **kwargs)
             x, args, kwargs = x[:, : self.read_tokens], (), {}
-        elif prefixes is None:
+        elif prefixes is None and self.calls_seen is None:
             return self.block(x, *args, **kwargs)
 
         def attend(n: int, call: seam.Call) -> Tensor:
             if full is not None:  # the read tokens' queries over every token's keys and values
                 call = _read_rows(call, full[n])
+            if self.calls_seen is not None:
+                self.calls_seen.append(call)
             if prefixes is None:
                 return F.scaled_dot_product_attention(
                     call.q, call.k, call.v, attn_mask=call.bias, scale=call.scale

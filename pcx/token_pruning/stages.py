@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcx.ops import weighted_pagerank
+from pcx.ops.weighted_pagerank import weighted_pagerank
 
 PARTITIONS = ("sequential-u", "sequential-i", "alternating", "random", "none")
 MEASURES = ("cosine", "dot")  # or p of a Minkowski distance
@@ -143,8 +143,7 @@ def without_similar(
     """
     batch, tokens, _ = features.shape
     patches = tokens - protected
-    if partition not in PARTITIONS:
-        raise ValueError(f"partition: got {partition!r}, expected one of {PARTITIONS}")
+    check_choices(partition, measure)
     size = patches if partition == "none" else patches // 2
     if not 0 <= drop <= size:
         raise ValueError(
@@ -170,6 +169,17 @@ def without_similar(
     left = a.gather(1, _ranked(alike)[:, drop:])  # of A
     stays = left if partition == "none" else torch.cat([b, left], 1)
     return _with_protected(stays + protected, protected)
+
+
+def check_choices(partition: str, measure: str | float) -> None:
+    """Raises a ValueError where S knows no such partition or measure."""
+    if partition not in PARTITIONS:
+        raise ValueError(f"partition: got {partition!r}, expected one of {PARTITIONS}")
+    if measure not in MEASURES and (isinstance(measure, str) or not measure >= 1):
+        raise ValueError(
+            f"measure: got {measure!r}, expected one of {MEASURES} or a Minkowski distance's p, "
+            "1 or more"
+        )
 
 
 def prune(
@@ -263,10 +273,5 @@ def _likeness(a: Tensor, b: Tensor, measure: str | float) -> Tensor:
         a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
     if measure in MEASURES:
         return a @ b.transpose(1, 2)
-    if isinstance(measure, str) or not measure >= 1:
-        raise ValueError(
-            f"measure: got {measure!r}, expected one of {MEASURES} or a Minkowski distance's p, "
-            "1 or more"
-        )
     wide = torch.promote_types(a.dtype, torch.float32)
     return -torch.cdist(a.to(wide), b.to(wide), p=float(measure))

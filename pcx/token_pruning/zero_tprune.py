@@ -1,0 +1,288 @@
+"""Zero-TPrune: image tokens dropped after some layers, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcx import seam
+from pcx.anatomy import Anatomy, dissect
+from pcx.prompted_block import PromptedBlock
+from pcx.token_pruning import stages
+from pcx.vpt import VPT
+
+# The paper's ablations on DeiT-S (Sec. 4.1): 4.55 to 3.08 GFLOPs.
+TABLE_1: dict[str, Any] = {
+    "layers": (1, 3, 6, 9, 11),
+    "keep": (1.0, 0.9, 0.8, 0.7, 1.0),
+    "iters": (30, 5, 5, 1, 1),
+    "similar": 10,
+}
+
+
+# Families whose blocks know nothing of where a token stands.
+FAMILIES = (
+    "VisionTransformer",
+    "VisionTransformerDistilled",
+    "ViTForImageClassification",
+    "DeiTForImageClassification",
+    "DeiTForImageClassificationWithTeacher",
+    "Dinov2ForImageClassification",
+    "Dinov2WithRegistersForImageClassification",
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is dropped after one layer."""
+
+    layer: int  # counted from 1
+    keep: float  # share of the patches that S leaves
+    iters: int
+    similar: int
+
+    def counts(self, patches: int) -> tuple[int, int]:
+        """How many of them stay in the end, and how many S drops; halves are rounded up."""
+        return int((patches - self.similar) * self.keep + 0.5), self.similar
+
+
+class Pruning:
+    """What `zero_tprune` set up; `remove` takes it away again.
+
+    Attributes:
+        steps: what is dropped after which layer, in their order.
+    """
+
+    def __init__(self, steps: Sequence[Step], pruned: Sequence[_PrunedForward]):
+        self.steps = tuple(steps)
+        self._pruned = tuple(pruned)
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """Of the last batch, after each step: the places [B, n] in the image's full sequence of
+        tokens of those that are left."""
+        places: list[Tensor] = []
+        for pruned in self._pruned:
+            if pruned.stays is None:
+                raise RuntimeError("kept: no batch has gone through the model yet")
+            stays = pruned.stays
+            places.append(places[-1].gather(1, stays) if places else stays)
+        return places
+
+    def remove(self) -> None:
+        """The model computes all tokens again."""
+        for pruned in self._pruned:
+            pruned.remove()
+
+
+def zero_tprune(
+    model: nn.Module,
+    *,
+    layers: Sequence[int],
+    keep: float | Sequence[float],
+    iters: int | Sequence[int],
+    similar: int | Sequence[int] = 0,
+    cls_boost: bool = True,
+    partition: str = "sequential-u",
+    measure: str | float = "cosine",
+    variances: tuple[float, float] = stages.VARIANCES,
+) -> Pruning:
+    """Drops image tokens after some layers by their attention graph (Zero-TPrune, Sec. 3).
+
+    After each of `layers`, tokens are ranked by one vote (I'), those that are like a more important
+    one are dropped (S), and of the rest those of the highest Weighted PageRank stay (I). [CLS],
+    registers and prompts are never dropped; a layer's graph leaves its prompts out. All samples
+    lose equally many tokens, so shapes are static: the model compiles and exports as before. Its
+    weights and `state_dict` stay as they are. Setting it up anew replaces what was.
+
+    Args:
+        model: a timm vision transformer, Hugging Face's ...ForImageClassification, or a pcx.VPT on
+            the path "folded"; changed in place until `remove` is called. Without rotary positions.
+        layers: after which, counted from 1, ascending; not the last where only the head's tokens
+            are computed there.
+        keep: share of the patches, after S, that stay; one for all layers, or one each.
+        iters: of PageRank; the paper has 30, 5 and 1 in the first three, the middle and the last
+            three layers.
+        similar: patches that S drops.
+        cls_boost: let [CLS] start sqrt(N) times above the others ("Zero-TPrune"), or all alike
+            ("Zero-TPrune-uni").
+        partition, measure: of S, as `pcx.token_pruning.stages.without_similar` takes them.
+        variances: bounds of the head filter.
+
+    Returns:
+        A handle: `remove()`, and `kept` after a forward.
+
+    Raises:
+        ValueError: an argument is out of range or of another length than `layers`, the backbone is
+            not supported, or it has no [CLS] to boost.
+
+    Example:
+        >>> pruning = pcx.zero_tprune(model, **pcx.token_pruning.zero_tprune.TABLE_1)
+        >>> logits = model(images)
+        >>> pruning.remove()
+    """
+    anatomy = _anatomy(model)
+    backbone: Any = model.backbone if isinstance(model, VPT) else model
+    blocks = list(backbone.get_submodule(anatomy.blocks))
+    steps = _steps(layers, keep, iters, similar)
+    _check(model, blocks, anatomy, steps, cls_boost)
+    patches = _patches(backbone)
+    if patches is not None:
+        _check_counts(steps, patches)
+    stages.check_choices(partition, measure)
+    choices = {
+        "cls_boost": cls_boost,
+        "partition": partition,
+        "measure": measure,
+        "variances": variances,
+    }
+    for old in _set_up(model):
+        old.remove()
+    return Pruning(
+        steps,
+        [
+            _PrunedForward(blocks[step.layer - 1], step, anatomy.prefix_tokens, choices)
+            for step in steps
+        ],
+    )
+
+
+class _PrunedForward:
+    """Stands in for a block's forward; an object, so that a copied model has its own."""
+
+    def __init__(self, block: nn.Module, step: Step, protected: int, choices: dict[str, Any]):
+        self.block, self.step, self.protected, self.choices = block, step, protected, choices
+        self.stays: Tensor | None = None  # [B, n], of the tokens that came
+        self.install()
+
+    def install(self) -> None:
+        self.block.forward = self  # type: ignore[assignment]
+
+    def remove(self) -> None:
+        self.block.__dict__.pop("forward", None)
+
+    def __call__(self, x: Tensor, *args, **kwargs) -> Any:
+        calls: list[seam.Call] = []
+        forward: Any = type(self.block).forward
+        if isinstance(self.block, PromptedBlock):
+            if self.block.path != "folded":
+                raise RuntimeError("model: path 'concat' has prompts among the tokens; fold them")
+            self.block.calls_seen = calls
+            out = forward(self.block, x, *args, **kwargs)
+            self.block.calls_seen = None
+        else:
+
+            def attend(_: int, call: seam.Call) -> Tensor:
+                calls.append(call)
+                return F.scaled_dot_product_attention(
+                    call.q, call.k, call.v, attn_mask=call.bias, scale=call.scale
+                )
+
+            with seam.intercept(attend, []):
+                out = forward(self.block, x, *args, **kwargs)
+        self.stays = self._choose(calls[0])
+        return self._picked(out)
+
+    def _choose(self, call: seam.Call) -> Tensor:
+        keep, similar = self.step.counts(call.q.shape[2] - self.protected)
+        return stages.prune(
+            call.q,
+            call.k,
+            keep=keep,
+            similar=similar,
+            iters=self.step.iters,
+            protected=self.protected,
+            scale=call.scale,
+            bias=call.bias,
+            **self.choices,
+        )
+
+    def _picked(self, out: Any) -> Any:
+        if isinstance(out, tuple):  # Hugging Face's older layers
+            return (self._picked(out[0]), *out[1:])
+        assert self.stays is not None
+        return out.gather(1, self.stays[..., None].expand(-1, -1, out.shape[2]))
+
+
+def _set_up(model: nn.Module) -> list[_PrunedForward]:
+    found = [module.__dict__.get("forward") for module in model.modules()]
+    return [forward for forward in found if isinstance(forward, _PrunedForward)]
+
+
+def _anatomy(model: Any) -> Anatomy:
+    if isinstance(model, VPT):
+        return model.anatomy
+    before = _set_up(model)
+    for forward in before:
+        forward.remove()
+    try:
+        return dissect(model)  # which runs the blocks
+    finally:
+        for forward in before:
+            forward.install()
+
+
+def _steps(layers: Any, keep: Any, iters: Any, similar: Any) -> list[Step]:
+    layers = list(layers)
+    if not layers:
+        raise ValueError("layers: none; name the layers after which to prune, counted from 1")
+    settings = {"keep": keep, "iters": iters, "similar": similar}
+    for name, given in settings.items():
+        many = isinstance(given, Sequence)
+        settings[name] = list(given) if many else [given] * len(layers)
+        if len(settings[name]) != len(layers):
+            raise ValueError(f"{name}: {len(settings[name])} values for {len(layers)} layers")
+    steps = [Step(*each) for each in zip(layers, *settings.values(), strict=True)]
+    for step in steps:
+        if not 0 < step.keep <= 1:
+            raise ValueError(f"keep: {step.keep} after layer {step.layer}, expected 0 < keep <= 1")
+        for name in ("layer", "iters", "similar"):
+            value = getattr(step, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < (name != "similar"):
+                raise ValueError(f"{name}: {value!r}, expected a whole number")
+    return steps
+
+
+def _check(model: Any, blocks: list, anatomy: Anatomy, steps: list[Step], boost: bool) -> None:
+    if anatomy.family not in FAMILIES:
+        raise ValueError(
+            f"model: {anatomy.family} turns or biases attention by the tokens' places, which "
+            f"pruning would mix up; expected one of {FAMILIES}"
+        )
+    if max(anatomy.calls) > 1:
+        raise ValueError(f"model: {anatomy.family} attends {max(anatomy.calls)} times in a block")
+    if boost and not anatomy.has_cls:
+        raise ValueError("cls_boost: the model has no [CLS] token; give cls_boost=False")
+    if isinstance(model, VPT) and model.path != "folded":
+        raise ValueError(f"model: its path is {model.path!r}, expected 'folded'")
+    layers = [step.layer for step in steps]
+    if any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
+        raise ValueError(f"layers: {layers}, expected ascending ones, none twice")
+    last = len(blocks)
+    if isinstance(blocks[-1], PromptedBlock) and blocks[-1].read_tokens is not None:
+        last -= 1  # computes the head's tokens alone: there is nothing left to drop
+    if layers[-1] > last:
+        raise ValueError(f"layers: {layers}, expected 1 to {last} of {len(blocks)}")
+
+
+def _check_counts(steps: list[Step], patches: int) -> None:
+    for step in steps:
+        keep, similar = step.counts(patches)
+        if similar > patches // 2:
+            raise ValueError(
+                f"similar: {similar} after layer {step.layer}, where {patches} patches are left, "
+                "of which half could be dropped"
+            )
+        patches = keep
+
+
+def _patches(backbone: Any) -> int | None:
+    """Of the images that the backbone was made for, None where it does not say."""
+    for module in backbone.modules():
+        if isinstance(getattr(module, "num_patches", None), int):
+            return module.num_patches
+    return None
