@@ -23,38 +23,14 @@ import triton.language as tl
 from torch import Tensor
 
 from pcx.kernels.launch import on_device, rowwise
+from pcx.kernels.tiles import LOG2_E, parts, precision, set_strides, tile
 from pcx.ops.backends import aligned, processors
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # With more, of which one block cannot hold all, Triton gives their gradient faster (measured).
 HOPPER_QUERIES = 200
 # Vary from call to call: one compiled form for all.
 RUNTIME = ["N", "S", "m", "B1", "rows_per_chunk"]
-
-
-@triton.jit
-def _tile(
-    pointer,
-    rows,
-    stride,
-    limit,
-    DIM: tl.constexpr,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """[rows, WIDTH] of a matrix of DIM columns, from column FIRST; zeros outside of it."""
-    columns = FIRST + tl.arange(0, WIDTH)
-    pointers = pointer + rows[:, None] * stride + columns[None, :]
-    if MASKED:
-        inside = (rows < limit)[:, None] & (columns < DIM)[None, :]
-        values = tl.load(pointers, mask=inside, other=0.0)
-    elif FIRST + WIDTH > DIM:
-        values = tl.load(pointers, mask=(columns < DIM)[None, :], other=0.0)
-    else:
-        values = tl.load(pointers)
-    return values
 
 
 @triton.jit
@@ -68,7 +44,7 @@ def _store(
     FIRST: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """The counterpart of `_tile`."""
+    """The counterpart of `tile`."""
     columns = FIRST + tl.arange(0, WIDTH)
     inside = (rows < limit)[:, None]
     if FIRST + WIDTH > DIM:
@@ -127,10 +103,10 @@ def _attend(
     """Adds one tile of keys to the online softmax of a tile of queries."""
     acc0, acc1, total, top = state
     q0, q1 = queries
-    k0 = _tile(keys, columns, stride_k, limit, DIM, 0, D0, MASKED)
+    k0 = tile(keys, columns, stride_k, limit, DIM, 0, D0, MASKED)
     scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)  # [BM, BN]
     if D1 > 0:
-        k1 = _tile(keys, columns, stride_k, limit, DIM, D0, D1, MASKED)
+        k1 = tile(keys, columns, stride_k, limit, DIM, D0, D1, MASKED)
         scores = tl.dot(q1, tl.trans(k1), acc=scores, input_precision=PRECISION)
     if BIAS > 0:
         scores = _biased(
@@ -151,11 +127,11 @@ def _attend(
         weights = tl.exp2(scores * factor - base[:, None])
     decay = tl.exp2(top - base)
     total = total * decay + tl.sum(weights, 1)
-    v0 = _tile(values, columns, stride_v, limit, DIM, 0, D0, MASKED)
+    v0 = tile(values, columns, stride_v, limit, DIM, 0, D0, MASKED)
     weights = weights.to(v0.dtype)
     acc0 = tl.dot(weights, v0, acc=acc0 * decay[:, None], input_precision=PRECISION)
     if D1 > 0:
-        v1 = _tile(values, columns, stride_v, limit, DIM, D0, D1, MASKED)
+        v1 = tile(values, columns, stride_v, limit, DIM, D0, D1, MASKED)
         acc1 = tl.dot(weights, v1, acc=acc1 * decay[:, None], input_precision=PRECISION)
     return acc0, acc1, total, new
 
@@ -196,12 +172,12 @@ def _attend_to_all(
 ):
     """BM rows of queries from `first`, over a prefix of `valid` keys and S own keys."""
     rows = first + tl.arange(0, BM)
-    q0 = _tile(q, rows, sq_n, N, DIM, 0, D0, True)
+    q0 = tile(q, rows, sq_n, N, DIM, 0, D0, True)
     q1 = q0
     acc0 = tl.zeros([BM, D0], tl.float32)
     acc1 = acc0
     if D1 > 0:
-        q1 = _tile(q, rows, sq_n, N, DIM, D0, D1, True)
+        q1 = tile(q, rows, sq_n, N, DIM, D0, D1, True)
         acc1 = tl.zeros([BM, D1], tl.float32)
     total = tl.zeros([BM], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
@@ -351,11 +327,11 @@ def _slopes(
     PRECISION: tl.constexpr,
 ):
     """dL/d(scale * q k) of a tile [BM, BN], and the tile of keys it came from."""
-    k0 = _tile(keys, columns, stride_k, limit, DIM, 0, D0, MASKED)
+    k0 = tile(keys, columns, stride_k, limit, DIM, 0, D0, MASKED)
     k1 = k0
     scores = tl.dot(queries[0], tl.trans(k0), input_precision=PRECISION)
     if D1 > 0:
-        k1 = _tile(keys, columns, stride_k, limit, DIM, D0, D1, MASKED)
+        k1 = tile(keys, columns, stride_k, limit, DIM, D0, D1, MASKED)
         scores = tl.dot(queries[1], tl.trans(k1), acc=scores, input_precision=PRECISION)
     scores *= factor
     if BIAS > 0:
@@ -363,10 +339,10 @@ def _slopes(
     weights = tl.exp2(scores - lse[:, None])
     if MASKED:
         weights = tl.where((columns < limit)[None, :], weights, 0.0)
-    v0 = _tile(values, columns, stride_v, limit, DIM, 0, D0, MASKED)
+    v0 = tile(values, columns, stride_v, limit, DIM, 0, D0, MASKED)
     inner = tl.dot(gradients[0], tl.trans(v0), input_precision=PRECISION)
     if D1 > 0:
-        v1 = _tile(values, columns, stride_v, limit, DIM, D0, D1, MASKED)
+        v1 = tile(values, columns, stride_v, limit, DIM, D0, D1, MASKED)
         inner = tl.dot(gradients[1], tl.trans(v1), acc=inner, input_precision=PRECISION)
     return weights * (inner - delta[:, None]), k0, k1
 
@@ -495,13 +471,13 @@ def _query_gradient(
     grad_out += b64 * sg_b + h * sg_h
     row_base = (h.to(tl.int64) * B + b) * N
 
-    o0 = _tile(out, rows, so_n, N, DIM, 0, D0, True)
-    g0 = _tile(grad_out, rows, sg_n, N, DIM, 0, D0, True)
+    o0 = tile(out, rows, so_n, N, DIM, 0, D0, True)
+    g0 = tile(grad_out, rows, sg_n, N, DIM, 0, D0, True)
     g1 = g0
     sums = tl.sum(o0.to(tl.float32) * g0.to(tl.float32), 1)
     if D1 > 0:
-        o1 = _tile(out, rows, so_n, N, DIM, D0, D1, True)
-        g1 = _tile(grad_out, rows, sg_n, N, DIM, D0, D1, True)
+        o1 = tile(out, rows, so_n, N, DIM, D0, D1, True)
+        g1 = tile(grad_out, rows, sg_n, N, DIM, D0, D1, True)
         sums += tl.sum(o1.to(tl.float32) * g1.to(tl.float32), 1)
     if LSE_GRAD:
         grad_lse += b64 * sl_b + h * sl_h
@@ -519,12 +495,12 @@ def _query_gradient(
         prefix_k += chosen * spk_g + h * spk_h
         prefix_v += chosen * spv_g + h * spv_h
         bias += (b64 // B1) * sb_0 + (b64 % B1) * sb_1 + h * sb_h
-        q0 = _tile(q, rows, sq_n, N, DIM, 0, D0, True)
+        q0 = tile(q, rows, sq_n, N, DIM, 0, D0, True)
         q1 = q0
         acc0 = tl.zeros([BM, D0], tl.float32)
         acc1 = acc0
         if D1 > 0:
-            q1 = _tile(q, rows, sq_n, N, DIM, D0, D1, True)
+            q1 = tile(q, rows, sq_n, N, DIM, D0, D1, True)
             acc1 = tl.zeros([BM, D1], tl.float32)
         steps = tl.arange(0, BN)
         if RAGGED:
@@ -769,8 +745,8 @@ def _key_gradients(
         first = tl.load(bounds + g).to(tl.int32)
         users = tl.load(bounds + g + 1).to(tl.int32) - first
 
-    k0 = _tile(keys, columns, sk_n, limit, DIM, 0, D0, True)
-    v0 = _tile(values, columns, sv_n, limit, DIM, 0, D0, True)
+    k0 = tile(keys, columns, sk_n, limit, DIM, 0, D0, True)
+    v0 = tile(values, columns, sv_n, limit, DIM, 0, D0, True)
     k1 = k0
     v1 = v0
     dk0 = tl.zeros([BN, D0], tl.float32)
@@ -778,8 +754,8 @@ def _key_gradients(
     dk1 = dk0
     dv1 = dv0
     if D1 > 0:
-        k1 = _tile(keys, columns, sk_n, limit, DIM, D0, D1, True)
-        v1 = _tile(values, columns, sv_n, limit, DIM, D0, D1, True)
+        k1 = tile(keys, columns, sk_n, limit, DIM, D0, D1, True)
+        v1 = tile(values, columns, sv_n, limit, DIM, D0, D1, True)
         dk1 = tl.zeros([BN, D1], tl.float32)
         dv1 = tl.zeros([BN, D1], tl.float32)
 
@@ -841,12 +817,12 @@ def forward(
             q, k, v, prefix_k, prefix_v, _or(index, q), _or(lengths, q), bias_pointer,
             out, lse, scale * LOG2_E.value,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            *_set_strides(prefix_k), *_set_strides(prefix_v), *bias_strides,
+            *set_strides(prefix_k), *set_strides(prefix_v), *bias_strides,
             batch, heads, n, own, m, _sets(prefix_k, batch), inner_batch,
-            **_parts(dim), BM=bm, BN=bn,
+            **parts(dim), BM=bm, BN=bn,
             PREFIX_TAIL=0 if lengths is not None else _tail(m, bn), OWN_TAIL=_tail(own, bn),
             INDEXED=index is not None, RAGGED=lengths is not None, BIAS=_bias_kind(bias),
-            PRECISION=_precision(q), num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+            PRECISION=precision(q), num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
 
@@ -945,14 +921,14 @@ def _query_gradients(
                 out, lse, grad_out, _or(grad_lse, lse), delta, _or(dq, delta), _or(dbias, delta),
                 scale * LOG2_E.value, scale,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-                *_set_strides(prefix_k), *_set_strides(prefix_v), *bias_strides,
+                *set_strides(prefix_k), *set_strides(prefix_v), *bias_strides,
                 *out.stride()[:3], *grad_out.stride()[:3], *_or(grad_lse, lse).stride(),
                 batch, heads, n, own, m, _sets(prefix_k, batch), inner_batch,
-                **_parts(dim), BM=bm, BN=bn,
+                **parts(dim), BM=bm, BN=bn,
                 PREFIX_TAIL=0 if lengths is not None else _tail(m, bn), OWN_TAIL=_tail(own, bn),
                 INDEXED=index is not None, RAGGED=lengths is not None, BIAS=_bias_kind(bias),
                 LSE_GRAD=grad_lse is not None, NEED_DQ=need_q or need_bias, NEED_DBIAS=need_bias,
-                PRECISION=_precision(q), num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+                PRECISION=precision(q), num_warps=warps, num_stages=stages, enable_fp_fusion=True,
             )  # fmt: skip
     return dq if need_q else None, delta, dbias
 
@@ -1034,12 +1010,12 @@ def _launch_key_gradients(
         _key_gradients[(triton.cdiv(m, bn) * heads * sets * chunks,)](
             q, keys, values, order, bounds, _or(lengths, q), bias_pointer, rows.lse, grad_out,
             rows.delta, dk, dv, rows.scale * LOG2_E.value, rows.scale,
-            *q.stride()[:3], *_set_strides(keys), *_set_strides(values), *bias_strides,
+            *q.stride()[:3], *set_strides(keys), *set_strides(values), *bias_strides,
             *grad_out.stride()[:3],
             batch, heads, n, m, sets, inner_batch, per_chunk, *dk.stride()[:4],
-            **_parts(dim), BM=bm, BN=bn, ROW_TAIL=_tail(n, bm) if kind == "one" else 0,
+            **parts(dim), BM=bm, BN=bn, ROW_TAIL=_tail(n, bm) if kind == "one" else 0,
             USERS=kind, RAGGED=lengths is not None, BIAS=_bias_kind(bias),
-            PRECISION=_precision(q), num_warps=warps, num_stages=stages, enable_fp_fusion=True,
+            PRECISION=precision(q), num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -1087,13 +1063,6 @@ def _configuration(kernel: str, q: Tensor, keys: int) -> tuple[int, int, int, in
     return bm, bn, warps, stages
 
 
-def _parts(dim: int) -> dict[str, int]:
-    """The head dim as a power of two and, padded to one, the rest: 80 = 64 + 16."""
-    first = max(16, 1 << (dim.bit_length() - 1))
-    rest = dim - first
-    return {"DIM": dim, "D0": first, "D1": max(16, triton.next_power_of_2(rest)) if rest > 0 else 0}
-
-
 def _tail(count: int, tile: int) -> int:
     """The tile that holds what whole tiles leave over."""
     rest = count % tile
@@ -1112,10 +1081,6 @@ def _sets(prefix: Tensor, batch: int) -> int:
     return prefix.shape[0] if prefix.dim() == 4 else 1
 
 
-def _set_strides(x: Tensor) -> tuple[int, ...]:
-    return x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2])
-
-
 def _bias(bias: Tensor | None, q: Tensor) -> tuple[Tensor, tuple[int, ...], int]:
     """The bias as bytes or numbers, its five strides (0 along broadcast axes), and B1."""
     if bias is None:
@@ -1130,11 +1095,3 @@ def _bias(bias: Tensor | None, q: Tensor) -> tuple[Tensor, tuple[int, ...], int]
 def _bias_kind(bias: Tensor | None) -> int:
     """0 none, 1 additive, 2 boolean."""
     return 0 if bias is None else 1 + (bias.dtype == torch.bool)
-
-
-def _precision(q: Tensor) -> str:
-    """float32 products as torch's own setting has them."""
-    setting = torch.backends.cuda.matmul.fp32_precision
-    if setting == "none":
-        setting = torch.backends.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if q.is_cuda and setting == "tf32" else "ieee"

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pcx.kernels.launch import on_device, rowwise
-from pcx.kernels.prefix_attention import LOG2_E, _parts, _precision, _set_strides, _tile
+from pcx.kernels.tiles import LOG2_E, parts, precision, set_strides, tile
 
 SAMPLES = 4  # of one program
 
@@ -80,25 +80,25 @@ def _logit_gradient(
     out += b * so_b + h * so_h
     grad_out += b * sg_b + h * sg_h
     lse += b * sl_b + h * sl_h
-    k0 = _tile(keys, columns, sk_m, m, DIM, 0, D0, True)
-    v0 = _tile(values, columns, sv_m, m, DIM, 0, D0, True)
+    k0 = tile(keys, columns, sk_m, m, DIM, 0, D0, True)
+    v0 = tile(values, columns, sv_m, m, DIM, 0, D0, True)
     k1, v1 = k0, v0
     if D1 > 0:
-        k1 = _tile(keys, columns, sk_m, m, DIM, D0, D1, True)
-        v1 = _tile(values, columns, sv_m, m, DIM, D0, D1, True)
+        k1 = tile(keys, columns, sk_m, m, DIM, D0, D1, True)
+        v1 = tile(values, columns, sv_m, m, DIM, D0, D1, True)
     total = tl.zeros([BN], tl.float32)
     for start in tl.range(0, N, BM):
         rows = start + tl.arange(0, BM)
-        q0 = _tile(q, rows, sq_n, N, DIM, 0, D0, True)
-        g0 = _tile(grad_out, rows, sg_n, N, DIM, 0, D0, True)
-        o0 = _tile(out, rows, so_n, N, DIM, 0, D0, True)
+        q0 = tile(q, rows, sq_n, N, DIM, 0, D0, True)
+        g0 = tile(grad_out, rows, sg_n, N, DIM, 0, D0, True)
+        o0 = tile(out, rows, so_n, N, DIM, 0, D0, True)
         delta = tl.sum(g0.to(tl.float32) * o0.to(tl.float32), 1)
         logits = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)  # [BM, BN]
         inner = tl.dot(g0, tl.trans(v0), input_precision=PRECISION)
         if D1 > 0:
-            q1 = _tile(q, rows, sq_n, N, DIM, D0, D1, True)
-            g1 = _tile(grad_out, rows, sg_n, N, DIM, D0, D1, True)
-            o1 = _tile(out, rows, so_n, N, DIM, D0, D1, True)
+            q1 = tile(q, rows, sq_n, N, DIM, D0, D1, True)
+            g1 = tile(grad_out, rows, sg_n, N, DIM, D0, D1, True)
+            o1 = tile(out, rows, so_n, N, DIM, D0, D1, True)
             delta += tl.sum(g1.to(tl.float32) * o1.to(tl.float32), 1)
             logits = tl.dot(q1, tl.trans(k1), acc=logits, input_precision=PRECISION)
             inner = tl.dot(g1, tl.trans(v1), acc=inner, input_precision=PRECISION)
@@ -127,13 +127,13 @@ def prefix_logit_gradient(
     if not slopes.numel():
         return slopes
     q, prefix_k, prefix_v, out, grad_out = map(rowwise, (q, prefix_k, prefix_v, out, grad_out))
-    tile = min(64, max(16, triton.next_power_of_2(m)))
+    width = min(64, max(16, triton.next_power_of_2(m)))
     with on_device(q):
-        _logit_gradient[(batch * heads, triton.cdiv(m, tile))](
+        _logit_gradient[(batch * heads, triton.cdiv(m, width))](
             q, prefix_k, prefix_v, out, grad_out, lse, slopes, scale * LOG2_E.value,
-            *q.stride()[:3], *_set_strides(prefix_k), *_set_strides(prefix_v), *out.stride()[:3],
+            *q.stride()[:3], *set_strides(prefix_k), *set_strides(prefix_v), *out.stride()[:3],
             *grad_out.stride()[:3], *lse.stride(), heads, n, m,
-            **_parts(dim), BM=32, BN=tile, PRECISION=_precision(q), num_warps=4, num_stages=2,
+            **parts(dim), BM=32, BN=width, PRECISION=precision(q), num_warps=4, num_stages=2,
             enable_fp_fusion=True,
         )  # fmt: skip
     return slopes

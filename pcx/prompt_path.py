@@ -179,17 +179,14 @@ def _matrices(layer: PromptedBlock, run: _Run) -> tuple[Tensor, ...]:
         for b, t in zip(basis, many.shared, strict=True)
     ]
     matrices = many.back(ones, batched=False).to(many.shared[0].dtype).split(sizes)
-    made_up = [_wave(t) for t in run.shared]
+    generator = torch.Generator(copies.device).manual_seed(0)
+    made_up = [
+        torch.randn(t.shape, generator=generator, device=t.device).to(t.dtype) for t in run.shared
+    ]
     expected = run.back(made_up, batched=False)
     found = _product([t[None] for t in made_up], matrices)[0].to(expected.dtype)
     fits = (found - expected).norm() <= _ROUNDING[matrices[0].dtype] * expected.norm()
     return matrices if fits else ()
-
-
-def _wave(like: Tensor) -> Tensor:
-    """Numbers without a pattern that a matrix could share, made where they are needed."""
-    steps = torch.arange(like.numel(), device=like.device, dtype=torch.float32)
-    return (1.7 * steps).sin().reshape(like.shape).to(like.dtype)
 
 
 def _product(grads: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:

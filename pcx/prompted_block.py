@@ -26,7 +26,7 @@ class Observer:
     cls_attention: list[Tensor] = field(default_factory=list)  # [B, m], one item per attention call
     watch_cls: bool = False
 
-    def see(
+    def see_prefix(
         self, call: seam.Call, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor
     ) -> Tensor:
         """Of attention over a prefix, [H, m, d] or [B, H, m, d], and own keys; returns `out`."""
@@ -39,16 +39,12 @@ class Observer:
             return out
         return logit_gate(out, self.gate, call.q, keys, values, lse, scale)
 
-    def watch(self, call: seam.Call, keys: Tensor, columns: slice, added: int) -> None:
-        """Records the attention of [CLS] to the prompts' columns, mean over heads.
-
-        `added` columns stand before those that the call's bias was made for.
-        """
+    def watch_columns(self, call: seam.Call, columns: slice) -> None:
+        """Records the attention of [CLS] to prompts among the keys, mean over heads."""
         scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
-        logits = (call.q[:, :, :1] @ keys.transpose(-2, -1)).float() * scale  # [B, H, 1, m+S]
+        logits = (call.q[:, :, :1] @ call.k.transpose(-2, -1)).float() * scale  # [B, H, 1, m+S]
         if call.bias is not None:
-            bias = reference.additive(call.bias, logits.dtype)
-            logits = logits + _pad(bias, 0, added)[..., :1, :]
+            logits = logits + reference.additive(call.bias, logits.dtype)[..., :1, :]
         weights = logits.softmax(-1)[..., 0, columns].mean(1)  # [B, m]
         self.cls_attention.append(weights.detach())
 
@@ -223,7 +219,9 @@ class PromptedBlock(nn.Module):
             scale=call.scale,
             return_lse=self.observer is not None,
         )
-        return found if self.observer is None else self.observer.see(call, key, value, *found)
+        return (
+            found if self.observer is None else self.observer.see_prefix(call, key, value, *found)
+        )
 
     # Concatenated: the published form, prompts as tokens between [CLS] and the patches.
 
@@ -254,7 +252,7 @@ class PromptedBlock(nn.Module):
         call = seam.Call(call.q, call.k, call.v, bias, call.scale)
         if self.observer is not None:
             if self.observer.watch_cls:
-                self.observer.watch(call, call.k, slice(start, start + width), added=0)
+                self.observer.watch_columns(call, slice(start, start + width))
             if self.observer.gate is not None:
                 after = call.k.shape[-2] - start - width
                 gate = F.pad(self.observer.gate, (start, after))[:, None, None]  # [B, 1, 1, N+m]

@@ -3,61 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+Run = Callable[..., tuple[Tensor, ...]]
+
 
 class Replayed:
-    """Calls `run`, from a CUDA graph for batches of the first one's shape.
+    """Calls a function, from a CUDA graph for batches of the first one's shape.
 
     The first batch is run as it is, which also warms up what a graph cannot hold; the next of its
     shape is recorded. Results are overwritten by the next replay.
 
     Args:
-        run: from tensors to tensors, without waiting for the GPU.
+        make: gives the function, from tensors to tensors, that does not wait for the GPU. What it
+            differentiates is set up on the stream of the recording, to which autograd goes back.
+        device: a CUDA device.
     """
 
-    def __init__(self, run: Callable[..., tuple[Tensor, ...]]):
-        self.run = run
+    def __init__(self, make: Callable[[], Run], device: torch.device):
+        self.stream = torch.cuda.Stream(device)
         self.shapes: list | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.run: Run = self._aside(make)
 
-    def __call__(self, *batch: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, *batch: Any) -> tuple[Tensor, ...]:
+        other = next((x for x in batch if not isinstance(x, Tensor)), None)
+        if other is not None:
+            raise ValueError(
+                f"cuda_graph: it takes batches of tensors, the loader gives a "
+                f"{type(other).__name__}; leave cuda_graph off"
+            )
         shapes = [(t.shape, t.dtype, t.device) for t in batch]
-        if self.shapes is None:
-            self.shapes = shapes
-            return self._on_another_stream(batch)
-        if shapes != self.shapes:
-            return self.run(*batch)
+        first, self.shapes = self.shapes is None, self.shapes or shapes
+        if first or shapes != self.shapes:
+            return self._aside(self.run, *batch)
         if self.graph is None:
-            self._record(batch)
-        assert self.graph is not None
+            self.batch = [t.clone() for t in batch]
+            self.graph = self._record()
         for held, given in zip(self.batch, batch, strict=True):
             held.copy_(given)
         self.graph.replay()
         return self.results
 
-    def _on_another_stream(self, batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """As a recording is: libraries set up their workspaces by stream."""
-        stream = torch.cuda.Stream(batch[0].device)
-        stream.wait_stream(torch.cuda.current_stream(batch[0].device))
-        with torch.cuda.stream(stream):
-            results = self.run(*batch)
-        torch.cuda.current_stream(batch[0].device).wait_stream(stream)
+    def _aside(self, run: Callable, *batch: Tensor) -> Any:
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            results = run(*batch)
+        current.wait_stream(self.stream)
         return results
 
-    def _record(self, batch: tuple[Tensor, ...]) -> None:
-        self.batch = [t.clone() for t in batch]
+    def _record(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
+        # Other threads may go on: a loader's pins memory, that of NCCL looks at events.
+        recording = torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
         try:
-            with torch.cuda.device(batch[0].device), torch.cuda.graph(graph):
+            with recording:
                 self.results = self.run(*self.batch)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             raise ValueError(
-                "cuda_graph: the model or the criterion waits for the GPU, which a graph cannot "
-                f"hold ({str(error).splitlines()[0]}); leave cuda_graph off"
+                f"cuda_graph: the pass could not be recorded ({str(error).splitlines()[0]}), as "
+                "where the model or the criterion waits for the GPU; leave cuda_graph off"
             ) from error
-        self.graph = graph
+        return graph

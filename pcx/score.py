@@ -135,7 +135,8 @@ def score(
     Raises:
         ValueError: no such method, an empty loader, a model without prompts or (cls-attention)
             without [CLS], a criterion that does not give one value per sample, a loss that is not
-            finite (names the sample), float16 that overflows, or a checkpoint of other scores.
+            finite (names the sample), float16 that overflows, a checkpoint of other scores, or
+            cuda_graph on a CPU or of what cannot be recorded.
     """
     methods = (method,) if isinstance(method, str) else tuple(method)
     unknown = [m for m in methods if m not in METHODS]
@@ -273,8 +274,8 @@ class _Reader:
 
         What else could be wrong with them `per_sample_loss` says.
         """
-        if self.criterion is None and not labels.is_floating_point():
-            self.labels = label_range(labels)
+        if self.criterion is None and labels.dim() == 1 and not labels.is_floating_point():
+            self.labels = label_range(labels.long())
             if self.classes is not None:
                 check_labels(self.labels, self.classes)
 
@@ -374,9 +375,8 @@ def _one_pass(reader: _Reader, methods: Sequence[str], cuda_graph: bool) -> dict
         return {}
     counts = reader.model.counts
     totals = torch.zeros(len(methods), sum(counts), dtype=torch.float64, device=reader.device)
-    one_pass: Callable[..., tuple] = _GradientPass(reader, methods)
-    if cuda_graph:
-        one_pass = Replayed(one_pass)
+    make = partial(_GradientPass, reader, methods)
+    one_pass: Callable[..., tuple] = Replayed(make, reader.device) if cuda_graph else make()
     for images, labels in reader.batches("scoring"):
         losses, rows = one_pass(images, labels)
         reader.check(losses)

@@ -6,6 +6,7 @@ from families import FAMILIES, build, images
 from torch.utils.data import DataLoader, TensorDataset
 
 import pcx
+from pcx.replay import Replayed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -91,12 +92,17 @@ def test_train_score_and_condense(amp):
 
 
 @pytest.mark.parametrize("amp", ["no", "bf16"])
-@pytest.mark.parametrize("kind", ["deep", "shallow", "prefix"])
-def test_scores_from_a_cuda_graph_are_the_same(kind, amp):
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [("vit", "deep"), ("vit", "shallow"), ("vit", "prefix"), ("vit-qk-norm", "deep")],
+)
+def test_scores_from_a_cuda_graph_are_the_same(family, kind, amp):
     torch.manual_seed(0)
-    model = pcx.VPT(build("vit", 3, torch.float32), 5, kind=kind, head_init="keep").cuda()
+    model = pcx.VPT(build(family, 3, torch.float32), 5, kind=kind, head_init="keep").cuda()
     images, labels = torch.randn(60, 3, 64, 64), torch.arange(60) % 3
-    loader = DataLoader(TensorDataset(images, labels), batch_size=16)  # the last batch is smaller
+    loader = DataLoader(  # the last batch is smaller
+        TensorDataset(images, labels), batch_size=16, num_workers=1, pin_memory=True
+    )
     methods = ("taylor", "taylor-inner", "gate", "cls-attention")
     arguments = {"method": methods, "amp": amp, "progress": False}
     expected = pcx.score(model, loader, **arguments)
@@ -114,9 +120,28 @@ def test_a_criterion_that_waits_for_the_gpu_is_no_graph():
         assert logits.sum().item() < 1e9
         return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 
-    with pytest.raises(ValueError, match="cuda_graph: the model or the criterion waits"):
+    with pytest.raises(ValueError, match="cuda_graph: the pass could not be recorded"):
         pcx.score(model, loader, criterion=waiting, cuda_graph=True, progress=False)
     assert pcx.score(model, loader, criterion=waiting, progress=False)
+
+
+def test_a_graph_checks_every_batch():
+    model = pcx.VPT(build("vit", 3, torch.float32), 5, head_init="keep").cuda()
+    images, labels = torch.randn(8, 3, 64, 64), torch.arange(8) % 3
+    for changed, message in (("labels", "labels 0..3 for a head of 3"), ("images", "sample 7 is")):
+        x, y = images.clone(), labels.clone()
+        if changed == "labels":
+            y[7] = 3
+        else:
+            x[7] = torch.nan
+        loader = DataLoader(TensorDataset(x, y), batch_size=2)
+        with pytest.raises(ValueError, match=message):
+            pcx.score(model, loader, cuda_graph=True, progress=False)
+
+
+def test_a_graph_takes_tensors_alone():
+    with pytest.raises(ValueError, match="cuda_graph: it takes batches of tensors"):
+        Replayed(lambda: None, torch.device("cuda", 0))({"patches": torch.zeros(1)})
 
 
 def _double(loader):

@@ -151,7 +151,8 @@ std::tuple<Tensor, Tensor> query_gradient(const Tensor& q, const Tensor& k, cons
   return {dq, delta};
 }
 
-// The gradients of a sample's own keys and values [B, H, S, d], or of those of a prefix [H, m, d].
+// The gradients of keys and values that are each sample's own [B, H, S, d], which a prefix's may be
+// too, or of those of a prefix that all share [H, m, d].
 std::tuple<Tensor, Tensor> key_gradients(const Tensor& q, const Tensor& grad_out,
                                          const Tensor& keys, const Tensor& values,
                                          const Tensor& lse, const Tensor& delta, double scale) {

@@ -66,8 +66,14 @@ def aligned(x: Tensor) -> bool:
     return not any(step % 8 and x.shape[i] > 1 for i, step in enumerate(steps))
 
 
-@functools.cache  # torch's own takes a while
 def capability(device: torch.device) -> tuple[int, int]:
+    if torch.compiler.is_compiling():  # which takes no cache for granted
+        return torch.cuda.get_device_capability(device)
+    return _capability(device)
+
+
+@functools.cache  # torch's own takes a while
+def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 

@@ -20,19 +20,13 @@ def prefix_attention(
     prefix_index: Tensor | None = None,
     prefix_lengths: Tensor | None = None,
     bias: Tensor | None = None,
-    prefix_bias: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Any:
-    """`pcx.prefix_attention` by concatenation; arguments are taken as checked.
-
-    `prefix_bias`, broadcastable to [B, H, N, m] and added to the prefix's logits, is what the
-    scores that differentiate by a prompt's attention logit need and what the public operation
-    leaves out.
-    """
+    """`pcx.prefix_attention` by concatenation; arguments are taken as checked."""
     keys = _joined(prefix_k, k, prefix_index)  # [B, H, m+S, d]
     values = _joined(prefix_v, v, prefix_index)  # [B, H, m+S, dv]
-    mask = _joint_bias(q, k, prefix_k.shape[-2], prefix_index, prefix_lengths, bias, prefix_bias)
+    mask = _joint_bias(q, k, prefix_k.shape[-2], prefix_index, prefix_lengths, bias)
     if not return_lse:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
@@ -62,13 +56,12 @@ def _joint_bias(
     index: Tensor | None,
     lengths: Tensor | None,
     bias: Tensor | None,
-    prefix_bias: Tensor | None,
 ) -> Tensor | None:
     """One additive bias over [prefix; own] keys, or None where there is nothing to add."""
-    if bias is None and prefix_bias is None and lengths is None:
+    if bias is None and lengths is None:
         return None
     own = additive(bias, q.dtype) if bias is not None else q.new_zeros(1, 1, 1, k.shape[-2])
-    front = prefix_bias if prefix_bias is not None else q.new_zeros(1, 1, 1, m)
+    front = q.new_zeros(1, 1, 1, m)
     if lengths is not None:
         per_sample = lengths if index is None else lengths[index]
         absent = torch.arange(m, device=q.device) >= per_sample[:, None]  # [B, m]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pcx import prefix_attention
-from pcx.ops import reference
 from pcx.ops.logit_gate import logit_gate
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -34,10 +34,14 @@ def gated(tensors, grad_out, scale):
 
 
 def biased(tensors, grad_out, scale):
-    q, keys = tensors[0], tensors[3]
+    q, k, v, keys, values = tensors
     gate = torch.zeros(q.shape[0], keys.shape[-2], dtype=q.dtype, device=q.device)
     gate.requires_grad_()
-    out = reference.prefix_attention(*tensors, prefix_bias=gate[:, None, None], scale=scale)
+    joined = [
+        torch.cat([p.expand(len(q), *p.shape[-3:]), x], 2) for p, x in ((keys, k), (values, v))
+    ]
+    bias = F.pad(gate, (0, k.shape[2]))[:, None, None]
+    out = F.scaled_dot_product_attention(q, *joined, attn_mask=bias, scale=scale)
     return torch.autograd.grad(out, [gate, *tensors], grad_out)
 
 

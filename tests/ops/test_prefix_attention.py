@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses import FakeTensorMode
 
 from pcx import prefix_attention
 from pcx.ops import reference
@@ -303,6 +304,26 @@ def test_a_compiler_is_not_taken_for_an_export():
     assert not torch.compile(Told(), backend="eager", fullgraph=True)(x)
     for strict in (False, True):
         assert torch.export.export(Told(), (x,), strict=strict).module()(x)
+
+
+@pytest.mark.parametrize("sets", [(), (3,)])
+def test_gradients_are_laid_out_as_the_fake_says(sets):
+    """Those of prefix sets by prompt, [G, m, H, d]."""
+    if "cpu" not in EXTENSION:
+        pytest.skip("needs pcx._C")
+    q, k, v = (torch.randn(3, 2, n, 8) for n in (5, 6, 6))
+    prefixes = [torch.randn(*sets, 2, 4, 8) for _ in range(2)]
+    out, lse = torch.randn(3, 5, 2, 8).transpose(1, 2), torch.randn(2, 3, 5).transpose(0, 1)
+    arguments = (out, None, q, k, v, *prefixes, None, None, None, out, lse, 0.3)
+    needs = [True, True, True, True]
+    real = torch.ops.pcx.prefix_attention_backward(*arguments, needs, "cpu")
+    with FakeTensorMode() as mode:
+        tensors = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments]
+        fake = torch.ops.pcx.prefix_attention_backward(*tensors, needs, "cpu")
+    for a, b in zip(real, fake, strict=True):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+    if sets:
+        assert real[3].transpose(1, 2).is_contiguous()
 
 
 def test_the_fake_raises_the_same_errors():

@@ -220,6 +220,16 @@ def test_a_set_for_each_sample_without_memory_of_its_own(backend):
     torch.testing.assert_close(each.float().sum(0), shared.float(), rtol=2e-2, atol=5e-2)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("indexed", [False, True])
+def test_gradients_of_sets_lie_by_prompt(indexed, backend):
+    tensors = inputs(sets=(3,))
+    index = torch.tensor([2, 0, 2]).cuda() if indexed else None
+    out = prefix_attention(*tensors, prefix_index=index, backend=backend)
+    for gradient in torch.autograd.grad(out.sum(), tensors[3:]):
+        assert gradient.transpose(1, 2).is_contiguous()
+
+
 @pytest.mark.parametrize("shape", [(197, 197), (1, 4, 197, 197), (3, 1, 1, 197), (3, 4, 197, 1)])
 @pytest.mark.parametrize("boolean", [False, True])
 def test_bias(shape, boolean):

@@ -1,0 +1,53 @@
+"""Tiles of heads' rows, which all Triton kernels over queries and keys read alike."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def tile(
+    pointer,
+    rows,
+    stride,
+    limit,
+    DIM: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """[rows, WIDTH] of a matrix of DIM columns, from column FIRST; zeros outside of it."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    pointers = pointer + rows[:, None] * stride + columns[None, :]
+    if MASKED:
+        inside = (rows < limit)[:, None] & (columns < DIM)[None, :]
+        values = tl.load(pointers, mask=inside, other=0.0)
+    elif FIRST + WIDTH > DIM:
+        values = tl.load(pointers, mask=(columns < DIM)[None, :], other=0.0)
+    else:
+        values = tl.load(pointers)
+    return values
+
+
+def parts(dim: int) -> dict[str, int]:
+    """The head dim as a power of two and, padded to one, the rest: 80 = 64 + 16."""
+    first = max(16, 1 << (dim.bit_length() - 1))
+    rest = dim - first
+    return {"DIM": dim, "D0": first, "D1": max(16, triton.next_power_of_2(rest)) if rest > 0 else 0}
+
+
+def set_strides(x: Tensor) -> tuple[int, ...]:
+    return x.stride()[:3] if x.dim() == 4 else (0, *x.stride()[:2])
+
+
+def precision(q: Tensor) -> str:
+    """float32 products as torch's own setting has them."""
+    setting = torch.backends.cuda.matmul.fp32_precision
+    if setting == "none":
+        setting = torch.backends.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if q.is_cuda and setting == "tf32" else "ieee"
