@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -142,6 +143,9 @@ def zero_tprune(
     }
     for old in _set_up(model):
         old.remove()
+    for step in steps:
+        if "forward" in blocks[step.layer - 1].__dict__:
+            raise ValueError(f"model: something else stands in for layer {step.layer}'s forward")
     return Pruning(
         steps,
         [
@@ -163,7 +167,8 @@ class _PrunedForward:
         self.block.forward = self  # type: ignore[assignment]
 
     def remove(self) -> None:
-        self.block.__dict__.pop("forward", None)
+        if self.block.__dict__.get("forward") is self:
+            del self.block.forward
 
     def __call__(self, x: Tensor, *args, **kwargs) -> Any:
         calls: list[seam.Call] = []
@@ -171,9 +176,13 @@ class _PrunedForward:
         if isinstance(self.block, PromptedBlock):
             if self.block.path != "folded":
                 raise RuntimeError("model: path 'concat' has prompts among the tokens; fold them")
+            if self.block.replay is not None:  # what this gave before
+                return self.block.replay
             self.block.calls_seen = calls
-            out = forward(self.block, x, *args, **kwargs)
-            self.block.calls_seen = None
+            try:
+                out = forward(self.block, x, *args, **kwargs)
+            finally:
+                self.block.calls_seen = None
         else:
 
             def attend(_: int, call: seam.Call) -> Tensor:
@@ -184,7 +193,8 @@ class _PrunedForward:
 
             with seam.intercept(attend, []):
                 out = forward(self.block, x, *args, **kwargs)
-        self.stays = self._choose(calls[0])
+        with torch.no_grad():
+            self.stays = self._choose(calls[0])
         return self._picked(out)
 
     def _choose(self, call: seam.Call) -> Tensor:

@@ -89,6 +89,41 @@ def test_prompts_and_pruning_together(kind):
     assert torch.equal(model(x), whole)
 
 
+@pytest.mark.parametrize("method", ["taylor", "exact"])
+def test_prompts_of_a_pruned_model_are_scored(method):
+    """As by one sample's own gradient, or the prompt's removal, at the pruned model."""
+    model = pcx.VPT(build("vit"), 2, head_init="keep").eval()
+    x, labels = images("vit"), torch.tensor([1, 2])
+    pruned(model)
+    (found, *_) = pcx.score(model, [(x, labels)], method=method, progress=False)
+    expected = torch.zeros(2, dtype=torch.float64)
+    for image, label in zip(x.split(1), labels.split(1), strict=True):
+        loss = F.cross_entropy(model(image), label)
+        if method == "taylor":
+            (g,) = torch.autograd.grad(loss, model.prompts[0])
+            expected += (g * model.prompts[0].detach()).norm(dim=-1) / 2
+        else:
+            for i in range(2):
+                less = model.keep([[1 - i], [0, 1], [0, 1]]).eval()
+                expected[i] += (F.cross_entropy(less(image), label) - loss).abs().detach() / 2
+    torch.testing.assert_close(found, expected)
+
+
+def test_hugging_face_s_vit():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3}
+    config = transformers.ViTConfig(**sizes, intermediate_size=96, image_size=64, num_labels=5)
+    torch.manual_seed(0)
+    model = transformers.ViTForImageClassification(config).eval()
+    x = torch.randn(2, 3, 64, 64)
+    whole = model(x).logits
+    pruning = pruned(model)
+    assert not torch.allclose(model(x).logits, whole)
+    assert [k.shape[1] for k in pruning.kept] == [12, 6]
+    pruning.remove()
+    assert torch.equal(model(x).logits, whole)
+
+
 def test_a_copy_has_its_own():
     model, x = build("vit"), images("vit")
     pruning = pruned(model)
@@ -101,10 +136,12 @@ def test_a_copy_has_its_own():
 
 def test_setting_it_up_anew_replaces_what_was():
     model, x = build("vit"), images("vit")
-    pruned(model)
+    before = pruned(model)
     pruned(model, layers=(2,), keep=0.5, iters=1)
     fresh = build("vit")
     pruned(fresh, layers=(2,), keep=0.5, iters=1)
+    assert torch.equal(model(x), fresh(x))
+    before.remove()  # which is not what is set up now
     assert torch.equal(model(x), fresh(x))
     with pytest.raises(ValueError, match="keep: 2.0"):
         pruned(model, keep=2.0)
