@@ -1,10 +1,10 @@
-"""The command line: pcx demo | train | condense | eval."""
+"""The command line: pcx demo | train | condense | eval | prune."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import timm
 import torch
@@ -22,6 +22,8 @@ from pcx.evaluate import evaluate
 from pcx.fit import fit
 from pcx.save import load, save
 from pcx.tasks import load_task
+from pcx.token_pruning.draw import draw_kept
+from pcx.token_pruning.zero_tprune import zero_tprune
 from pcx.vpt import VPT
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -195,18 +197,66 @@ def eval_(
     _say_accuracy(loaded, data, batch_size, amp, split, workers)
 
 
+@app.command()
+def prune(
+    model: ModelFile,
+    task: TaskName,
+    layers: Annotated[str, typer.Option(help="after which to drop patches, from 1, as 2,4")],
+    keep: Annotated[str, typer.Option(help="share of the patches that stays, one or one each")],
+    iters: Annotated[str, typer.Option(help="of PageRank, one or one each")] = "5",
+    similar: Annotated[int, typer.Option(help="similar patches to drop first")] = 0,
+    ranking: Annotated[str, typer.Option(help="pagerank, cls, average or random")] = "pagerank",
+    out: Annotated[Path | None, typer.Option(help="a PNG of what is left of some images")] = None,
+    images: Annotated[int, typer.Option(help="drawn in it")] = 4,
+    backbone: Backbone = NAME,
+    weights: Weights = None,
+    split: str = "test",
+    batch_size: int = 64,
+    root: Root = None,
+    amp: Amp = "no",
+    workers: int = 0,
+) -> None:
+    """Accuracy of a saved model whole and with image tokens pruned (Zero-TPrune), untrained."""
+    loaded = load(model, new_backbone(backbone, 0, weights))
+    data = load_task(task, data_config(loaded), root=root)
+    _say_accuracy(loaded, data, batch_size, amp, split, workers)
+    pruning = zero_tprune(
+        loaded,
+        layers=_numbers("layers", layers, int),
+        keep=_one_or_more("keep", keep, float),
+        iters=_one_or_more("iters", iters, int),
+        similar=similar,
+        ranking=ranking,
+    )
+    _say_accuracy(loaded, data, batch_size, amp, split, workers)
+    if out is not None:
+        shown = next(iter(data.loader(split, images)))[0]
+        with torch.no_grad():
+            loaded(shown.to(next(loaded.parameters()).device))
+        config = data_config(loaded)
+        mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+        draw_kept(shown.cpu() * std + mean, pruning, out)
+        Console().print(f"wrote {out}")
+
+
+def _numbers(name: str, text: str, kind: Any) -> list:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--{name}: {text!r}, expected numbers as 1,2,3") from None
+
+
+def _one_or_more(name: str, text: str, kind: Any) -> Any:
+    numbers = _numbers(name, text, kind)
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}%"
 
 
 def _counts(text: str) -> int | list[int]:
-    try:
-        counts = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(
-            f"--prompts: {text!r}, expected a whole number, or one per layer as 8,8,4"
-        ) from None
-    return counts[0] if len(counts) == 1 else counts
+    return _one_or_more("prompts", text, int)
 
 
 def _keep(text: str) -> float | int | str:

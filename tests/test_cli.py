@@ -38,10 +38,15 @@ def test_train_condense_and_eval(tmp_path):
     assert "scored 24 prompts on 200 samples" in said
     said = pcx_command("eval", "small.safetensors", "--task", "digits", cwd=tmp_path)
     assert "on 1397 images" in said
+    prune = ["--layers", "1,3", "--keep", "0.9,0.5", "--out", "kept.png"]
+    said = pcx_command("prune", "small.safetensors", "--task", "digits", *prune, cwd=tmp_path)
+    assert said.count("on 1397 images") == 2
+    assert said.endswith("wrote kept.png")
     assert {p.name for p in tmp_path.iterdir()} == {
         "vpt.safetensors",
         "vpt.safetensors.ckpt",
         "small.safetensors",
+        "kept.png",
     }
 
 
@@ -57,7 +62,7 @@ def test_train_condense_and_eval(tmp_path):
         ),
         (
             ["train", "--task", "digits", "--out", "a", "--lr", "1", "--prompts", "4,x"],
-            "pcx: --prompts: '4,x', expected",
+            "pcx: --prompts: '4,x', expected numbers",
         ),
         (
             ["train", "--task", "digits", "--out", "a", "--backbone", "vit_tiny_patch16_224"]

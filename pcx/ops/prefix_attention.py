@@ -52,8 +52,8 @@ def prefix_attention(
         backend: "cuda" (Hopper, 16 bits, d = 64, no bias; of the backward, the gradients of more
             than 200 queries and of prefix sets that samples share are Triton's), "triton" (any
             other on CUDA), "cpu" (C++), "reference" (torch, by concatenation), or "auto": the
-            first of these on CUDA that can run, "cuda" only where it is faster, and torch
-            elsewhere, which is faster there. The first three give the same bits on every run and
+            first of these on CUDA that can run, "cuda" only where it is faster; on a CPU "cpu"
+            for the LSE, and torch otherwise. The first three give the same bits on every run and
             have no second derivative.
 
     Returns:
@@ -73,7 +73,7 @@ def prefix_attention(
     if prefix_index is not None:
         prefix_index = prefix_index.reshape(-1)
     tensors = (q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4), prefix_k, prefix_v)
-    chosen = _choose(backend, *tensors, bias, scale)
+    chosen = _choose(backend, return_lse, *tensors, bias, scale)
     if chosen == "reference":
         found = reference.prefix_attention(
             *tensors,
@@ -94,14 +94,17 @@ def prefix_attention(
     return (out, lse) if return_lse else out
 
 
-def _choose(backend: str, *arguments) -> str:
+def _choose(backend: str, return_lse: bool, *arguments) -> str:
     """The backend to call the operation with; "auto" leaves what CUDA runs to the call itself."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {BACKENDS}")
     if backend == "auto":
-        if _exporting() or arguments[0].device.type != "cuda":
+        if _exporting():
             return "reference"  # the exported program then needs torch alone
-        return "reference" if cannot("triton", *arguments) else "auto"
+        if arguments[0].device.type == "cuda":
+            return "reference" if cannot("triton", *arguments) else "auto"
+        # Torch's own kernel is as fast, but gives no LSE.
+        return "cpu" if return_lse and not cannot("cpu", *arguments) else "reference"
     reason = cannot(backend, *arguments)
     if reason:
         raise ValueError(f"backend: {backend!r} cannot run: {reason}")

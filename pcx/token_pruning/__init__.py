@@ -1,1 +1,5 @@
 """Pruning of image tokens without training."""
+
+from pcx.token_pruning.zero_tprune import Pruning
+
+__all__ = ["Pruning"]

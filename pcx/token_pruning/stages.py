@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pcx.ops.reference import additive
 from pcx.ops.weighted_pagerank import weighted_pagerank
 
 PARTITIONS = ("sequential-u", "sequential-i", "alternating", "random", "none")
+RANKINGS = ("pagerank", "cls", "average", "random")
 MEASURES = ("cosine", "dot")  # or p of a Minkowski distance
 VARIANCES = (0.01, 0.7)  # of a head's scores, where their mean is 1
 
@@ -86,6 +88,25 @@ def importance(
         q, k, iters=iters, init=start, scale=scale, bias=bias, prefix_k=prefix_k
     )
     return combine_heads(scores, filter_heads(scores, *variances))
+
+
+def cls_attention(
+    q: Tensor, k: Tensor, *, scale: float | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """A baseline: how much the first token, [CLS], attends to each, mean over heads; [B, N]."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = (q[:, :, :1] @ k.transpose(-2, -1)).to(wide) * scale  # [B, H, 1, N]
+    if bias is not None:
+        logits = logits + additive(bias, wide)[..., :1, :]
+    return logits.softmax(-1)[:, :, 0].mean(1)
+
+
+def average_attention(
+    q: Tensor, k: Tensor, *, scale: float | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """A baseline: how much all tokens attend to each, mean over tokens and heads; [B, N]."""
+    return weighted_pagerank(q, k, iters=1, scale=scale, bias=bias).mean(1)
 
 
 def most_important(scores: Tensor, keep: int, *, protected: int) -> Tensor:
@@ -171,8 +192,10 @@ def without_similar(
     return _with_protected(stays + protected, protected)
 
 
-def check_choices(partition: str, measure: str | float) -> None:
-    """Raises a ValueError where S knows no such partition or measure."""
+def check_choices(partition: str, measure: str | float, ranking: str = "pagerank") -> None:
+    """Raises a ValueError where there is no such partition, measure or ranking."""
+    if ranking not in RANKINGS:
+        raise ValueError(f"ranking: got {ranking!r}, expected one of {RANKINGS}")
     if partition not in PARTITIONS:
         raise ValueError(f"partition: got {partition!r}, expected one of {PARTITIONS}")
     if measure not in MEASURES and (isinstance(measure, str) or not measure >= 1):
@@ -190,6 +213,7 @@ def prune(
     similar: int,
     iters: int,
     protected: int,
+    ranking: str = "pagerank",
     cls_boost: bool = True,
     partition: str = "sequential-u",
     measure: str | float = "cosine",
@@ -207,6 +231,8 @@ def prune(
         similar: patches that S drops.
         iters: of PageRank in I.
         protected: tokens at the front.
+        ranking: of I, one of RANKINGS: "pagerank" is the paper's; its baselines are the attention
+            of [CLS], the average attention, and a random order.
         cls_boost, variances: as `importance` takes them, of I.
         partition, measure: as `without_similar` takes them.
         scale: of the attention, 1/sqrt(d) by default.
@@ -226,9 +252,15 @@ def prune(
         )
         q, k = _tokens(q, stays), _tokens(k, stays)
         bias = None if bias is None else _among(bias, stays)
-    scores = importance(
-        q, k, iters=iters, cls_boost=cls_boost, variances=variances, scale=scale, bias=bias
-    )
+    if ranking == "pagerank":
+        scores = importance(
+            q, k, iters=iters, cls_boost=cls_boost, variances=variances, scale=scale, bias=bias
+        )
+    elif ranking == "random":
+        scores = torch.rand(q.shape[0], q.shape[2], device=q.device)
+    else:
+        baseline = cls_attention if ranking == "cls" else average_attention
+        scores = baseline(q, k, scale=scale, bias=bias)
     best = most_important(scores, keep, protected=protected)
     return best if stays is None else stays.gather(1, best)
 

@@ -56,10 +56,14 @@ class Pruning:
 
     Attributes:
         steps: what is dropped after which layer, in their order.
+        prefix_tokens: tokens before the patches.
+        patch_pixels: of one patch.
     """
 
-    def __init__(self, steps: Sequence[Step], pruned: Sequence[_PrunedForward]):
+    def __init__(self, steps: Sequence[Step], pruned: Sequence[_PrunedForward], anatomy: Anatomy):
         self.steps = tuple(steps)
+        self.prefix_tokens = anatomy.prefix_tokens
+        self.patch_pixels = anatomy.patch_elements // 3
         self._pruned = tuple(pruned)
 
     @property
@@ -87,6 +91,7 @@ def zero_tprune(
     keep: float | Sequence[float],
     iters: int | Sequence[int],
     similar: int | Sequence[int] = 0,
+    ranking: str = "pagerank",
     cls_boost: bool = True,
     partition: str = "sequential-u",
     measure: str | float = "cosine",
@@ -109,6 +114,8 @@ def zero_tprune(
         iters: of PageRank; the paper has 30, 5 and 1 in the first three, the middle and the last
             three layers.
         similar: patches that S drops.
+        ranking: of the tokens that S leaves: "pagerank", or a baseline to compare with: "cls" (the
+            attention of [CLS]), "average" (that of all tokens), "random".
         cls_boost: let [CLS] start sqrt(N) times above the others ("Zero-TPrune"), or all alike
             ("Zero-TPrune-uni").
         partition, measure: of S, as `pcx.token_pruning.stages.without_similar` takes them.
@@ -130,12 +137,13 @@ def zero_tprune(
     backbone: Any = model.backbone if isinstance(model, VPT) else model
     blocks = list(backbone.get_submodule(anatomy.blocks))
     steps = _steps(layers, keep, iters, similar)
-    _check(model, blocks, anatomy, steps, cls_boost)
+    _check(model, blocks, anatomy, steps, needs_cls=cls_boost or ranking == "cls")
     patches = _patches(backbone)
     if patches is not None:
         _check_counts(steps, patches)
-    stages.check_choices(partition, measure)
+    stages.check_choices(partition, measure, ranking)
     choices = {
+        "ranking": ranking,
         "cls_boost": cls_boost,
         "partition": partition,
         "measure": measure,
@@ -152,6 +160,7 @@ def zero_tprune(
             _PrunedForward(blocks[step.layer - 1], step, anatomy.prefix_tokens, choices)
             for step in steps
         ],
+        anatomy,
     )
 
 
@@ -257,7 +266,9 @@ def _steps(layers: Any, keep: Any, iters: Any, similar: Any) -> list[Step]:
     return steps
 
 
-def _check(model: Any, blocks: list, anatomy: Anatomy, steps: list[Step], boost: bool) -> None:
+def _check(
+    model: Any, blocks: list, anatomy: Anatomy, steps: list[Step], *, needs_cls: bool
+) -> None:
     if anatomy.family not in FAMILIES:
         raise ValueError(
             f"model: {anatomy.family} turns or biases attention by the tokens' places, which "
@@ -265,8 +276,10 @@ def _check(model: Any, blocks: list, anatomy: Anatomy, steps: list[Step], boost:
         )
     if max(anatomy.calls) > 1:
         raise ValueError(f"model: {anatomy.family} attends {max(anatomy.calls)} times in a block")
-    if boost and not anatomy.has_cls:
-        raise ValueError("cls_boost: the model has no [CLS] token; give cls_boost=False")
+    if needs_cls and not anatomy.has_cls:
+        raise ValueError(
+            "cls_boost: the model has no [CLS] token; give cls_boost=False, and no ranking 'cls'"
+        )
     if isinstance(model, VPT) and model.path != "folded":
         raise ValueError(f"model: its path is {model.path!r}, expected 'folded'")
     layers = [step.layer for step in steps]

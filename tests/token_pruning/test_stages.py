@@ -186,6 +186,22 @@ def test_the_order_of_patches_does_not_matter(seed):
     assert sorted(order[there].tolist()) == here.tolist()
 
 
+@pytest.mark.parametrize("ranking", stages.RANKINGS)
+def test_rankings(ranking):
+    q, k, bias = 2 * rand(2, 3, 9, 8), rand(2, 3, 9, 8, seed=1), rand(3, 9, 9, seed=2)
+    weights = (q @ k.transpose(-2, -1) / math.sqrt(8) + bias).softmax(-1)
+    torch.manual_seed(5)
+    scores = {
+        "pagerank": stages.importance(q, k, iters=4, cls_boost=True, bias=bias),
+        "cls": weights[:, :, 0].mean(1),
+        "average": weights.mean((1, 2)),
+        "random": torch.rand(2, 9),
+    }[ranking]
+    torch.manual_seed(5)
+    found = stages.prune(q, k, keep=3, similar=0, iters=4, protected=2, ranking=ranking, bias=bias)
+    assert torch.equal(found, stages.most_important(scores, 3, protected=2))
+
+
 def test_one_shape_for_all_samples_compiles_into_one_graph():
     q, k = rand(2, 3, 20, 8).float(), rand(2, 3, 20, 8, seed=1).float()
 

@@ -124,6 +124,12 @@ def test_hugging_face_s_vit():
     assert torch.equal(model(x).logits, whole)
 
 
+def test_a_pruned_model_freezes():
+    model, x = pcx.VPT(build("vit"), 2, head_init="keep").eval(), images("vit")
+    pruned(model)
+    torch.testing.assert_close(pcx.freeze(model)(x), model(x))
+
+
 def test_a_copy_has_its_own():
     model, x = build("vit"), images("vit")
     pruning = pruned(model)
@@ -190,6 +196,7 @@ def test_the_paper_s_arithmetic():
         ({"layers": (2, 4)}, r"layers: \[2, 4\], expected 1 to 3 of 3"),
         ({"layers": (0, 1)}, "layer: 0, expected a whole number"),
         ({"layers": ()}, "layers: none"),
+        ({"ranking": "best"}, "ranking: got 'best'"),
         ({"partition": "odd"}, "partition: got 'odd'"),
         ({"measure": "l1"}, "measure: got 'l1'"),
     ],
@@ -210,6 +217,8 @@ def test_what_cannot_be_pruned_is_an_error():
         pruned(build("vit-18x2"))
     with pytest.raises(ValueError, match="cls_boost: the model has no"):
         pruned(build("siglip"))
+    with pytest.raises(ValueError, match="no ranking 'cls'"):
+        pcx.zero_tprune(build("siglip"), **SETTING, cls_boost=False, ranking="cls")
     with pytest.raises(ValueError, match="model: its path is 'concat'"):
         pruned(pcx.VPT(build("vit"), 2, path="concat"))
     with pytest.raises(ValueError, match=r"expected 1 to 2 of 3"):
