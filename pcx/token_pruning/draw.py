@@ -50,7 +50,9 @@ def draw_kept(images: Tensor, pruning: Pruning, file: Path) -> None:
     figure = Figure(figsize=(1.6 * (1 + len(masks)), 1.6 * batch + 0.3), layout="constrained")
     grid = figure.subplots(batch, 1 + len(masks), squeeze=False)
     shown = images.detach().cpu().float().clamp(0, 1)
-    grid[0, 0].set_title(f"{masks[0].shape[1] * masks[0].shape[2] // pruning.patch_pixels} patches")
+    grid[0, 0].set_title(
+        f"{masks[0].shape[1] * masks[0].shape[2] // pruning.patch_pixels} patches", fontsize=9
+    )
     for axes, image in zip(grid[:, 0], shown, strict=True):
         axes.imshow(image.permute(1, 2, 0).numpy())
     for column, (step, mask) in enumerate(zip(pruning.steps, masks, strict=True), 1):
