@@ -23,7 +23,7 @@ from pcx.fit import fit
 from pcx.save import load, save
 from pcx.tasks import load_task
 from pcx.token_pruning.draw import draw_kept
-from pcx.token_pruning.zero_tprune import zero_tprune
+from pcx.token_pruning.zero_tprune import Pruning, zero_tprune
 from pcx.vpt import VPT
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -217,19 +217,24 @@ def prune(
     workers: int = 0,
 ) -> None:
     """Accuracy of a saved model whole and with image tokens pruned (Zero-TPrune), untrained."""
-    loaded = load(model, new_backbone(backbone, 0, weights))
+    if images < 1:
+        raise ValueError(f"--images: {images}, expected 1 or more")
+    loaded = load(model, new_backbone(backbone, 0, weights)).eval()
     data = load_task(task, data_config(loaded), root=root)
-    _say_accuracy(loaded, data, batch_size, amp, split, workers)
-    pruning = zero_tprune(
-        loaded,
-        layers=_numbers("layers", layers, int),
-        keep=_one_or_more("keep", keep, float),
-        iters=_one_or_more("iters", iters, int),
-        similar=similar,
-        ranking=ranking,
-    )
-    _say_accuracy(loaded, data, batch_size, amp, split, workers)
-    if out is not None:
+
+    def set_up() -> Pruning:
+        return zero_tprune(
+            loaded,
+            layers=_numbers("layers", layers, int),
+            keep=_one_or_more("keep", keep, float),
+            iters=_one_or_more("iters", iters, int),
+            similar=similar,
+            ranking=ranking,
+            cls_boost=loaded.anatomy.has_cls,
+        )
+
+    pruning = set_up()
+    if out is not None:  # first, since a picture that cannot be written need not wait
         shown = next(iter(data.loader(split, images)))[0]
         with torch.no_grad():
             loaded(shown.to(next(loaded.parameters()).device))
@@ -237,6 +242,11 @@ def prune(
         mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
         draw_kept(shown.cpu() * std + mean, pruning, out)
         Console().print(f"wrote {out}")
+    pruning.remove()
+    _say_accuracy(loaded, data, batch_size, amp, split, workers)
+    set_up()
+    Console().print("pruned:")
+    _say_accuracy(loaded, data, batch_size, amp, split, workers)
 
 
 def _numbers(name: str, text: str, kind: Any) -> list:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pcx import seam
 from pcx.ops import reference
+from pcx.ops.backends import cannot
 from pcx.ops.logit_gate import logit_gate
 from pcx.ops.prefix_attention import prefix_attention
 
@@ -218,6 +219,7 @@ class PromptedBlock(nn.Module):
             bias=call.bias,
             scale=call.scale,
             return_lse=self.observer is not None,
+            backend="auto" if self.observer is None else _for_lse(call),
         )
         return (
             found if self.observer is None else self.observer.see_prefix(call, key, value, *found)
@@ -262,6 +264,12 @@ class PromptedBlock(nn.Module):
         return F.scaled_dot_product_attention(
             call.q, call.k, call.v, attn_mask=bias, scale=call.scale
         )
+
+
+def _for_lse(call: seam.Call) -> str:
+    """The backend where the LSE is wanted: on a CPU torch would write the attention out for it."""
+    reasons = [cannot("cpu", x, call.k, x, x, x, None, 1.0) for x in (call.q, call.v)]
+    return "auto" if any(reasons) else "cpu"
 
 
 def _neighbours(x: Tensor, rank: int, batch: int) -> Tensor | None:

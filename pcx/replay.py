@@ -61,7 +61,7 @@ class Replayed:
         # Other threads may go on: a loader's pins memory, that of NCCL looks at events.
         recording = torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
         try:
-            with recording:
+            with torch.cuda.device(self.stream.device), recording:
                 self.results = self.run(*self.batch)
         except torch.OutOfMemoryError:
             raise

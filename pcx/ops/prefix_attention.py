@@ -52,9 +52,9 @@ def prefix_attention(
         backend: "cuda" (Hopper, 16 bits, d = 64, no bias; of the backward, the gradients of more
             than 200 queries and of prefix sets that samples share are Triton's), "triton" (any
             other on CUDA), "cpu" (C++), "reference" (torch, by concatenation), or "auto": the
-            first of these on CUDA that can run, "cuda" only where it is faster; on a CPU "cpu"
-            for the LSE, and torch otherwise. The first three give the same bits on every run and
-            have no second derivative.
+            first of these on CUDA that can run, "cuda" only where it is faster, and torch
+            elsewhere, which is faster there but for the LSE. The first three give the same bits on
+            every run and have no second derivative.
 
     Returns:
         [B, H, N, dv], with the LSE as a second item where asked for.
@@ -73,7 +73,7 @@ def prefix_attention(
     if prefix_index is not None:
         prefix_index = prefix_index.reshape(-1)
     tensors = (q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4), prefix_k, prefix_v)
-    chosen = _choose(backend, return_lse, *tensors, bias, scale)
+    chosen = _choose(backend, *tensors, bias, scale)
     if chosen == "reference":
         found = reference.prefix_attention(
             *tensors,
@@ -94,24 +94,21 @@ def prefix_attention(
     return (out, lse) if return_lse else out
 
 
-def _choose(backend: str, return_lse: bool, *arguments) -> str:
+def _choose(backend: str, *arguments) -> str:
     """The backend to call the operation with; "auto" leaves what CUDA runs to the call itself."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: got {backend!r}, expected one of {BACKENDS}")
     if backend == "auto":
-        if _exporting():
+        if exporting() or arguments[0].device.type != "cuda":
             return "reference"  # the exported program then needs torch alone
-        if arguments[0].device.type == "cuda":
-            return "reference" if cannot("triton", *arguments) else "auto"
-        # Torch's own kernel is as fast, but gives no LSE.
-        return "cpu" if return_lse and not cannot("cpu", *arguments) else "reference"
+        return "reference" if cannot("triton", *arguments) else "auto"
     reason = cannot(backend, *arguments)
     if reason:
         raise ValueError(f"backend: {backend!r} cannot run: {reason}")
     return backend
 
 
-def _exporting() -> bool:
+def exporting() -> bool:
     """`torch.compiler.is_exporting()`, which in torch 2.11 is true of all that is compiled."""
     return torch.compiler._is_exporting_flag
 

@@ -18,18 +18,21 @@ def kept_masks(pruning: Pruning, height: int, width: int) -> list[Tensor]:
     """After each step, whether each pixel's patch is left; [B, height, width], boolean.
 
     Raises:
-        ValueError: the images of the last batch were of another size.
+        ValueError: the images of the last batch were of another size, or patches are not square.
     """
     side = math.isqrt(pruning.patch_pixels)
+    if side**2 != pruning.patch_pixels:
+        raise ValueError(f"pruning: its patches of {pruning.patch_pixels} pixels are not square")
     rows, columns = height // side, width // side
+    kept, came = pruning.kept, pruning.tokens - pruning.prefix_tokens
+    if rows * columns != came:
+        raise ValueError(
+            f"height, width: {height} x {width} has {rows * columns} patches of {side} x {side}, "
+            f"the images of the last batch had {came}"
+        )
     masks = []
-    for places in pruning.kept:
+    for places in kept:
         left = torch.zeros(len(places), pruning.prefix_tokens + rows * columns, dtype=torch.bool)
-        if int(places.max()) >= left.shape[1]:
-            raise ValueError(
-                f"height, width: {height} x {width} has {rows * columns} patches of {side} x "
-                f"{side}, fewer than the images of the last batch"
-            )
         left.scatter_(1, places.cpu(), True)
         grid = left[:, pruning.prefix_tokens :].unflatten(1, (rows, columns))
         masks.append(grid.repeat_interleave(side, 1).repeat_interleave(side, 2))

@@ -165,7 +165,7 @@ def without_similar(
     batch, tokens, _ = features.shape
     patches = tokens - protected
     check_choices(partition, measure)
-    size = patches if partition == "none" else patches // 2
+    size = offered(patches, partition)
     if not 0 <= drop <= size:
         raise ValueError(
             f"drop: {drop} similar patches, but partition {partition!r} of {patches} offers {size}"
@@ -203,6 +203,11 @@ def check_choices(partition: str, measure: str | float, ranking: str = "pagerank
             f"measure: got {measure!r}, expected one of {MEASURES} or a Minkowski distance's p, "
             "1 or more"
         )
+
+
+def offered(patches: int, partition: str) -> int:
+    """How many of the patches a partition lets S drop: the size of group A."""
+    return patches if partition == "none" else patches // 2
 
 
 def prune(
@@ -271,7 +276,7 @@ def _ranked(scores: Tensor) -> Tensor:
 
 
 def _with_protected(patches: Tensor, protected: int) -> Tensor:
-    first = torch.arange(protected, device=patches.device).expand(len(patches), -1)
+    first = torch.arange(protected, device=patches.device).expand(patches.shape[0], -1)
     return torch.cat([first, patches.sort(1).values], 1)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pcx import seam
 from pcx.anatomy import Anatomy, dissect
+from pcx.ops.prefix_attention import exporting
 from pcx.prompted_block import PromptedBlock
 from pcx.token_pruning import stages
 from pcx.vpt import VPT
@@ -47,8 +48,18 @@ class Step:
     similar: int
 
     def counts(self, patches: int) -> tuple[int, int]:
-        """How many of them stay in the end, and how many S drops; halves are rounded up."""
-        return int((patches - self.similar) * self.keep + 0.5), self.similar
+        """How many of them stay in the end, and how many S drops; halves are rounded up.
+
+        Raises:
+            ValueError: none would stay.
+        """
+        left = int(round((patches - self.similar) * self.keep, 9) + 0.5)
+        if left < 1:
+            raise ValueError(
+                f"keep: {self.keep} after layer {self.layer} leaves none of {patches} patches, of "
+                f"which {self.similar} are similar"
+            )
+        return left, self.similar
 
 
 class Pruning:
@@ -58,6 +69,7 @@ class Pruning:
         steps: what is dropped after which layer, in their order.
         prefix_tokens: tokens before the patches.
         patch_pixels: of one patch.
+        tokens: that came to the first step with the last batch.
     """
 
     def __init__(self, steps: Sequence[Step], pruned: Sequence[_PrunedForward], anatomy: Anatomy):
@@ -68,8 +80,8 @@ class Pruning:
 
     @property
     def kept(self) -> list[Tensor]:
-        """Of the last batch, after each step: the places [B, n] in the image's full sequence of
-        tokens of those that are left."""
+        """Of the last batch, after each step: the places [B, n], in the sequence of tokens that
+        came to the first step, of those that are left. A copy of the model has no handle."""
         places: list[Tensor] = []
         for pruned in self._pruned:
             if pruned.stays is None:
@@ -77,6 +89,10 @@ class Pruning:
             stays = pruned.stays
             places.append(places[-1].gather(1, stays) if places else stays)
         return places
+
+    @property
+    def tokens(self) -> int:
+        return self._pruned[0].came
 
     def remove(self) -> None:
         """The model computes all tokens again."""
@@ -133,6 +149,7 @@ def zero_tprune(
         >>> logits = model(images)
         >>> pruning.remove()
     """
+    stages.check_choices(partition, measure, ranking)
     anatomy = _anatomy(model)
     backbone: Any = model.backbone if isinstance(model, VPT) else model
     blocks = list(backbone.get_submodule(anatomy.blocks))
@@ -140,8 +157,7 @@ def zero_tprune(
     _check(model, blocks, anatomy, steps, needs_cls=cls_boost or ranking == "cls")
     patches = _patches(backbone)
     if patches is not None:
-        _check_counts(steps, patches)
-    stages.check_choices(partition, measure, ranking)
+        _check_counts(steps, patches, partition)
     choices = {
         "ranking": ranking,
         "cls_boost": cls_boost,
@@ -149,11 +165,12 @@ def zero_tprune(
         "measure": measure,
         "variances": variances,
     }
+    for step in steps:
+        other = blocks[step.layer - 1].__dict__.get("forward")
+        if not isinstance(other, _PrunedForward | None):
+            raise ValueError(f"model: something else stands in for layer {step.layer}'s forward")
     for old in _set_up(model):
         old.remove()
-    for step in steps:
-        if "forward" in blocks[step.layer - 1].__dict__:
-            raise ValueError(f"model: something else stands in for layer {step.layer}'s forward")
     return Pruning(
         steps,
         [
@@ -170,6 +187,7 @@ class _PrunedForward:
     def __init__(self, block: nn.Module, step: Step, protected: int, choices: dict[str, Any]):
         self.block, self.step, self.protected, self.choices = block, step, protected, choices
         self.stays: Tensor | None = None  # [B, n], of the tokens that came
+        self.came = 0
         self.install()
 
     def install(self) -> None:
@@ -202,12 +220,19 @@ class _PrunedForward:
 
             with seam.intercept(attend, []):
                 out = forward(self.block, x, *args, **kwargs)
+        if not calls:
+            raise seam.MissedCall(
+                f"{type(self.block).__name__} made no call of F.scaled_dot_product_attention: turn "
+                "its fused attention on (fused_attn=True, attn_implementation='sdpa')"
+            )
         with torch.no_grad():
-            self.stays = self._choose(calls[0])
-        return self._picked(out)
+            stays = self._choose(calls[0])
+        self.stays = None if exporting() else stays  # then nothing to look at
+        return _picked(out, stays)
 
     def _choose(self, call: seam.Call) -> Tensor:
-        keep, similar = self.step.counts(call.q.shape[2] - self.protected)
+        self.came = call.q.shape[2]
+        keep, similar = self.step.counts(self.came - self.protected)
         return stages.prune(
             call.q,
             call.k,
@@ -220,11 +245,11 @@ class _PrunedForward:
             **self.choices,
         )
 
-    def _picked(self, out: Any) -> Any:
-        if isinstance(out, tuple):  # Hugging Face's older layers
-            return (self._picked(out[0]), *out[1:])
-        assert self.stays is not None
-        return out.gather(1, self.stays[..., None].expand(-1, -1, out.shape[2]))
+
+def _picked(out: Any, stays: Tensor) -> Any:
+    if isinstance(out, tuple):  # Hugging Face's older layers
+        return (_picked(out[0], stays), *out[1:])
+    return out.gather(1, stays[..., None].expand(-1, -1, out.shape[2]))
 
 
 def _set_up(model: nn.Module) -> list[_PrunedForward]:
@@ -246,6 +271,8 @@ def _anatomy(model: Any) -> Anatomy:
 
 
 def _steps(layers: Any, keep: Any, iters: Any, similar: Any) -> list[Step]:
+    if not isinstance(layers, Sequence):
+        raise ValueError(f"layers: {layers!r}, expected a sequence of layers, counted from 1")
     layers = list(layers)
     if not layers:
         raise ValueError("layers: none; name the layers after which to prune, counted from 1")
@@ -257,12 +284,14 @@ def _steps(layers: Any, keep: Any, iters: Any, similar: Any) -> list[Step]:
             raise ValueError(f"{name}: {len(settings[name])} values for {len(layers)} layers")
     steps = [Step(*each) for each in zip(layers, *settings.values(), strict=True)]
     for step in steps:
-        if not 0 < step.keep <= 1:
+        if not isinstance(step.keep, float | int) or not 0 < step.keep <= 1:
             raise ValueError(f"keep: {step.keep} after layer {step.layer}, expected 0 < keep <= 1")
         for name in ("layer", "iters", "similar"):
             value = getattr(step, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < (name != "similar"):
-                raise ValueError(f"{name}: {value!r}, expected a whole number")
+            least = int(name != "similar")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                where = "layers" if name == "layer" else name
+                raise ValueError(f"{where}: {value!r}, expected a whole number, {least} or more")
     return steps
 
 
@@ -292,14 +321,15 @@ def _check(
         raise ValueError(f"layers: {layers}, expected 1 to {last} of {len(blocks)}")
 
 
-def _check_counts(steps: list[Step], patches: int) -> None:
+def _check_counts(steps: list[Step], patches: int, partition: str) -> None:
     for step in steps:
-        keep, similar = step.counts(patches)
-        if similar > patches // 2:
+        most = stages.offered(patches, partition)
+        if step.similar > most:
             raise ValueError(
-                f"similar: {similar} after layer {step.layer}, where {patches} patches are left, "
-                "of which half could be dropped"
+                f"similar: {step.similar} after layer {step.layer}, where {patches} patches are "
+                f"left, of which {most} could be dropped"
             )
+        keep, _ = step.counts(patches)
         patches = keep
 
 

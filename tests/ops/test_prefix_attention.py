@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from pcx import prefix_attention
 from pcx.ops import reference
-from pcx.ops.prefix_attention import _exporting
+from pcx.ops.prefix_attention import exporting
 from pcx.ops.registration import EXTENSION
 
 B, H, N, S, M, D, DV = 3, 2, 5, 7, 4, 8, 6
@@ -298,7 +298,7 @@ def test_a_compiler_is_not_taken_for_an_export():
 
     class Told(torch.nn.Module):
         def forward(self, x):
-            return x.new_tensor(float(_exporting()))
+            return x.new_tensor(float(exporting()))
 
     x = torch.zeros(1)
     assert not torch.compile(Told(), backend="eager", fullgraph=True)(x)

@@ -38,3 +38,5 @@ def test_a_drawing_of_a_batch(tmp_path):
     assert (tmp_path / "new" / "kept.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="height, width: 32 x 32 has 4 patches"):
         kept_masks(pruning, 32, 32)
+    with pytest.raises(ValueError, match="128 x 128 has 64 patches"):
+        kept_masks(pruning, 128, 128)

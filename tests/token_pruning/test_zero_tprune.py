@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import pcx
+from pcx.seam import MissedCall
 from pcx.token_pruning import stages
 from pcx.token_pruning.zero_tprune import TABLE_1
 
@@ -130,6 +131,43 @@ def test_a_pruned_model_freezes():
     torch.testing.assert_close(pcx.freeze(model)(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore")  # export's own
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_with_a_dynamic_batch(strict):
+    model, x = build("vit", dtype=torch.float32), images("vit").float()
+    pruned(model)
+    expected = model(x)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},), strict=strict)
+    torch.testing.assert_close(program.module()(x), expected)
+    assert program.module()(torch.cat([x, x, x])).shape == (6, 7)
+    copy.deepcopy(model)
+
+
+def test_half_precision():
+    model, x = build("vit", dtype=torch.float32), images("vit").float()
+    pruned(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).isfinite().all()
+    assert model.bfloat16()(x.bfloat16()).isfinite().all()
+
+
+def test_attention_that_is_written_out_is_an_error():
+    model, x = build("vit"), images("vit")
+    pruned(model)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    with pytest.raises(MissedCall, match="made no call"):
+        model(x)
+
+
+def test_more_similar_patches_where_the_partition_offers_them():
+    model, x = build("vit"), images("vit")
+    pruning = pruned(model, layers=(1,), keep=0.5, iters=1, similar=10, partition="none")
+    model(x)
+    assert pruning.kept[0].shape[1] == 1 + 3
+
+
 def test_a_copy_has_its_own():
     model, x = build("vit"), images("vit")
     pruning = pruned(model)
@@ -189,12 +227,15 @@ def test_the_paper_s_arithmetic():
         ({"keep": 1.5}, "keep: 1.5 after layer 1"),
         ({"keep": (0.5,)}, "keep: 1 values for 2 layers"),
         ({"iters": (1, 2, 3)}, "iters: 3 values for 2 layers"),
-        ({"iters": 0}, "iters: 0, expected a whole number"),
+        ({"keep": 0.02}, "keep: 0.02 after layer 1 leaves none of 16 patches"),
+        ({"keep": None}, "keep: None after layer 1"),
+        ({"layers": 3}, "layers: 3, expected a sequence"),
+        ({"iters": 0}, "iters: 0, expected a whole number, 1 or more"),
         ({"similar": -1}, "similar: -1, expected a whole number"),
         ({"similar": 9}, "similar: 9 after layer 1, where 16 patches are left"),
         ({"layers": (2, 2)}, r"layers: \[2, 2\], expected ascending ones, none twice"),
         ({"layers": (2, 4)}, r"layers: \[2, 4\], expected 1 to 3 of 3"),
-        ({"layers": (0, 1)}, "layer: 0, expected a whole number"),
+        ({"layers": (0, 1)}, "layers: 0, expected a whole number"),
         ({"layers": ()}, "layers: none"),
         ({"ranking": "best"}, "ranking: got 'best'"),
         ({"partition": "odd"}, "partition: got 'odd'"),
