@@ -24,7 +24,6 @@ import csv
 import statistics
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -96,13 +95,13 @@ class Setting:
         return self.backbone.forward_head(self.backbone.norm(self.backbone.blocks(x)))
 
     def _losses(self, run, x, labels) -> torch.Tensor:
-        with torch.autocast(DEVICE, torch.bfloat16) if AMP == "bf16" else nullcontext():
+        with autocast():
             logits = run(x)
         return F.cross_entropy(logits.float(), labels, reduction="none")
 
     def plain(self, batches: Batches) -> None:
         for images, labels in batches:
-            with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16, AMP == "bf16"):
+            with torch.no_grad(), autocast():
                 tokens = self.embed(images)
             tokens.requires_grad_()
             torch.autograd.grad(self._losses(self.rest, tokens, labels).sum(), tokens)
@@ -165,6 +164,10 @@ class Setting:
 
     def fine_tuning(self, batches: Batches) -> None:
         self._train(self.small, batches)
+
+
+def autocast() -> torch.autocast:
+    return torch.autocast(DEVICE, torch.bfloat16, AMP == "bf16")
 
 
 def _means(totals: list[torch.Tensor], batches: Batches) -> list[torch.Tensor]:

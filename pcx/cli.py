@@ -23,7 +23,7 @@ from pcx.fit import fit
 from pcx.save import load, save
 from pcx.tasks import load_task
 from pcx.token_pruning.draw import draw_kept
-from pcx.token_pruning.zero_tprune import Pruning, zero_tprune
+from pcx.token_pruning.zero_tprune import zero_tprune
 from pcx.vpt import VPT
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -222,18 +222,15 @@ def prune(
     loaded = load(model, new_backbone(backbone, 0, weights)).eval()
     data = load_task(task, data_config(loaded), root=root)
 
-    def set_up() -> Pruning:
-        return zero_tprune(
-            loaded,
-            layers=_numbers("layers", layers, int),
-            keep=_one_or_more("keep", keep, float),
-            iters=_one_or_more("iters", iters, int),
-            similar=similar,
-            ranking=ranking,
-            cls_boost=loaded.anatomy.has_cls,
-        )
-
-    pruning = set_up()
+    settings = {
+        "layers": _numbers("layers", layers, int),
+        "keep": _one_or_more("keep", keep, float),
+        "iters": _one_or_more("iters", iters, int),
+        "similar": similar,
+        "ranking": ranking,
+        "cls_boost": loaded.anatomy.has_cls,
+    }
+    pruning = zero_tprune(loaded, **settings)
     if out is not None:  # first, since a picture that cannot be written need not wait
         shown = next(iter(data.loader(split, images)))[0]
         with torch.no_grad():
@@ -244,7 +241,7 @@ def prune(
         Console().print(f"wrote {out}")
     pruning.remove()
     _say_accuracy(loaded, data, batch_size, amp, split, workers)
-    set_up()
+    zero_tprune(loaded, **settings)
     Console().print("pruned:")
     _say_accuracy(loaded, data, batch_size, amp, split, workers)
 

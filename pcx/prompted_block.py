@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pcx import seam
 from pcx.ops import reference
-from pcx.ops.backends import cannot
+from pcx.ops.backends import cpu_cannot
 from pcx.ops.logit_gate import logit_gate
 from pcx.ops.prefix_attention import prefix_attention
 
@@ -42,11 +42,7 @@ class Observer:
 
     def watch_columns(self, call: seam.Call, columns: slice) -> None:
         """Records the attention of [CLS] to prompts among the keys, mean over heads."""
-        scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
-        logits = (call.q[:, :, :1] @ call.k.transpose(-2, -1)).float() * scale  # [B, H, 1, m+S]
-        if call.bias is not None:
-            logits = logits + reference.additive(call.bias, logits.dtype)[..., :1, :]
-        weights = logits.softmax(-1)[..., 0, columns].mean(1)  # [B, m]
+        weights = reference.cls_attention(call.q, call.k, call.bias, call.scale)[:, columns]
         self.cls_attention.append(weights.detach())
 
 
@@ -183,9 +179,7 @@ class PromptedBlock(nn.Module):
             if self.calls_seen is not None:
                 self.calls_seen.append(call)
             if prefixes is None:
-                return F.scaled_dot_product_attention(
-                    call.q, call.k, call.v, attn_mask=call.bias, scale=call.scale
-                )
+                return call.output()
             return self._attend(call, *prefixes[n], sets)
 
         return seam.run(self.block, self.calls, attend, x, *args, **kwargs)
@@ -261,15 +255,12 @@ class PromptedBlock(nn.Module):
                 bias = gate if bias is None else reference.additive(bias, call.q.dtype) + gate
         if bias is not None and bias.is_floating_point():
             bias = bias.to(call.q.dtype)
-        return F.scaled_dot_product_attention(
-            call.q, call.k, call.v, attn_mask=bias, scale=call.scale
-        )
+        return seam.Call(call.q, call.k, call.v, bias, call.scale).output()
 
 
 def _for_lse(call: seam.Call) -> str:
     """The backend where the LSE is wanted: on a CPU torch would write the attention out for it."""
-    reasons = [cannot("cpu", x, call.k, x, x, x, None, 1.0) for x in (call.q, call.v)]
-    return "auto" if any(reasons) else "cpu"
+    return "auto" if any(cpu_cannot(x, call.k) for x in (call.q, call.v)) else "cpu"
 
 
 def _neighbours(x: Tensor, rank: int, batch: int) -> Tensor | None:

@@ -27,6 +27,12 @@ class Call:
     bias: Tensor | None  # broadcastable to [B, H, N, S]
     scale: float | None
 
+    def output(self) -> Tensor:
+        """What the call returns, [B, H, N, dv]."""
+        return F.scaled_dot_product_attention(
+            self.q, self.k, self.v, attn_mask=self.bias, scale=self.scale
+        )
+
     def empty_output(self) -> Tensor:
         """What the call would return, as zeros; [B, H, N, dv]."""
         return self.v.new_zeros(*self.q.shape[:-1], self.v.shape[-1])

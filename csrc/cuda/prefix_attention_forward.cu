@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, con
   __syncthreads();
 
   uint32_t queries_parity = 0;
-  if (warp >= readers) {  // copies every kCopiers-th stage
+  if (warp >= readers) {  // copies its share of the stages
     int until_mine = warp - readers;
     for (int i = blockIdx.x; i < items; i += gridDim.x, queries_parity ^= 1) {
       const Item item(inputs, plan, i);

@@ -30,7 +30,7 @@ def cannot(
     if backend == "triton":
         return _triton_cannot(q, k, v, scale)
     if backend == "cpu":
-        return _cpu_cannot(q, k)
+        return cpu_cannot(q, k)
     return None
 
 
@@ -103,7 +103,7 @@ def _triton_cannot(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     return None
 
 
-def _cpu_cannot(q: Tensor, k: Tensor) -> str | None:
+def cpu_cannot(q: Tensor, k: Tensor) -> str | None:
     if q.device.type != "cpu":
         return f"it needs CPU tensors, q is on {q.device.type}"
     if "cpu" not in registration.EXTENSION:

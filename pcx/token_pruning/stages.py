@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcx.ops.reference import additive
+from pcx.ops import reference
 from pcx.ops.weighted_pagerank import weighted_pagerank
 
 PARTITIONS = ("sequential-u", "sequential-i", "alternating", "random", "none")
@@ -94,12 +94,7 @@ def cls_attention(
     q: Tensor, k: Tensor, *, scale: float | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """A baseline: how much the first token, [CLS], attends to each, mean over heads; [B, N]."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    wide = torch.promote_types(q.dtype, torch.float32)
-    logits = (q[:, :, :1] @ k.transpose(-2, -1)).to(wide) * scale  # [B, H, 1, N]
-    if bias is not None:
-        logits = logits + additive(bias, wide)[..., :1, :]
-    return logits.softmax(-1)[:, :, 0].mean(1)
+    return reference.cls_attention(q, k, bias, scale)
 
 
 def average_attention(
@@ -183,7 +178,7 @@ def without_similar(
         "random": (order[:, :size], order[:, size:]),
         "none": (order, order),
     }[partition]
-    likeness = _likeness(_gather(features, a), _gather(features, b), measure)  # [B, |A|, |B|]
+    likeness = _likeness(pick(features, a), pick(features, b), measure)  # [B, |A|, |B|]
     if partition == "none":
         likeness.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
     alike = likeness.amax(2) if likeness.shape[2] else likeness.new_zeros(batch, a.shape[1])
@@ -247,8 +242,10 @@ def prune(
         [B, protected + keep] int64: the tokens that stay, ascending.
 
     Raises:
-        ValueError: more are to be kept or dropped than there are.
+        ValueError: more are to be kept or dropped than there are, or no such ranking, partition or
+            measure.
     """
+    check_choices(partition, measure, ranking)
     stays = None
     if similar:
         votes = importance(q, k, iters=1, variances=variances, scale=scale, bias=bias)
@@ -270,6 +267,11 @@ def prune(
     return best if stays is None else stays.gather(1, best)
 
 
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens [B, N, F] at [B, n] -> [B, n, F]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+
+
 def _ranked(scores: Tensor) -> Tensor:
     """Indices from the highest to the lowest; equal ones in their order."""
     return scores.sort(dim=1, descending=True, stable=True).indices
@@ -278,11 +280,6 @@ def _ranked(scores: Tensor) -> Tensor:
 def _with_protected(patches: Tensor, protected: int) -> Tensor:
     first = torch.arange(protected, device=patches.device).expand(patches.shape[0], -1)
     return torch.cat([first, patches.sort(1).values], 1)
-
-
-def _gather(x: Tensor, index: Tensor) -> Tensor:
-    """[B, N, F] at [B, n] -> [B, n, F]."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
 def _tokens(x: Tensor, index: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcx import seam
@@ -47,19 +46,19 @@ class Step:
     iters: int
     similar: int
 
-    def counts(self, patches: int) -> tuple[int, int]:
-        """How many of them stay in the end, and how many S drops; halves are rounded up.
+    def left(self, patches: int) -> int:
+        """How many of them stay in the end; halves are rounded up.
 
         Raises:
             ValueError: none would stay.
         """
-        left = int(round((patches - self.similar) * self.keep, 9) + 0.5)
-        if left < 1:
+        stay = int(round((patches - self.similar) * self.keep, 9) + 0.5)
+        if stay < 1:
             raise ValueError(
                 f"keep: {self.keep} after layer {self.layer} leaves none of {patches} patches, of "
                 f"which {self.similar} are similar"
             )
-        return left, self.similar
+        return stay
 
 
 class Pruning:
@@ -214,9 +213,7 @@ class _PrunedForward:
 
             def attend(_: int, call: seam.Call) -> Tensor:
                 calls.append(call)
-                return F.scaled_dot_product_attention(
-                    call.q, call.k, call.v, attn_mask=call.bias, scale=call.scale
-                )
+                return call.output()
 
             with seam.intercept(attend, []):
                 out = forward(self.block, x, *args, **kwargs)
@@ -232,12 +229,11 @@ class _PrunedForward:
 
     def _choose(self, call: seam.Call) -> Tensor:
         self.came = call.q.shape[2]
-        keep, similar = self.step.counts(self.came - self.protected)
         return stages.prune(
             call.q,
             call.k,
-            keep=keep,
-            similar=similar,
+            keep=self.step.left(self.came - self.protected),
+            similar=self.step.similar,
             iters=self.step.iters,
             protected=self.protected,
             scale=call.scale,
@@ -249,7 +245,7 @@ class _PrunedForward:
 def _picked(out: Any, stays: Tensor) -> Any:
     if isinstance(out, tuple):  # Hugging Face's older layers
         return (_picked(out[0], stays), *out[1:])
-    return out.gather(1, stays[..., None].expand(-1, -1, out.shape[2]))
+    return stages.pick(out, stays)
 
 
 def _set_up(model: nn.Module) -> list[_PrunedForward]:
@@ -329,8 +325,7 @@ def _check_counts(steps: list[Step], patches: int, partition: str) -> None:
                 f"similar: {step.similar} after layer {step.layer}, where {patches} patches are "
                 f"left, of which {most} could be dropped"
             )
-        keep, _ = step.counts(patches)
-        patches = keep
+        patches = step.left(patches)
 
 
 def _patches(backbone: Any) -> int | None:
