@@ -31,6 +31,7 @@ py::dict build_info() {
 }
 
 void register_operations() {
+  pcx::register_autograd();
   pcx::register_cpu();
   pcx::register_cpu_scores();
   pcx::register_cpu_pagerank();

@@ -5,8 +5,9 @@
 
 namespace pcx {
 
-constexpr int kSchemas = 7;  // as SCHEMAS in pcx/ops/registration.py
+constexpr int kSchemas = 8;  // as SCHEMAS in pcx/ops/registration.py
 
+void register_autograd();
 void register_cpu();
 void register_cpu_scores();
 void register_cpu_pagerank();

@@ -24,11 +24,9 @@ from torch import Tensor
 
 from pcx.kernels.launch import on_device, rowwise
 from pcx.kernels.tiles import LOG2_E, parts, precision, set_strides, tile
-from pcx.ops.backends import aligned, processors
+from pcx.ops.backends import capability, processors
 
 LN_2 = tl.constexpr(0.6931471805599453)
-# With more, of which one block cannot hold all, Triton gives their gradient faster (measured).
-HOPPER_QUERIES = 200
 # Vary from call to call: one compiled form for all.
 RUNTIME = ["N", "S", "m", "B1", "rows_per_chunk"]
 
@@ -843,14 +841,13 @@ def backward(
     scale: float,
     needs: tuple[bool, bool, bool, bool],
     tiles: dict[str, tuple[int, int, int, int]] | None = None,
-    hopper: bool = False,
+    hopper: tuple[bool, bool, bool] = (False, False, False),
 ) -> tuple[Tensor | None, ...]:
     """(dq, dk, dv, dprefix_k, dprefix_v, dbias); None where `needs` (q, own, prefix, bias) says no.
 
     dq, dk and dv lie in memory as [B, N, H, d]; the bias's gradient is [B, H, N, S] float32, to be
-    summed to its shape. Where `hopper` says that they fit, the CUDA kernels of pcx._C give these,
-    but for the gradients of prefix sets that samples share, and of queries beyond HOPPER_QUERIES.
-    Those of sets [G, H, m, d] lie in memory as [G, m, H, d].
+    summed to its shape. Those of sets [G, H, m, d] lie in memory as [G, m, H, d]. `hopper` says which
+    of the queries', own keys' and prefix's the CUDA kernels of pcx._C give.
     """
     need_q, need_own, need_prefix, need_bias = needs
     batch, heads, _, dim = q.shape
@@ -860,8 +857,8 @@ def backward(
     lse = lse.transpose(0, 1).contiguous().transpose(0, 1)  # hooks on saved tensors may move it
     index, lengths = _dense(index), _dense(lengths)
     tiles = tiles or {}
-    hopper = hopper and q.numel() > 0 and aligned(grad_out) and aligned(out)
-    if hopper and need_q and q.shape[2] <= HOPPER_QUERIES:
+    hopper_queries, hopper_own, hopper_prefix = hopper
+    if hopper_queries:
         dq, delta = torch.ops.pcx.prefix_attention_query_gradient_hopper(
             q, k, v, prefix_k, prefix_v, index, lengths, out, lse, grad_out, grad_lse, scale
         )
@@ -873,13 +870,13 @@ def backward(
         )  # fmt: skip
     dk = dv = dprefix_k = dprefix_v = None
     rows = _Rows(q, lse, grad_out, delta, scale)
-    if need_own and hopper:
+    if hopper_own:
         dk, dv = _hopper_gradients(k, v, rows)
     elif need_own:
         dk, dv = (q.new_empty(batch, own, heads, dim).transpose(1, 2) for _ in range(2))
         config = tiles.get("own") or _configuration("own", q, own)
         _launch_key_gradients(k, v, dk[None], dv[None], rows, config, bias=bias)
-    if need_prefix and hopper and index is None and lengths is None and m > 0:
+    if hopper_prefix:
         dprefix_k, dprefix_v = _hopper_gradients(prefix_k, prefix_v, rows)
     elif need_prefix:
         config = tiles.get("prefix") or _configuration("prefix", q, m)
@@ -1051,11 +1048,21 @@ _TILES = {
 }
 
 
+# Where the tiles above spill with Triton 3.8.
+_BEFORE_HOPPER = {("16 bits", "own"): (32, 64, 4, 3)}
+
+
+def _before_hopper(q: Tensor) -> bool:
+    return q.is_cuda and capability(q.device) < (9, 0)
+
+
 def _configuration(kernel: str, q: Tensor, keys: int) -> tuple[int, int, int, int]:
     group = "16 bits" if q.shape[-1] in (16, 32, 64) else "16 bits, two parts or d > 64"
     if q.dtype == torch.float32:
         group = "float32"
     bm, bn, warps, stages = _TILES[group][kernel]
+    if (group, kernel) in _BEFORE_HOPPER and _before_hopper(q):
+        bm, bn, warps, stages = _BEFORE_HOPPER[group, kernel]
     if kernel in ("forward", "query") and q.shape[2] <= 16:  # queries of [CLS] only
         bm = 16
     if kernel == "prefix" and keys <= bn // 2:

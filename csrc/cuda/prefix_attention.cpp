@@ -1,9 +1,10 @@
-// Makes the CUDA kernels operations of torch. What fits them is decided, and said, in
-// pcx/ops/backends.py; what is checked here would be a mistake there.
+// prefix_attention on CUDA: which calls the kernels for Hopper take, and those as operations of
+// torch. What they leave goes to Triton, in Python.
 
 #include "prefix_attention.h"
 
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
@@ -11,8 +12,11 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <array>
 #include <optional>
+#include <string>
 #include <tuple>
+#include <utility>
 
 #include "../operations.h"
 
@@ -216,12 +220,124 @@ std::tuple<Tensor, Tensor> key_gradients(const Tensor& q, const Tensor& grad_out
   return {sum_k, sum_v};
 }
 
+// With more, of which one block cannot hold all, Triton gives their gradient faster (measured).
+constexpr int64_t kQueries = 200;
+
+bool on_lines_of_16_bytes(const Tensor& x) {
+  if (x.stride(-1) != 1 || reinterpret_cast<uintptr_t>(x.data_ptr()) % 16) return false;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i)
+    if (x.size(i) > 1 && x.stride(i) % 8) return false;
+  return true;
+}
+
+int attribute(const Tensor& on, cudaDeviceAttr which) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, on.device().index()));
+  return value;
+}
+
+// Why the kernels cannot run; empty where they can.
+std::string cannot(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k,
+                   const Tensor& prefix_v, const OptionalTensor& bias) {
+  if (attribute(q, cudaDevAttrComputeCapabilityMajor) != 9 ||
+      attribute(q, cudaDevAttrComputeCapabilityMinor) != 0)
+    return "it is written for compute capability 9.0 (Hopper)";
+  if (q.scalar_type() != at::kBFloat16 && q.scalar_type() != at::kHalf)
+    return std::string("it computes bfloat16 and float16, q has ") + toString(q.scalar_type());
+  if (q.size(3) != 64 || v.size(3) != 64)
+    return "it needs d = dv = 64, got " + std::to_string(q.size(3)) + " and " +
+           std::to_string(v.size(3));
+  if (bias) return "it takes no bias";
+  const std::array<std::pair<const char*, const Tensor*>, 5> named{
+      {{"q", &q}, {"k", &k}, {"v", &v}, {"prefix_k", &prefix_k}, {"prefix_v", &prefix_v}}};
+  for (const auto& [name, x] : named) {
+    if (!on_lines_of_16_bytes(*x))
+      return std::string("the rows of ") + name + " do not begin on multiples of 16 bytes";
+    if (x->stride(-2) >= int64_t{1} << 30)
+      return std::string("the tokens of ") + name + " lie 2**30 elements apart";
+  }
+  return {};
+}
+
+// A named backend that cannot run raises where it is held to it; a backward pass is not, since
+// hooks may have moved what was saved. "auto" wants a head for every processor: with fewer,
+// Triton's smaller parts are faster.
+bool taken(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k,
+           const Tensor& prefix_v, const OptionalTensor& bias, c10::string_view backend,
+           bool held_to) {
+  if (backend == "triton") return false;
+  const std::string reason = cannot(q, k, v, prefix_k, prefix_v, bias);
+  if (held_to && backend == "cuda")
+    TORCH_CHECK_VALUE(reason.empty(), "backend: 'cuda' cannot run: ", reason);
+  if (!reason.empty()) return false;
+  return backend == "cuda" || q.size(0) * q.size(1) >= attribute(q, cudaDevAttrMultiProcessorCount);
+}
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> operation(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+std::tuple<Tensor, Tensor> attention_on_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             const Tensor& prefix_k, const Tensor& prefix_v,
+                                             const OptionalTensor& index,
+                                             const OptionalTensor& lengths,
+                                             const OptionalTensor& bias, double scale,
+                                             c10::string_view backend) {
+  if (taken(q, k, v, prefix_k, prefix_v, bias, backend, true))
+    return forward(q, k, v, prefix_k, prefix_v, index, lengths, scale);
+  using Triton = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
+                                            const Tensor&, const Tensor&, const OptionalTensor&,
+                                            const OptionalTensor&, const OptionalTensor&, double);
+  static const auto triton = operation<Triton>("pcx::prefix_attention_triton");
+  return triton.call(q, k, v, prefix_k, prefix_v, index, lengths, bias, scale);
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Gradients backward_on_cuda(const Tensor& any_grad_out, const OptionalTensor& grad_lse,
+                           const Tensor& q, const Tensor& k, const Tensor& v,
+                           const Tensor& prefix_k, const Tensor& prefix_v,
+                           const OptionalTensor& index, const OptionalTensor& lengths,
+                           const OptionalTensor& bias, const Tensor& any_out, const Tensor& any_lse,
+                           double scale, const c10::List<bool>& needs, c10::string_view backend) {
+  const bool need_q = needs[0], need_own = needs[1], need_prefix = needs[2];
+  const bool fits = q.numel() > 0 && taken(q, k, v, prefix_k, prefix_v, bias, backend, false);
+  const bool queries = fits && need_q && (q.size(2) <= kQueries || backend == "cuda");
+  const bool prefix = fits && need_prefix && !index && !lengths && prefix_k.size(-2) > 0;
+  const auto aligned = [&](const Tensor& x) {
+    return !fits || on_lines_of_16_bytes(x) ? x : x.clone(at::MemoryFormat::Contiguous);
+  };
+  const Tensor grad_out = aligned(any_grad_out), out = aligned(any_out);
+  const Tensor lse = is_by_row(any_lse, q) ? any_lse  // hooks on saved tensors may move it
+                                           : any_lse.transpose(0, 1).contiguous().transpose(0, 1);
+  if (!queries || (need_prefix && !prefix)) {
+    using Triton = Gradients(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                             const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                             const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                             const Tensor&, double, const c10::List<bool>&, const c10::List<bool>&);
+    static const auto triton = operation<Triton>("pcx::prefix_attention_backward_triton");
+    return triton.call(grad_out, grad_lse, q, k, v, prefix_k, prefix_v, index, lengths, bias, out,
+                       lse, scale, needs, c10::List<bool>({queries, fits && need_own, prefix}));
+  }
+  const Tensor none = at::empty({0}, q.options());
+  const auto [dq, delta] = query_gradient(q, k, v, prefix_k, prefix_v, index, lengths, out, lse,
+                                          grad_out, grad_lse, scale);
+  Tensor dk = none, dv = none, dprefix_k = none, dprefix_v = none;
+  if (need_own) std::tie(dk, dv) = key_gradients(q, grad_out, k, v, lse, delta, scale);
+  if (need_prefix)
+    std::tie(dprefix_k, dprefix_v) =
+        key_gradients(q, grad_out, prefix_k, prefix_v, lse, delta, scale);
+  return {dq, dk, dv, dprefix_k, dprefix_v, none};
+}
+
 }  // namespace
 
 void pcx::register_cuda() {
   static torch::Library library(torch::Library::IMPL, "pcx", c10::DispatchKey::CUDA, __FILE__,
                                 __LINE__);
-  library.impl("prefix_attention_hopper", &forward);
+  library.impl("prefix_attention", &attention_on_cuda);
+  library.impl("prefix_attention_backward", &backward_on_cuda);
   library.impl("prefix_attention_query_gradient_hopper", &query_gradient);
   library.impl("prefix_attention_key_gradients_hopper", &key_gradients);
 }

@@ -11,7 +11,6 @@ from torch import Tensor
 from pcx.ops import registration
 
 TRITON = importlib.util.find_spec("triton") is not None
-HOPPER = (9, 0)
 
 
 def cannot(
@@ -26,7 +25,7 @@ def cannot(
 ) -> str | None:
     """None where the backend can run on checked arguments, or the reason why it cannot."""
     if backend == "cuda":
-        return _cuda_cannot(q, k, v, prefix_k, prefix_v, bias, scale)
+        return _cuda_cannot(q, k, v, scale)
     if backend == "triton":
         return _triton_cannot(q, k, v, scale)
     if backend == "cpu":
@@ -34,46 +33,16 @@ def cannot(
     return None
 
 
-def _cuda_cannot(q, k, v, prefix_k, prefix_v, bias, scale: float) -> str | None:
+def _cuda_cannot(q, k, v, scale: float) -> str | None:
+    """What csrc/cuda/prefix_attention.cpp finds wrong beside, the call itself says."""
     reason = _triton_cannot(q, k, v, scale)  # which gives what the CUDA kernels leave
-    if reason:
-        return reason
-    if "cuda" not in registration.EXTENSION:
+    if reason is None and "cuda" not in registration.EXTENSION:
         return "pcx was installed without its CUDA kernels"
-    if capability(q.device) != HOPPER:
-        return "it is written for compute capability 9.0 (Hopper)"
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"it computes bfloat16 and float16, q has {q.dtype}"
-    if q.shape[-1] != 64 or v.shape[-1] != 64:
-        return f"it needs d = dv = 64, got {q.shape[-1]} and {v.shape[-1]}"
-    if bias is not None:
-        return "it takes no bias"
-    named = {"q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v}
-    for name, tensor in named.items():
-        # A compiler sees no layout that it would hold to; the call itself looks again.
-        if not torch.compiler.is_compiling() and not aligned(tensor):
-            return f"the rows of {name} do not begin on multiples of 16 bytes"
-        if tensor.stride(-2) >= 2**30:
-            return f"the tokens of {name} lie 2**30 elements apart"
-    return None
-
-
-def aligned(x: Tensor) -> bool:
-    """Whether rows are dense and begin 16 bytes apart, or multiples of it, in x's memory."""
-    *steps, last = x.stride()
-    if last != 1 or x.storage_offset() % 8:
-        return False
-    return not any(step % 8 and x.shape[i] > 1 for i, step in enumerate(steps))
-
-
-def capability(device: torch.device) -> tuple[int, int]:
-    if torch.compiler.is_compiling():  # which takes no cache for granted
-        return torch.cuda.get_device_capability(device)
-    return _capability(device)
+    return reason
 
 
 @functools.cache  # torch's own takes a while
-def _capability(device: torch.device) -> tuple[int, int]:
+def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 

@@ -1,8 +1,10 @@
 """Registration with torch of the operations that have compiled backends.
 
-Schemas, fakes and gradients are defined here, in Python, so that they exist without the compiled
-part; a backend adds an implementation for its dispatch key: Triton for CUDA here, C++ for CPU, and
-CUDA C++ for Hopper, when `pcx._C` is loaded.
+Schemas and fakes are defined here, in Python, so that they exist without the compiled part; a
+backend adds an implementation for its dispatch key: Triton for CUDA here, C++ for CPU, and CUDA C++
+for Hopper, when `pcx._C` is loaded. Then the gradient of `prefix_attention`, and what a call does
+on CUDA, are C++ too, since Python would take longer over them than the GPU; else they are the
+Python below.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 from pcx.ops import reference
 
 LIBRARY = torch.library.Library("pcx", "FRAGMENT")
-SCHEMAS = 7  # moves with every change of a schema below, as kSchemas in csrc/operations.h
+SCHEMAS = 8  # moves with every change of a schema below, as kSchemas in csrc/operations.h
 
 LIBRARY.define(
     "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
@@ -29,13 +31,20 @@ LIBRARY.define(
     "Tensor? bias, Tensor out, Tensor lse, float scale, bool[] needs, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-# What the two call on a Hopper GPU where `pcx.ops.backends` says that it fits; without gradients of
-# their own: the output and its LSE; the gradient of q, and delta [B, H, N], which the other
-# gradients use; those of a sample's own keys and values, or of a prefix [H, m, d].
+# What the two call on CUDA; without gradients of their own. `hopper` says which of the gradients of
+# queries, own keys and prefix the two below give.
 LIBRARY.define(
-    "prefix_attention_hopper(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
-    "Tensor? prefix_index, Tensor? prefix_lengths, float scale) -> (Tensor, Tensor)"
+    "prefix_attention_triton(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
+    "Tensor? prefix_index, Tensor? prefix_lengths, Tensor? bias, float scale) -> (Tensor, Tensor)"
 )
+LIBRARY.define(
+    "prefix_attention_backward_triton(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, "
+    "Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? prefix_index, Tensor? prefix_lengths, "
+    "Tensor? bias, Tensor out, Tensor lse, float scale, bool[] needs, bool[] hopper) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+# The gradient of q, and delta [B, H, N], which the other gradients use; those of a sample's own
+# keys and values, or of a prefix [H, m, d].
 LIBRARY.define(
     "prefix_attention_query_gradient_hopper(Tensor q, Tensor k, Tensor v, Tensor prefix_k, "
     "Tensor prefix_v, Tensor? prefix_index, Tensor? prefix_lengths, Tensor out, Tensor lse, "
@@ -162,34 +171,31 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-torch.library.register_autograd(
-    "pcx::prefix_attention", _gradients, setup_context=_setup_context, lib=LIBRARY
-)
-torch.library.register_autograd(
-    "pcx::prefix_attention_backward", _no_second_derivative, lib=LIBRARY
-)
-
-
-@torch.library.impl(LIBRARY, "prefix_attention", "CUDA")
-def _on_cuda(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lengths, bias, scale, backend):
-    tensors, sets = (q, k, v, prefix_k, prefix_v), (prefix_index, prefix_lengths)
-    if _fits_hopper(tensors, bias, scale, backend):
-        return torch.ops.pcx.prefix_attention_hopper(*tensors, *sets, scale)
+@torch.library.impl(LIBRARY, "prefix_attention_triton", "CUDA")
+def _triton(*arguments):
     from pcx.kernels import prefix_attention as kernel
 
-    return kernel.forward(*tensors, *sets, bias, scale)
+    return kernel.forward(*arguments)
 
 
-@torch.library.impl(LIBRARY, "prefix_attention_backward", "CUDA")
-def _backward_on_cuda(grad_out, grad_lse, *arguments):
+@torch.library.impl(LIBRARY, "prefix_attention_backward_triton", "CUDA")
+def _triton_backward(grad_out, grad_lse, q, *arguments):
     from pcx.kernels import prefix_attention as kernel
 
-    *tensors, scale, needs, backend = arguments
-    q, bias = tensors[0], tensors[7]
-    hopper = _fits_hopper(tensors[:5], bias, scale, backend, held_to=False)
+    *tensors, needs, hopper = arguments
     run: Any = kernel.backward
-    found = run(grad_out, grad_lse, *tensors, scale, tuple(needs), hopper=hopper)
+    found = run(grad_out, grad_lse, q, *tensors, tuple(needs), hopper=tuple(hopper))
     return tuple(q.new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+def _on_cuda(*arguments):
+    *tensors, _ = arguments
+    return torch.ops.pcx.prefix_attention_triton(*tensors)
+
+
+def _backward_on_cuda(*arguments):
+    *tensors, _ = arguments
+    return torch.ops.pcx.prefix_attention_backward_triton(*tensors, [False, False, False])
 
 
 @torch.library.register_fake("pcx::prefix_logit_gradient", lib=LIBRARY)
@@ -246,32 +252,6 @@ def _pagerank(q, k, init, bias, prefix_k, iters, scale):
     return reference.weighted_pagerank(q, k, init, bias, prefix_k, iters, scale)
 
 
-def _fits_hopper(tensors: Any, bias, scale: float, backend: str, held_to: bool = True) -> bool:
-    """Here and not by the caller: a compiled program may lay out what it passes as it likes.
-
-    A named backend that cannot run raises where it is `held_to`; a backward is not, since hooks may
-    have moved what was saved.
-    """
-    from pcx.ops.backends import cannot
-
-    if backend == "triton":
-        return False
-    q, k, v, prefix_k, prefix_v = tensors
-    reason = cannot("cuda", q, k, v, prefix_k, prefix_v, bias, scale)
-    if reason is None and any(t.data_ptr() % 16 for t in tensors):  # a fake tensor has no address
-        reason = "a tensor's memory does not begin on a multiple of 16 bytes"
-    if reason and backend == "cuda" and held_to:
-        raise ValueError(f"backend: 'cuda' cannot run: {reason}")
-    return reason is None and (backend == "cuda" or _fills_device(q))
-
-
-def _fills_device(q: Tensor) -> bool:
-    """Whether every processor gets a head; with fewer, Triton's smaller parts are faster."""
-    from pcx.ops.backends import processors
-
-    return q.shape[0] * q.shape[1] >= processors(q.device)
-
-
 def _load() -> frozenset[str]:
     """What the compiled part, where there is one, has kernels for: "cpu", "cuda"."""
     try:
@@ -294,3 +274,14 @@ def _load() -> frozenset[str]:
 
 
 EXTENSION = _load()
+
+if not EXTENSION:
+    torch.library.register_autograd(
+        "pcx::prefix_attention", _gradients, setup_context=_setup_context, lib=LIBRARY
+    )
+    torch.library.register_autograd(
+        "pcx::prefix_attention_backward", _no_second_derivative, lib=LIBRARY
+    )
+if "cuda" not in EXTENSION:
+    LIBRARY.impl("prefix_attention", _on_cuda, "CUDA")
+    LIBRARY.impl("prefix_attention_backward", _backward_on_cuda, "CUDA")

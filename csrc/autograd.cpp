@@ -1,0 +1,163 @@
+// The gradient of prefix_attention. Python defines the same where there is no compiled part; there
+// a call takes some hundred microseconds, longer than the GPU works on it.
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "operations.h"
+
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> operation(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+using Attention = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
+                                             const Tensor&, const Tensor&, const OptionalTensor&,
+                                             const OptionalTensor&, const OptionalTensor&, double,
+                                             c10::string_view);
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Backward = Gradients(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                           const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                           const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                           const Tensor&, double, const c10::List<bool>&, c10::string_view);
+
+OptionalTensor given(const Tensor& x) { return x.defined() ? OptionalTensor(x) : std::nullopt; }
+
+Tensor or_none(const OptionalTensor& x) { return x.value_or(Tensor()); }
+
+bool differentiated(std::initializer_list<OptionalTensor> tensors) {
+  if (!at::GradMode::is_enabled()) return false;
+  for (const auto& x : tensors)
+    if (x && x->requires_grad()) return true;
+  return false;
+}
+
+// Of a bias [B0 | 1, B1 | 1, H | 1, N | 1, S | 1], from its gradient expanded to [B0 * B1, H, N,
+// S].
+Tensor bias_gradient(const Tensor& expanded, const Tensor& bias, const c10::SymInt& batch) {
+  const auto inner = bias.sym_size(1) > 1   ? bias.sym_size(1)
+                     : bias.sym_size(0) > 0 ? batch / bias.sym_size(0)
+                                            : c10::SymInt(0);
+  const auto outer = inner > 0 ? batch / inner : bias.sym_size(0);
+  const auto by_batches = expanded.unflatten_symint(0, {outer, inner});
+  return by_batches.sum_to_size_symint(bias.sym_sizes()).to(bias.scalar_type());
+}
+
+struct Attend : torch::autograd::Function<Attend> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k,
+                               const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
+                               const OptionalTensor& index, const OptionalTensor& lengths,
+                               const OptionalTensor& bias, double scale, c10::string_view backend) {
+    static const auto attend = operation<Attention>("pcx::prefix_attention");
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const auto [out, lse] =
+        attend.call(q, k, v, prefix_k, prefix_v, index, lengths, bias, scale, backend);
+    ctx->save_for_backward(
+        {q, k, v, prefix_k, prefix_v, or_none(index), or_none(lengths), or_none(bias), out, lse});
+    ctx->saved_data["scale"] = scale;
+    ctx->saved_data["backend"] = std::string(backend);
+    ctx->set_materialize_grads(false);
+    return {out, lse};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto run = operation<Backward>("pcx::prefix_attention_backward");
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &q = saved[0], &index = saved[5], &lengths = saved[6], &bias = saved[7],
+                 &out = saved[8];
+    // Inputs that are not there have no edge.
+    const size_t bias_edge = 5 + index.defined() + lengths.defined();
+    const auto needs = [&](size_t edge) { return ctx->needs_input_grad(edge); };
+    const bool need_bias = bias.defined() && needs(bias_edge);
+    const auto [dq, dk, dv, dprefix_k, dprefix_v, dbias] =
+        run.call(grads[0].defined() ? grads[0] : at::zeros_like(out), given(grads[1]), q, saved[1],
+                 saved[2], saved[3], saved[4], given(index), given(lengths), given(bias), out,
+                 saved[9], ctx->saved_data["scale"].toDouble(),
+                 c10::List<bool>({needs(0), needs(1) || needs(2), needs(3) || needs(4), need_bias}),
+                 ctx->saved_data["backend"].toStringRef());
+    const auto wanted = [](bool need, const Tensor& x) { return need ? x : Tensor(); };
+    return {wanted(needs(0), dq),
+            wanted(needs(1), dk),
+            wanted(needs(2), dv),
+            wanted(needs(3), dprefix_k),
+            wanted(needs(4), dprefix_v),
+            Tensor(),
+            Tensor(),
+            need_bias ? bias_gradient(dbias, bias, q.sym_size(0)) : Tensor(),
+            Tensor(),
+            Tensor()};
+  }
+};
+
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                     const Tensor& prefix_k, const Tensor& prefix_v,
+                                     const OptionalTensor& index, const OptionalTensor& lengths,
+                                     const OptionalTensor& bias, double scale,
+                                     c10::string_view backend) {
+  if (!differentiated({q, k, v, prefix_k, prefix_v, bias})) {
+    static const auto attend = operation<Attention>("pcx::prefix_attention");
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return attend.call(q, k, v, prefix_k, prefix_v, index, lengths, bias, scale, backend);
+  }
+  const auto found =
+      Attend::apply(q, k, v, prefix_k, prefix_v, index, lengths, bias, scale, backend);
+  return {found[0], found[1]};
+}
+
+// The backward pass once more: what it gives has no derivative, and says so.
+struct Once : torch::autograd::Function<Once> {
+  static variable_list forward(AutogradContext*, at::TensorList, at::TensorList found) {
+    return found.vec();
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK(false,
+                "prefix_attention: has no second derivative; use backend='reference' under "
+                "create_graph");
+  }
+};
+
+Gradients attention_backward(const Tensor& grad_out, const OptionalTensor& grad_lse,
+                             const Tensor& q, const Tensor& k, const Tensor& v,
+                             const Tensor& prefix_k, const Tensor& prefix_v,
+                             const OptionalTensor& index, const OptionalTensor& lengths,
+                             const OptionalTensor& bias, const Tensor& out, const Tensor& lse,
+                             double scale, const c10::List<bool>& needs, c10::string_view backend) {
+  static const auto run = operation<Backward>("pcx::prefix_attention_backward");
+  const auto compute = [&] {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return run.call(grad_out, grad_lse, q, k, v, prefix_k, prefix_v, index, lengths, bias, out, lse,
+                    scale, needs, backend);
+  };
+  const auto found = compute();
+  if (!differentiated({grad_out, grad_lse, q, k, v, prefix_k, prefix_v, bias})) return found;
+  const auto [dq, dk, dv, dprefix_k, dprefix_v, dbias] = found;
+  variable_list from{grad_out, q, k, v, prefix_k, prefix_v};
+  for (const auto& x : {grad_lse, bias})
+    if (x) from.push_back(*x);
+  const variable_list to{dq, dk, dv, dprefix_k, dprefix_v, dbias};
+  const auto once = Once::apply(at::TensorList(from), at::TensorList(to));
+  return {once[0], once[1], once[2], once[3], once[4], once[5]};
+}
+
+}  // namespace
+
+void pcx::register_autograd() {
+  static torch::Library library(torch::Library::IMPL, "pcx", c10::DispatchKey::Autograd, __FILE__,
+                                __LINE__);
+  library.impl("prefix_attention", &attention);
+  library.impl("prefix_attention_backward", &attention_backward);
+}
