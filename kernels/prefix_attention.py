@@ -846,8 +846,8 @@ def backward(
     """(dq, dk, dv, dprefix_k, dprefix_v, dbias); None where `needs` (q, own, prefix, bias) says no.
 
     dq, dk and dv lie in memory as [B, N, H, d]; the bias's gradient is [B, H, N, S] float32, to be
-    summed to its shape. Those of sets [G, H, m, d] lie in memory as [G, m, H, d]. `hopper` says which
-    of the queries', own keys' and prefix's the CUDA kernels of pcx._C give.
+    summed to its shape. Those of sets [G, H, m, d] lie in memory as [G, m, H, d]. `hopper` says
+    which of the queries', own keys' and prefix's the CUDA kernels of pcx._C give.
     """
     need_q, need_own, need_prefix, need_bias = needs
     batch, heads, _, dim = q.shape

@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pcx.amp import AMP, cast_weights
 from pcx.prompted_block import PromptedBlock
 from pcx.save import backbone_fingerprint
 from pcx.vpt import VPT
-
-AMP = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Frozen(nn.Module):
@@ -140,13 +139,9 @@ def ensemble(models: Sequence[VPT]) -> Ensemble:
 
 def _cast(backbone: nn.Module, dtype: torch.dtype) -> None:
     """Casts what autocast would cast in every call."""
+    cast_weights(backbone, dtype)
     for module in backbone.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                if parameter.dtype != torch.float64:  # which autocast leaves alone
-                    cast = nn.Parameter(parameter.to(dtype), requires_grad=False)
-                    setattr(module, name, cast)
-        elif isinstance(module, PromptedBlock):
+        if isinstance(module, PromptedBlock):
             for name, buffer in list(module.named_buffers(recurse=False)):
                 if buffer.is_floating_point() and buffer.dtype != torch.float64:
                     setattr(module, name, buffer.to(dtype))

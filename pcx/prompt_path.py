@@ -194,7 +194,7 @@ def _product(grads: Sequence[Tensor], matrices: Sequence[Tensor]) -> Tensor:
     batch, _, m, _ = grads[0].shape
     total: Tensor | None = None
     for grad, matrix in zip(grads, matrices, strict=True):
-        rows = _rows(grad).flatten(0, 1).to(matrix.dtype)  # [B m, all heads' d]
+        rows = grad.transpose(1, 2).reshape(batch * m, -1).to(matrix.dtype)  # [B m, all heads' d]
         total = rows @ matrix if total is None else torch.addmm(total, rows, matrix)
     assert total is not None
-    return total.unflatten(0, (batch, m))
+    return total.view(batch, m, -1)

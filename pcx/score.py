@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DistributedSampler, IterableDataset
 
+from pcx.amp import AMP, weights_cast
 from pcx.data import data_config, plain_loader, rebuilt
 from pcx.evaluate import (
     Criterion,
@@ -30,7 +31,6 @@ from pcx.evaluate import (
 )
 from pcx.files import written_whole
 from pcx.fingerprint import fingerprint
-from pcx.freeze import AMP
 from pcx.ops.prompt_score import prompt_score
 from pcx.prompt_path import PromptPath
 from pcx.prompted_block import Observer
@@ -166,7 +166,8 @@ def score(
         plain = plain_loader(loader, data_config(model))
         with _as_scored(model):
             reader = _Reader(model, plain.loader, criterion, AMP[amp], progress)
-            found |= _one_pass(reader, [m for m in methods if m in ONE_PASS], cuda_graph)
+            with weights_cast(model.backbone, AMP[amp]):
+                found |= _one_pass(reader, [m for m in methods if m in ONE_PASS], cuda_graph)
             for name in REMOVAL:
                 if name in methods:
                     sums = _Sums(reader, name, plain.description, checkpoint_dir, resume)

@@ -51,6 +51,18 @@ def test_an_extension_of_another_version_is_left_out_and_said():
     assert "_C.so is of another version of pcx and is left out: build it again" in said
 
 
+def test_without_the_extension_nothing_is_said_and_all_is_there():
+    said = python(
+        "import sys, warnings; warnings.simplefilter('error')\n"
+        "sys.modules['pcx._C'] = None\n"
+        "import pcx, torch; from pcx.ops.registration import EXTENSION\n"
+        "assert not EXTENSION\n"
+        "q, k, v = torch.randn(3, 2, 4, 5, 8, requires_grad=True).unbind()\n"
+        "pcx.prefix_attention(q, k, v, *torch.randn(2, 4, 3, 8)).sum().backward()\n"
+    )
+    assert not said
+
+
 def test_without_torch_pure_python_is_installed():
     """setup.py where torch cannot be imported: no extension, said aloud."""
     said = python(

@@ -1,7 +1,9 @@
 """Scores against what they are defined to be, one sample and one prompt at a time."""
 
 import gc
+import sys
 import weakref
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -556,6 +558,27 @@ def test_scores_in_bfloat16(path):
         torch.testing.assert_close(a, b, rtol=0.1, atol=0.02 * float(b.max()))
     with pytest.raises(ValueError, match="amp: got 'fp8', expected one of"):
         pcx.score(model, loader, amp="fp8", **QUIET)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_cast_once_to_the_same_bits_and_left_alone(monkeypatch, kind):
+    torch.manual_seed(0)
+    model = pcx.VPT(build("vit", dtype=torch.float32), 4, kind=kind).eval()
+    loader = DataLoader(TensorDataset(images("vit", 8).float(), torch.arange(8) % 3), 4)
+    before = dict(model.named_parameters())
+    dtypes = set()
+    linear = model.layers[0].block.mlp.fc1
+    hook = linear.register_forward_pre_hook(lambda m, _: dtypes.add(m.weight.dtype))
+    once = pcx.score(model, loader, amp="bf16", **QUIET)
+    assert dtypes == {torch.bfloat16}
+    hook.remove()
+    with pytest.raises(ZeroDivisionError):
+        pcx.score(model, loader, amp="bf16", criterion=lambda *_: 1 / 0, **QUIET)
+    after = dict(model.named_parameters())
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    monkeypatch.setattr(sys.modules["pcx.score"], "weights_cast", lambda *_: nullcontext())
+    assert all(map(torch.equal, once, pcx.score(model, loader, amp="bf16", **QUIET)))
 
 
 def test_scores_in_float32_and_bfloat16_rank_as_in_float64():

@@ -49,8 +49,8 @@ def prefix_attention(
         scale: factor on the logits, 1 / sqrt(d) by default.
         return_lse: also return the natural log of the softmax's denominator, [B, H, N] in float32
             (float64 for float64), differentiable.
-        backend: "cuda" (Hopper, 16 bits, d = 64, no bias; of the backward, the gradients of more
-            than 200 queries and of prefix sets that samples share are Triton's), "triton" (any
+        backend: "cuda" (Hopper, 16 bits, d = 64, no bias; of the backward, the gradients of
+            prefix sets that samples share are Triton's), "triton" (any
             other on CUDA), "cpu" (C++), "reference" (torch, by concatenation), or "auto": the
             first of these on CUDA that can run, "cuda" only where it is faster, and torch
             elsewhere, which is faster there but for the LSE. The first three give the same bits on
@@ -72,7 +72,9 @@ def prefix_attention(
         bias = _five_dimensions(bias, lead)
     if prefix_index is not None:
         prefix_index = prefix_index.reshape(-1)
-    tensors = (q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4), prefix_k, prefix_v)
+    if len(lead) != 1:
+        q, k, v = q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4)
+    tensors = (q, k, v, prefix_k, prefix_v)
     chosen = _choose(backend, *tensors, bias, scale)
     if chosen == "reference":
         found = reference.prefix_attention(
@@ -86,7 +88,7 @@ def prefix_attention(
         out, lse = found if return_lse else (found, None)
     else:
         _assert_later(prefix_index, prefix_lengths, prefix_k)
-        out, lse = torch.ops.pcx.prefix_attention(
+        out, lse = torch.ops.pcx.prefix_attention.default(
             *tensors, prefix_index, prefix_lengths, bias, scale, chosen
         )
     if len(lead) != 1:
@@ -119,6 +121,8 @@ def _autocast(*tensors: Tensor | None) -> tuple:
     if device == "meta" or not torch.is_autocast_enabled(device):  # meta knows no autocast
         return tensors
     dtype = torch.get_autocast_dtype(device)
+    if all(t is None or (isinstance(t, Tensor) and t.dtype is dtype) for t in tensors):
+        return tensors
     return tuple(
         t.to(dtype)
         if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64

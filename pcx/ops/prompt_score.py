@@ -52,4 +52,4 @@ def prompt_score(
     if weight is not None and weight.shape != prompts.shape[1:]:
         raise ValueError(f"weight: shape {tuple(weight.shape)}, expected [{prompts.shape[1]}]")
     with torch.no_grad():
-        return torch.ops.pcx.prompt_score(gradient, prompts, layer_norm, weight, eps)
+        return torch.ops.pcx.prompt_score.default(gradient, prompts, layer_norm, weight, eps)

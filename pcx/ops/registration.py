@@ -9,6 +9,7 @@ Python below.
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from typing import Any
 
@@ -255,7 +256,7 @@ def _pagerank(q, k, init, bias, prefix_k, iters, scale):
 def _load() -> frozenset[str]:
     """What the compiled part, where there is one, has kernels for: "cpu", "cuda"."""
     try:
-        from pcx import _C  # type: ignore[attr-defined]
+        _C: Any = importlib.import_module("pcx._C")
     except ModuleNotFoundError:
         return frozenset()
     except ImportError as error:  # it is there, and built for another torch or CUDA

@@ -1,5 +1,10 @@
 """prefix_attention's backends on a CUDA device, against the reference in float64."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -395,6 +400,32 @@ def test_a_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(out.square().sum(), tensors[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.sum().backward()
+
+
+WITHOUT_THE_EXTENSION = """
+import sys; sys.modules["pcx._C"] = None
+import test_prefix_attention_gpu as own
+from pcx.ops.registration import EXTENSION
+assert not EXTENSION
+for backend in ("triton", "auto"):
+    own.check(own.inputs(), backend)
+    own.check(own.inputs(own.torch.float32, n=20, m=7), backend, bias=own.rand(20, 20))
+own.test_the_gradient_of_a_bias()
+own.test_some_gradients_alone((1, 3), "triton")
+own.test_a_second_derivative_is_refused()
+"""
+
+
+def test_triton_without_the_extension():
+    """Then the gradient, and the way to Triton, are Python's."""
+    folder = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THE_EXTENSION],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder.parents[1]), str(folder)])},
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

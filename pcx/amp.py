@@ -1,0 +1,41 @@
+"""Automatic mixed precision: its names, and frozen weights cast once in place of in every call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+AMP = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+Replaced = list[tuple[nn.Module, str, nn.Parameter]]
+
+
+@torch.no_grad()
+def cast_weights(module: nn.Module, dtype: torch.dtype) -> Replaced:
+    """Casts the weights that autocast casts in every call, to the same bits.
+
+    Returns the parameters that were there before, each with its module and name; they are left as
+    they are. The new ones require no gradient.
+    """
+    before: Replaced = []
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+            for name, parameter in list(part.named_parameters(recurse=False)):
+                if parameter.dtype != torch.float64:  # which autocast leaves alone
+                    before.append((part, name, parameter))
+                    cast = nn.Parameter(parameter.to(dtype), requires_grad=False)
+                    setattr(part, name, cast)
+    return before
+
+
+@contextmanager
+def weights_cast(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """`cast_weights` for the length of a context in which no weight is differentiated."""
+    before = [] if dtype is None else cast_weights(module, dtype)
+    try:
+        yield
+    finally:
+        for part, name, parameter in before:
+            setattr(part, name, parameter)
