@@ -44,8 +44,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 AMP = "bf16" if ON_GPU else "no"
 BATCH = 64 if ON_GPU else 16
 # Batches; the difference in time is that of more batches. On a CPU it would drown in noise.
-FEW, MANY = (4, 36) if ON_GPU else (0, 4)
-REPEATS = 5
+FEW = 4 if ON_GPU else 0
 MODELS = (
     {"vit_base_patch16_224": (100, 10, 50, 200), "vit_large_patch16_224": (100, 10, 50, 200)}
     if ON_GPU
@@ -69,6 +68,13 @@ FIELDS = (
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
 
+def effort(name: str, prompts: int) -> tuple[int, int]:
+    """How many batches, and how often: more for what is measured in all modes."""
+    if not ON_GPU:
+        return 4, 5
+    return (36, 5) if (name, prompts) in GRAPHED else (16, 3)
+
+
 class Setting:
     """A model, and every form of what its scores or its training take over some batches."""
 
@@ -76,7 +82,9 @@ class Setting:
         torch.manual_seed(0)
         self.mode = mode
         self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
-        self.backbone = timm.create_model(name, num_classes=100).to(DEVICE).eval()
+        # Frozen, since a compiled backward pass gives all gradients that exist.
+        self.backbone = timm.create_model(name, num_classes=100).requires_grad_(False)
+        self.backbone.to(DEVICE).eval()
         self.model = pcx.VPT(self.backbone, prompts, read_only=False, head_init="keep").eval()
         keep = [torch.arange(round(KEEP * prompts)) for _ in self.model.layers]
         self.small = self.model.keep(keep).train()
@@ -84,8 +92,9 @@ class Setting:
         if mode == "compiled":
             self.model.compile()
             self.embed, self.rest = torch.compile(self._embed), torch.compile(self._rest)
-        images = torch.randn(MANY * BATCH, 3, 224, 224, device=DEVICE)
-        labels = torch.arange(MANY * BATCH, device=DEVICE) % 100
+        count = effort(name, prompts)[0] * BATCH
+        images = torch.randn(count, 3, 224, 224, device=DEVICE)
+        labels = torch.arange(count, device=DEVICE) % 100
         self.batches = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))
 
     def _embed(self, images: torch.Tensor) -> torch.Tensor:
@@ -253,14 +262,15 @@ def measure(name: str, prompts: int, mode: str, forms: list[str]):
     peaks = {form: warm_up(setting, form) for form in forms}
     times: dict[str, list[float]] = {form: [] for form in forms}
     fixed: dict[str, list[float]] = {form: [] for form in forms}
-    for number in range(REPEATS):
+    many, repeats = effort(name, prompts)
+    for number in range(repeats):
         for form in forms:
             if form == "one by one":
                 if number < 3:
                     times[form].append(timed(setting, form, 1))
                 continue
             few = timed(setting, form, FEW) if FEW else 0.0
-            times[form].append((timed(setting, form, MANY) - few) / (MANY - FEW))
+            times[form].append((timed(setting, form, many) - few) / (many - FEW))
             if FEW:
                 fixed[form].append(few - FEW * times[form][-1])
     for form in forms:

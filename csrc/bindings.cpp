@@ -37,6 +37,7 @@ void register_operations() {
   pcx::register_cpu_pagerank();
 #ifdef PCX_CUDA
   pcx::register_cuda();
+  pcx::register_cuda_pagerank();
 #endif
 }
 

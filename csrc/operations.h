@@ -5,12 +5,13 @@
 
 namespace pcx {
 
-constexpr int kSchemas = 8;  // as SCHEMAS in pcx/ops/registration.py
+constexpr int kSchemas = 9;  // as SCHEMAS in pcx/ops/registration.py
 
 void register_autograd();
 void register_cpu();
 void register_cpu_scores();
 void register_cpu_pagerank();
 void register_cuda();
+void register_cuda_pagerank();
 
 }  // namespace pcx

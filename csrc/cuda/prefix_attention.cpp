@@ -19,6 +19,7 @@
 #include <utility>
 
 #include "../operations.h"
+#include "device.h"
 
 namespace {
 
@@ -223,24 +224,11 @@ std::tuple<Tensor, Tensor> key_gradients(const Tensor& q, const Tensor& grad_out
 // With more, of which one block cannot hold all, Triton gives their gradient faster (measured).
 constexpr int64_t kQueries = 200;
 
-bool on_lines_of_16_bytes(const Tensor& x) {
-  if (x.stride(-1) != 1 || reinterpret_cast<uintptr_t>(x.data_ptr()) % 16) return false;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i)
-    if (x.size(i) > 1 && x.stride(i) % 8) return false;
-  return true;
-}
-
-int attribute(const Tensor& on, cudaDeviceAttr which) {
-  int value = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, on.device().index()));
-  return value;
-}
-
 // Why the kernels cannot run; empty where they can.
 std::string cannot(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k,
                    const Tensor& prefix_v, const OptionalTensor& bias) {
-  if (attribute(q, cudaDevAttrComputeCapabilityMajor) != 9 ||
-      attribute(q, cudaDevAttrComputeCapabilityMinor) != 0)
+  if (pcx::attribute(q, cudaDevAttrComputeCapabilityMajor) != 9 ||
+      pcx::attribute(q, cudaDevAttrComputeCapabilityMinor) != 0)
     return "it is written for compute capability 9.0 (Hopper)";
   if (q.scalar_type() != at::kBFloat16 && q.scalar_type() != at::kHalf)
     return std::string("it computes bfloat16 and float16, q has ") + toString(q.scalar_type());
@@ -251,7 +239,7 @@ std::string cannot(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   const std::array<std::pair<const char*, const Tensor*>, 5> named{
       {{"q", &q}, {"k", &k}, {"v", &v}, {"prefix_k", &prefix_k}, {"prefix_v", &prefix_v}}};
   for (const auto& [name, x] : named) {
-    if (!on_lines_of_16_bytes(*x))
+    if (!pcx::on_lines_of_16_bytes(*x))
       return std::string("the rows of ") + name + " do not begin on multiples of 16 bytes";
     if (x->stride(-2) >= int64_t{1} << 30)
       return std::string("the tokens of ") + name + " lie 2**30 elements apart";
@@ -270,7 +258,8 @@ bool taken(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pref
   if (held_to && backend == "cuda")
     TORCH_CHECK_VALUE(reason.empty(), "backend: 'cuda' cannot run: ", reason);
   if (!reason.empty()) return false;
-  return backend == "cuda" || q.size(0) * q.size(1) >= attribute(q, cudaDevAttrMultiProcessorCount);
+  return backend == "cuda" ||
+         q.size(0) * q.size(1) >= pcx::attribute(q, cudaDevAttrMultiProcessorCount);
 }
 
 template <class Signature>
@@ -306,7 +295,7 @@ Gradients backward_on_cuda(const Tensor& any_grad_out, const OptionalTensor& gra
   const bool queries = fits && need_q && (q.size(2) <= kQueries || backend == "cuda");
   const bool prefix = fits && need_prefix && !index && !lengths && prefix_k.size(-2) > 0;
   const auto aligned = [&](const Tensor& x) {
-    return !fits || on_lines_of_16_bytes(x) ? x : x.clone(at::MemoryFormat::Contiguous);
+    return !fits || pcx::on_lines_of_16_bytes(x) ? x : x.clone(at::MemoryFormat::Contiguous);
   };
   const Tensor grad_out = aligned(any_grad_out), out = aligned(any_out);
   const Tensor lse = is_by_row(any_lse, q) ? any_lse  // hooks on saved tensors may move it

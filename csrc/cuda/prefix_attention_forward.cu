@@ -154,6 +154,7 @@ __device__ __forceinline__ void attend_turned(State<true>& state, const uint32_t
 
 template <typename T>
 __global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, const Plan plan) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   const Attention& inputs = call.inputs;
   extern __shared__ __align__(1024) char memory[];
   __shared__ uint64_t barriers[2 * kMaxStages + 2];
@@ -244,6 +245,7 @@ __global__ void __launch_bounds__(512, 1) forward_kernel(const Forward call, con
                               min(inputs.queries, tile * 64 + 64), staging, lane);
     }
   }
+#endif
 }
 
 template <typename T>

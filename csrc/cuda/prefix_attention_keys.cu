@@ -207,6 +207,7 @@ __device__ __forceinline__ void store(const KeyGradients& call, const Item& item
 template <typename T, bool Partial>
 __global__ void __launch_bounds__(512, 1)
     key_gradients_kernel(const KeyGradients call, const Plan plan) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) char memory[];
   __shared__ uint64_t barriers[2 * kMaxStages + 4];
   __shared__ float stats[kMaxStages][2 * kStage];
@@ -302,6 +303,7 @@ __global__ void __launch_bounds__(512, 1)
     __syncwarp();
     release(held_empty + 8 * place.stage, lane);
   }
+#endif
 }
 
 template <typename T, bool Partial>

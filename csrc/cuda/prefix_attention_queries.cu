@@ -145,6 +145,7 @@ __device__ __forceinline__ void add_keys_turned(float (&dq)[kDim / 16][4], const
 template <typename T>
 __global__ void __launch_bounds__(512, 1)
     query_gradient_kernel(const QueryGradient call, const Plan plan) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) char memory[];
   __shared__ uint64_t barriers[2 * kMaxStages + 5];
   __shared__ float lse[2][kGroups * 64 + kTail];
@@ -261,6 +262,7 @@ __global__ void __launch_bounds__(512, 1)
     __syncwarp();
     release(held_empty + 8 * place.stage, lane);
   }
+#endif
 }
 
 template <typename T>

@@ -19,7 +19,7 @@ from torch import Tensor
 from pcx.ops import reference
 
 LIBRARY = torch.library.Library("pcx", "FRAGMENT")
-SCHEMAS = 8  # moves with every change of a schema below, as kSchemas in csrc/operations.h
+SCHEMAS = 9  # moves with every change of a schema below, as kSchemas in csrc/operations.h
 
 LIBRARY.define(
     "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
@@ -63,10 +63,12 @@ LIBRARY.define(
     "prompt_score(Tensor gradient, Tensor prompts, bool layer_norm, Tensor? weight, float eps) "
     "-> Tensor"
 )
-LIBRARY.define(
-    "weighted_pagerank(Tensor q, Tensor k, Tensor init, Tensor? bias, Tensor? prefix_k, int iters, "
-    "float scale) -> Tensor"
-)
+# The second is what backends leave to torch.
+for _name in ("weighted_pagerank", "weighted_pagerank_written_out"):
+    LIBRARY.define(
+        f"{_name}(Tensor q, Tensor k, Tensor init, Tensor? bias, Tensor? prefix_k, int iters, "
+        "float scale) -> Tensor"
+    )
 
 
 def _token_major(like: Tensor, tokens: int, dim: int) -> Tensor:
@@ -249,6 +251,7 @@ def _fake_pagerank(q, k, init, bias, prefix_k, iters, scale):
 
 
 @torch.library.impl(LIBRARY, "weighted_pagerank", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "weighted_pagerank_written_out", "CompositeExplicitAutograd")
 def _pagerank(q, k, init, bias, prefix_k, iters, scale):
     return reference.weighted_pagerank(q, k, init, bias, prefix_k, iters, scale)
 

@@ -1,0 +1,26 @@
+// What the choice of a CUDA kernel asks of tensors and their device.
+
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/cuda/CUDAException.h>
+#include <cuda_runtime_api.h>
+
+namespace pcx {
+
+inline int attribute(const at::Tensor& on, cudaDeviceAttr which) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, on.device().index()));
+  return value;
+}
+
+// Whether rows are dense and begin on multiples of 16 bytes.
+inline bool on_lines_of_16_bytes(const at::Tensor& x) {
+  if (x.stride(-1) != 1 || reinterpret_cast<uintptr_t>(x.data_ptr()) % 16) return false;
+  const int64_t line = 16 / x.element_size();
+  for (int64_t i = 0; i + 1 < x.dim(); ++i)
+    if (x.size(i) > 1 && x.stride(i) % line) return false;
+  return true;
+}
+
+}  // namespace pcx

@@ -1,0 +1,107 @@
+"""weighted_pagerank's CUDA kernel, against the definition in float64."""
+
+import pytest
+import torch
+from ops.test_weighted_pagerank import by_definition, graph
+
+import pcx
+from pcx.ops.registration import EXTENSION
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif("cuda" not in EXTENSION, reason="pcx was built without CUDA"),
+]
+
+
+def on_gpu(n, dtype, **arguments):
+    return [t.cuda() for t in graph(n, dtype, **arguments)]
+
+
+def written_out(q, k, iters):
+    init = q.new_full((1, 1, 1), 1 / q.shape[2], dtype=torch.float32).expand(q.shape[:3])
+    return torch.ops.pcx.weighted_pagerank_written_out(
+        q, k, init, None, None, iters, q.shape[-1] ** -0.5
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [1, 7, 50, 64, 65, 112, 113, 145, 160, 161, 197, 208, 209, 577])
+@pytest.mark.parametrize("iters", [1, 5, 30, 50])
+def test_equals_the_definition(n, dtype, iters):
+    q, k = on_gpu(n, dtype, dim=64)
+    found = pcx.weighted_pagerank(q, k, iters=iters)
+    expected = by_definition(q, k, iters)
+    assert found.dtype == torch.float32
+    assert ((found - expected).abs() / expected).max() < 1e-4
+    assert (found.double().sum(-1) - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [8, 16, 24, 32, 40, 72, 80, 96, 128, 6, 136])
+def test_head_dims(dim, dtype):
+    q, k = on_gpu(70, dtype, dim=dim)
+    torch.testing.assert_close(
+        pcx.weighted_pagerank(q, k, iters=5).double(), by_definition(q, k, 5), rtol=1e-4, atol=0
+    )
+
+
+def test_the_kernel_is_taken_where_it_fits():
+    """Its sums are in another order than those of the form written out."""
+    for n, same in ((197, False), (209, True)):
+        q, k = on_gpu(n, torch.float32, dim=64)
+        found = pcx.weighted_pagerank(q, k, iters=5)
+        assert torch.equal(found, written_out(q, k, 5)) == same
+
+
+def test_layouts_of_timm_a_head_start_and_zero_iterations():
+    qkv = torch.randn(3, 197, 3, 6, 64, generator=torch.Generator().manual_seed(0)).cuda()
+    q, k, _ = (3 * qkv).bfloat16().permute(2, 0, 3, 1, 4).unbind(0)
+    init = torch.ones(1, 1, 197, device="cuda")
+    init[..., 0] = 197**0.5
+    shifted = torch.nn.functional.pad(q, (1, 0))[..., 1:]  # rows at odd addresses
+    for iters in (0, 4):
+        expected = by_definition(q, k, iters, init.double())
+        for queries in (q, q.contiguous(), shifted):
+            found = pcx.weighted_pagerank(queries, k, iters=iters, init=init)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
+
+
+def test_biases_and_prefixes_are_written_out():
+    q, k = on_gpu(20, torch.float32)
+    prefix = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(2)).cuda()
+    mask = torch.arange(20, device="cuda") < 12
+    for arguments in ({"prefix_k": prefix}, {"bias": mask[None, None, None]}):
+        found = pcx.weighted_pagerank(q, k, iters=3, **arguments)
+        at_home = {name: t.cpu() for name, t in arguments.items()}
+        expected = pcx.weighted_pagerank(q.cpu(), k.cpu(), iters=3, **at_home)
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_large_logits_neither_overflow_nor_vanish():
+    q, k = on_gpu(197, torch.float32, dim=64, peaked=300.0)
+    found = pcx.weighted_pagerank(q, k, iters=2)
+    expected = by_definition(q, k, 2)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-9)
+
+
+def test_repeats_bit_by_bit_in_and_out_of_a_cuda_graph():
+    q, k = on_gpu(197, torch.bfloat16, dim=64, batch=64)
+    expected = pcx.weighted_pagerank(q, k, iters=30)
+    assert torch.equal(expected, pcx.weighted_pagerank(q, k, iters=30))
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
+        found = pcx.weighted_pagerank(q, k, iters=30)
+    found.zero_()
+    recorded.replay()
+    assert torch.equal(found, expected)
+
+
+def test_all_is_written_and_no_samples():
+    torch.use_deterministic_algorithms(True)  # then new memory holds NaN
+    try:
+        q, k = on_gpu(197, torch.bfloat16, dim=64)
+        assert pcx.weighted_pagerank(q, k, iters=3).isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert pcx.weighted_pagerank(q[:0], k[:0], iters=3).shape == (0, 3, 197)
