@@ -1,7 +1,5 @@
 // weighted_pagerank on CUDA: which calls the kernel takes. What it leaves is written out in torch.
 
-#include "weighted_pagerank.h"
-
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
@@ -14,6 +12,7 @@
 
 #include "../operations.h"
 #include "device.h"
+#include "weighted_pagerank.h"
 
 namespace {
 
