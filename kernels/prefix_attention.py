@@ -1022,7 +1022,7 @@ def _chunk_count(q: Tensor, programs: int, rows: int) -> int:
     return max(1, min(4 * cores // max(programs, 1), rows // 256))
 
 
-# (queries, keys, warps, stages), tuned on an H200. In 16 bits none spills at d = 64 and 80;
+# (queries, keys, warps, stages), tuned on an H200. In 16 bits none spills there at d = 64 and 80;
 # float32 without TF32 goes through plain multiply-adds and does. With head dims of two parts
 # (d = 40 and 96) Triton 3.6 gave wrong gradients at 8 warps and in 64x64 tiles, so these keep to
 # what the tests on a GPU have passed.

@@ -16,17 +16,22 @@ Replaced = list[tuple[nn.Module, str, nn.Parameter]]
 def cast_weights(module: nn.Module, dtype: torch.dtype) -> Replaced:
     """Casts the weights that autocast casts in every call, to the same bits.
 
+    Those of torch's own linear and convolutional layers: a subclass may compute with its weight
+    before it multiplies by it.
+
     Returns the parameters that were there before, each with its module and name; they are left as
-    they are. The new ones require no gradient.
+    they are. The new ones require no gradient. All are cast before any is replaced.
     """
-    before: Replaced = []
-    for part in module.modules():
-        if isinstance(part, (nn.Linear, nn.Conv2d, nn.Conv3d)):
-            for name, parameter in list(part.named_parameters(recurse=False)):
-                if parameter.dtype != torch.float64:  # which autocast leaves alone
-                    before.append((part, name, parameter))
-                    cast = nn.Parameter(parameter.to(dtype), requires_grad=False)
-                    setattr(part, name, cast)
+    before: Replaced = [
+        (part, name, parameter)
+        for part in module.modules()
+        if type(part) in (nn.Linear, nn.Conv2d, nn.Conv3d)
+        for name, parameter in part.named_parameters(recurse=False)
+        if name in ("weight", "bias") and parameter.dtype != torch.float64  # autocast's own rule
+    ]
+    cast = [nn.Parameter(p.to(dtype), requires_grad=False) for _, _, p in before]
+    for (part, name, _), parameter in zip(before, cast, strict=True):
+        setattr(part, name, parameter)
     return before
 
 

@@ -309,15 +309,15 @@ Gradients backward_on_cuda(const Tensor& any_grad_out, const OptionalTensor& gra
     return triton.call(grad_out, grad_lse, q, k, v, prefix_k, prefix_v, index, lengths, bias, out,
                        lse, scale, needs, c10::List<bool>({queries, fits && need_own, prefix}));
   }
-  const Tensor none = at::empty({0}, q.options());
+  const auto none = [&] { return at::empty({0}, q.options()); };
   const auto [dq, delta] = query_gradient(q, k, v, prefix_k, prefix_v, index, lengths, out, lse,
                                           grad_out, grad_lse, scale);
-  Tensor dk = none, dv = none, dprefix_k = none, dprefix_v = none;
+  Tensor dk = none(), dv = none(), dprefix_k = none(), dprefix_v = none();
   if (need_own) std::tie(dk, dv) = key_gradients(q, grad_out, k, v, lse, delta, scale);
   if (need_prefix)
     std::tie(dprefix_k, dprefix_v) =
         key_gradients(q, grad_out, prefix_k, prefix_v, lse, delta, scale);
-  return {dq, dk, dv, dprefix_k, dprefix_v, none};
+  return {dq, dk, dv, dprefix_k, dprefix_v, none()};
 }
 
 }  // namespace

@@ -228,11 +228,18 @@ __global__ void __launch_bounds__(32 * TILES, 1) pagerank_kernel(const Pagerank 
   for (int i = threadIdx.x; i < n; i += 32 * TILES) out[i] = scores[i] / total;
 }
 
+// Tiles of 16 tokens that the kernel holds.
+int tiles_for(int tokens) { return tokens <= 64 ? 4 : tokens <= 112 ? 7 : tokens <= 160 ? 10 : 13; }
+
+// Of the queries, which alone are dynamic.
+int query_bytes(int tokens, int dim, Element type) {
+  const int words = type == Element::kFloat ? 1 : 2, step = 8 * words;
+  const int width = (dim + step - 1) / step * step;
+  return 16 * tiles_for(tokens) * (width + 4 * words) * (4 / words);
+}
+
 template <typename T, int TILES>
-cudaError_t launch_tiles(const Pagerank& call, cudaStream_t stream) {
-  constexpr int kWords = std::is_same_v<T, float> ? 1 : 2, kStep = 8 * kWords;
-  const int width = (call.dim + kStep - 1) / kStep * kStep;
-  const int bytes = 16 * TILES * (width + 4 * kWords) * static_cast<int>(sizeof(T));
+cudaError_t launch_tiles(const Pagerank& call, int bytes, cudaStream_t stream) {
   const auto kernel = pagerank_kernel<T, TILES>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -242,20 +249,32 @@ cudaError_t launch_tiles(const Pagerank& call, cudaStream_t stream) {
 }
 
 template <typename T>
-cudaError_t launch(const Pagerank& call, cudaStream_t stream) {
-  if (call.tokens <= 64) return launch_tiles<T, 4>(call, stream);
-  if (call.tokens <= 112) return launch_tiles<T, 7>(call, stream);
-  if (call.tokens <= 160) return launch_tiles<T, 10>(call, stream);
-  return launch_tiles<T, 13>(call, stream);
+cudaError_t launch(const Pagerank& call, int bytes, cudaStream_t stream) {
+  switch (tiles_for(call.tokens)) {
+    case 4:
+      return launch_tiles<T, 4>(call, bytes, stream);
+    case 7:
+      return launch_tiles<T, 7>(call, bytes, stream);
+    case 10:
+      return launch_tiles<T, 10>(call, bytes, stream);
+    default:
+      return launch_tiles<T, 13>(call, bytes, stream);
+  }
 }
 
 }  // namespace
 
+int shared_bytes(int tokens, int dim, Element type) {
+  const int tiles = tiles_for(tokens), rows = 16 * tiles;
+  return query_bytes(tokens, dim, type) + (tiles + 4) * rows * static_cast<int>(sizeof(float));
+}
+
 cudaError_t launch_pagerank(const Pagerank& call, Element type, cudaStream_t stream) {
   static_assert(kMostTokens == 16 * 13);
-  if (type == Element::kFloat) return launch<float>(call, stream);
-  if (type == Element::kBFloat16) return launch<__nv_bfloat16>(call, stream);
-  return launch<__half>(call, stream);
+  const int bytes = query_bytes(call.tokens, call.dim, type);
+  if (type == Element::kFloat) return launch<float>(call, bytes, stream);
+  if (type == Element::kBFloat16) return launch<__nv_bfloat16>(call, bytes, stream);
+  return launch<__half>(call, bytes, stream);
 }
 
 }  // namespace pcx

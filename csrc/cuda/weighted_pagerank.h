@@ -22,6 +22,9 @@ struct Pagerank {
 
 enum class Element { kFloat, kBFloat16, kHalf };
 
+// Of shared memory, that a block takes.
+int shared_bytes(int tokens, int dim, Element type);
+
 cudaError_t launch_pagerank(const Pagerank& call, Element type, cudaStream_t stream);
 
 }  // namespace pcx

@@ -19,18 +19,31 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+std::optional<pcx::Element> element(const Tensor& x) {
+  if (x.scalar_type() == at::kFloat) return pcx::Element::kFloat;
+  if (x.scalar_type() == at::kBFloat16) return pcx::Element::kBFloat16;
+  if (x.scalar_type() == at::kHalf) return pcx::Element::kHalf;
+  return std::nullopt;
+}
+
 bool fits(const Tensor& q, const Tensor& k) {
-  const auto type = q.scalar_type();
-  if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf) return false;
+  const auto type = element(q);
+  const int64_t tokens = q.size(2), dim = q.size(3);
+  if (!type || element(k) != type || tokens > pcx::kMostTokens || dim > 128 || dim % 8 ||
+      !pcx::on_lines_of_16_bytes(q) || !pcx::on_lines_of_16_bytes(k))
+    return false;
   const int major = pcx::attribute(q, cudaDevAttrComputeCapabilityMajor);
-  return (major == 8 || major == 9) && k.scalar_type() == type && q.size(2) <= pcx::kMostTokens &&
-         q.size(3) <= 128 && q.size(3) % 8 == 0 && pcx::on_lines_of_16_bytes(q) &&
-         pcx::on_lines_of_16_bytes(k);
+  return (major == 8 || major == 9) &&
+         pcx::shared_bytes(static_cast<int>(tokens), static_cast<int>(dim), *type) <=
+             pcx::attribute(q, cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
 Tensor weighted_pagerank(const Tensor& q, const Tensor& k, const Tensor& init,
                          const OptionalTensor& bias, const OptionalTensor& prefix_k, int64_t iters,
                          double scale) {
+  TORCH_CHECK(k.sizes() == q.sizes() && k.device() == q.device() &&
+                  init.sizes() == q.sizes().slice(0, 3) && init.device() == q.device(),
+              "weighted_pagerank: k or init does not fit q");
   if (bias || prefix_k || iters == 0 || q.numel() == 0 || !fits(q, k)) {
     using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                              const OptionalTensor&, int64_t, double);
@@ -40,9 +53,6 @@ Tensor weighted_pagerank(const Tensor& q, const Tensor& k, const Tensor& init,
     return written_out.call(q, k, init, bias, prefix_k, iters, scale);
   }
   const c10::cuda::CUDAGuard guard(q.device());
-  TORCH_CHECK(k.sizes() == q.sizes() && init.sizes() == q.sizes().slice(0, 3) &&
-                  init.scalar_type() == at::kFloat && init.is_cuda() && k.is_cuda(),
-              "weighted_pagerank: k or init does not fit q");
   const Tensor scores = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
   const pcx::Pagerank call{
       .q = q.data_ptr(),
@@ -59,10 +69,7 @@ Tensor weighted_pagerank(const Tensor& q, const Tensor& k, const Tensor& init,
       .iters = static_cast<int>(iters),
       .scale = static_cast<float>(scale),
   };
-  const auto type = q.scalar_type() == at::kFloat      ? pcx::Element::kFloat
-                    : q.scalar_type() == at::kBFloat16 ? pcx::Element::kBFloat16
-                                                       : pcx::Element::kHalf;
-  C10_CUDA_CHECK(pcx::launch_pagerank(call, type, c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(pcx::launch_pagerank(call, *element(q), c10::cuda::getCurrentCUDAStream()));
   return scores;
 }
 

@@ -66,6 +66,9 @@ def _check(q, k, iters, init, bias, prefix_k) -> None:
         raise ValueError(f"q: shape {tuple(q.shape)}, expected [B, H, N, d]")
     if k.shape != q.shape:
         raise ValueError(f"k: shape {tuple(k.shape)}, expected q's, {tuple(q.shape)}")
+    for name, given in {"k": k, "init": init, "bias": bias, "prefix_k": prefix_k}.items():
+        if given is not None and given.device != q.device:
+            raise ValueError(f"{name}: on {given.device}, but q is on {q.device}")
     batch, heads, n, dim = q.shape
     if isinstance(iters, bool) or not isinstance(iters, int) or iters < 0:
         raise ValueError(f"iters: {iters!r}, expected a whole number, 0 or more")

@@ -83,7 +83,7 @@ def importance(
     """
     start = q.new_ones(q.shape[2], dtype=torch.promote_types(q.dtype, torch.float32))
     if cls_boost:
-        start[0] = q.shape[2] ** 0.5
+        start[:1].fill_(q.shape[2] ** 0.5)  # an assignment would copy from the CPU
     scores = weighted_pagerank(
         q, k, iters=iters, init=start, scale=scale, bias=bias, prefix_k=prefix_k
     )

@@ -147,6 +147,7 @@ def test_opcheck():
         ({"iters": 2.0}, ValueError, "iters: 2.0, expected a whole number"),
         ({"q": torch.zeros(2, 3, 4)}, ValueError, r"q: shape \(2, 3, 4\), expected \[B, H, N, d\]"),
         ({"k": torch.zeros(2, 3, 4, 16)}, ValueError, r"k: shape \(2, 3, 4, 16\), expected q's"),
+        ({"k": torch.zeros(2, 3, 5, 16, device="meta")}, ValueError, "k: on meta, but q is on cpu"),
         ({"q": torch.zeros(2, 3, 5, 16).long()}, TypeError, "expected floating point"),
         ({"init": torch.ones(4)}, ValueError, r"init: shape \(4,\), expected one that broadcasts"),
         ({"init": -torch.ones(5)}, ValueError, "init: expected no negative score"),
