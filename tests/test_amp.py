@@ -10,7 +10,8 @@ from pcx.amp import cast_weights, weights_cast
 
 def test_what_computes_with_its_weight_first_is_left_to_autocast():
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), StdConv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 5))
+    convolutions = nn.Conv2d(3, 8, 3), StdConv2d(8, 8, 3)
+    model = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
     images = torch.randn(2, 3, 8, 8)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = model(images)
