@@ -29,9 +29,7 @@ from machine import cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 BATCH, CLASSES = 64, 100
-FIELDS = (
-    "model prompts images dtype layer relative_error spearman spread machine torch timm".split()
-)
+FIELDS = "model prompts images dtype layer relative_error spearman spread machine torch timm"
 
 
 def trained(device: str) -> tuple[pcx.VPT, torch.Tensor, torch.Tensor]:
