@@ -38,6 +38,7 @@ void register_operations() {
 #ifdef PCX_CUDA
   pcx::register_cuda();
   pcx::register_cuda_pagerank();
+  pcx::register_cuda_token_choice();
 #endif
 }
 

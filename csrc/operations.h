@@ -5,7 +5,7 @@
 
 namespace pcx {
 
-constexpr int kSchemas = 9;  // as SCHEMAS in pcx/ops/registration.py
+constexpr int kSchemas = 10;  // as SCHEMAS in pcx/ops/registration.py
 
 void register_autograd();
 void register_cpu();
@@ -13,5 +13,6 @@ void register_cpu_scores();
 void register_cpu_pagerank();
 void register_cuda();
 void register_cuda_pagerank();
+void register_cuda_token_choice();
 
 }  // namespace pcx

@@ -6,7 +6,9 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/gather.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/unsqueeze.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -70,9 +72,15 @@ void run(const Tensor& q, const Tensor& k, const Tensor& init, const Tensor& bia
   });
 }
 
-Tensor weighted_pagerank(const Tensor& q, const Tensor& k, const Tensor& init,
-                         const OptionalTensor& bias, const OptionalTensor& prefix_k, int64_t iters,
-                         double scale) {
+Tensor weighted_pagerank(const Tensor& all_q, const Tensor& all_k, const Tensor& init,
+                         const OptionalTensor& bias, const OptionalTensor& prefix_k,
+                         const OptionalTensor& among, int64_t iters, double scale) {
+  const auto nodes = [&](const Tensor& x) {
+    if (!among) return x;
+    const Tensor index = at::unsqueeze(at::unsqueeze(*among, 1), 3);
+    return at::gather(x, 2, index.expand({x.size(0), x.size(1), -1, x.size(3)}));
+  };
+  const Tensor q = nodes(all_q), k = nodes(all_k);
   const auto type = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const Tensor scores = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(type));
   if (scores.numel() == 0) return scores;

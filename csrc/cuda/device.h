@@ -6,7 +6,19 @@
 #include <c10/cuda/CUDAException.h>
 #include <cuda_runtime_api.h>
 
+#include <optional>
+
+#include "element.h"
+
 namespace pcx {
+
+// None where kernels have no such numbers.
+inline std::optional<Element> element(const at::Tensor& x) {
+  if (x.scalar_type() == at::kFloat) return Element::kFloat;
+  if (x.scalar_type() == at::kBFloat16) return Element::kBFloat16;
+  if (x.scalar_type() == at::kHalf) return Element::kHalf;
+  return std::nullopt;
+}
 
 inline int attribute(const at::Tensor& on, cudaDeviceAttr which) {
   int value = 0;

@@ -1,4 +1,4 @@
-// The CUDA kernel of weighted_pagerank, on raw pointers: kernels and torch compile apart.
+// The CUDA kernels of weighted_pagerank, on raw pointers: kernels and torch compile apart.
 
 #pragma once
 
@@ -6,25 +6,40 @@
 
 #include <cstdint>
 
+#include "element.h"
+
 namespace pcx {
 
-constexpr int kMostTokens = 208;  // whose attention matrix lies in the registers of one block
+constexpr int kMostNodes = 208;  // whose attention matrix lies in the registers of one block
 
 struct Pagerank {
-  const void *q, *k;  // [B, H, N, d]; rows dense, on multiples of 16 bytes
-  const float* init;  // [B, H, N], of sum 1
-  float* scores;      // [B, H, N], dense
+  const void *q, *k;     // [B, H, N, d]; rows dense, on multiples of 16 bytes
+  const float* init;     // [B, H, n], of sum 1
+  const int64_t* among;  // [B, n]: the tokens that are the graph's n nodes; null for all
+  float* scores;         // [B, H, n], dense
   int64_t q_strides[3], k_strides[3], init_strides[3];  // elements: of samples, heads, tokens
-  int batch, heads, tokens, dim;                        // dim is a multiple of 8
+  int64_t among_stride;                                 // of samples; tokens are dense
+  int batch, heads, tokens, nodes, dim;                 // N, n; dim is a multiple of 8
   int iters;                                            // at least 1
-  float scale;
+  float scale;                                          // above 0
 };
 
-enum class Element { kFloat, kBFloat16, kHalf };
+// Tiles of 16 nodes that a kernel holds.
+constexpr int tiles_for(int nodes) {
+  return nodes <= 64    ? 4
+         : nodes <= 96  ? 6
+         : nodes <= 128 ? 8
+         : nodes <= 160 ? 10
+         : nodes <= 192 ? 12
+                        : 13;
+}
 
-// Of shared memory, that a block takes.
-int shared_bytes(int tokens, int dim, Element type);
+// Of shared memory, that a block takes at most.
+int shared_bytes(int nodes, int dim, Element type);
 
 cudaError_t launch_pagerank(const Pagerank& call, Element type, cudaStream_t stream);
+
+// The same where iters is 1 and the type has 16 bits.
+cudaError_t launch_pagerank_once(const Pagerank& call, Element type, cudaStream_t stream);
 
 }  // namespace pcx

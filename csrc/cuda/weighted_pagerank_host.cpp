@@ -19,57 +19,60 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-std::optional<pcx::Element> element(const Tensor& x) {
-  if (x.scalar_type() == at::kFloat) return pcx::Element::kFloat;
-  if (x.scalar_type() == at::kBFloat16) return pcx::Element::kBFloat16;
-  if (x.scalar_type() == at::kHalf) return pcx::Element::kHalf;
-  return std::nullopt;
-}
-
-bool fits(const Tensor& q, const Tensor& k) {
-  const auto type = element(q);
-  const int64_t tokens = q.size(2), dim = q.size(3);
-  if (!type || element(k) != type || tokens > pcx::kMostTokens || dim > 128 || dim % 8 ||
-      !pcx::on_lines_of_16_bytes(q) || !pcx::on_lines_of_16_bytes(k))
+bool fits(const Tensor& q, const Tensor& k, int64_t nodes, const OptionalTensor& among,
+          double scale) {
+  const auto type = pcx::element(q);
+  const int64_t dim = q.size(3);
+  if (!type || pcx::element(k) != type || nodes > pcx::kMostNodes || dim > 128 || dim % 8 ||
+      !(scale > 0) || !pcx::on_lines_of_16_bytes(q) || !pcx::on_lines_of_16_bytes(k) ||
+      (among && among->stride(1) != 1))
     return false;
   const int major = pcx::attribute(q, cudaDevAttrComputeCapabilityMajor);
   return (major == 8 || major == 9) &&
-         pcx::shared_bytes(static_cast<int>(tokens), static_cast<int>(dim), *type) <=
+         pcx::shared_bytes(static_cast<int>(nodes), static_cast<int>(dim), *type) <=
              pcx::attribute(q, cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
 Tensor weighted_pagerank(const Tensor& q, const Tensor& k, const Tensor& init,
-                         const OptionalTensor& bias, const OptionalTensor& prefix_k, int64_t iters,
-                         double scale) {
+                         const OptionalTensor& bias, const OptionalTensor& prefix_k,
+                         const OptionalTensor& among, int64_t iters, double scale) {
+  const int64_t nodes = among ? among->size(1) : q.size(2);
   TORCH_CHECK(k.sizes() == q.sizes() && k.device() == q.device() &&
-                  init.sizes() == q.sizes().slice(0, 3) && init.device() == q.device(),
-              "weighted_pagerank: k or init does not fit q");
-  if (bias || prefix_k || iters == 0 || q.numel() == 0 || !fits(q, k)) {
+                  init.sizes() == at::IntArrayRef({q.size(0), q.size(1), nodes}) &&
+                  init.device() == q.device() && (!among || among->device() == q.device()),
+              "weighted_pagerank: k, init or among does not fit q");
+  if (bias || prefix_k || iters == 0 || init.numel() == 0 || !fits(q, k, nodes, among, scale)) {
     using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                             const OptionalTensor&, int64_t, double);
+                             const OptionalTensor&, const OptionalTensor&, int64_t, double);
     static const auto written_out = c10::Dispatcher::singleton()
                                         .findSchemaOrThrow("pcx::weighted_pagerank_written_out", "")
                                         .typed<Signature>();
-    return written_out.call(q, k, init, bias, prefix_k, iters, scale);
+    return written_out.call(q, k, init, bias, prefix_k, among, iters, scale);
   }
   const c10::cuda::CUDAGuard guard(q.device());
-  const Tensor scores = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat));
+  const Tensor scores = at::empty(init.sizes(), q.options().dtype(at::kFloat));
   const pcx::Pagerank call{
       .q = q.data_ptr(),
       .k = k.data_ptr(),
       .init = init.data_ptr<float>(),
+      .among = among ? among->const_data_ptr<int64_t>() : nullptr,
       .scores = scores.data_ptr<float>(),
       .q_strides = {q.stride(0), q.stride(1), q.stride(2)},
       .k_strides = {k.stride(0), k.stride(1), k.stride(2)},
       .init_strides = {init.stride(0), init.stride(1), init.stride(2)},
+      .among_stride = among ? among->stride(0) : 0,
       .batch = static_cast<int>(q.size(0)),
       .heads = static_cast<int>(q.size(1)),
       .tokens = static_cast<int>(q.size(2)),
+      .nodes = static_cast<int>(nodes),
       .dim = static_cast<int>(q.size(3)),
       .iters = static_cast<int>(iters),
       .scale = static_cast<float>(scale),
   };
-  C10_CUDA_CHECK(pcx::launch_pagerank(call, *element(q), c10::cuda::getCurrentCUDAStream()));
+  const pcx::Element type = *pcx::element(q);
+  const bool once = iters == 1 && type != pcx::Element::kFloat;
+  const auto launch = once ? pcx::launch_pagerank_once : pcx::launch_pagerank;
+  C10_CUDA_CHECK(launch(call, type, c10::cuda::getCurrentCUDAStream()));
   return scores;
 }
 

@@ -134,20 +134,30 @@ def weighted_pagerank(
     init: Tensor,
     bias: Tensor | None,
     prefix_k: Tensor | None,
+    among: Tensor | None,
     iters: int,
     scale: float,
 ) -> Tensor:
     """`pcx.weighted_pagerank` with the attention matrix written out; arguments as checked."""
     wide = torch.promote_types(q.dtype, torch.float32)
+    if among is not None:
+        q, k = tokens(q, among), tokens(k, among)
     rows = q.to(wide) * scale
     logits = rows @ k.to(wide).transpose(-2, -1)  # [B, H, N, N]
     if bias is not None:
         logits = logits + bias
     if prefix_k is not None:
         logits = torch.cat([rows @ prefix_k.to(wide).transpose(-2, -1), logits], -1)
-    attention = logits.softmax(-1)[..., -q.shape[2] :].nan_to_num()  # NaN: attends to nothing
+    nothing = (logits == -math.inf).all(-1, keepdim=True)  # is attended to by such a row
+    attention = logits.softmax(-1).masked_fill(nothing, 0)[..., -q.shape[2] :]
     scores = init[..., None]
     for _ in range(iters):
         scores = attention.transpose(-2, -1) @ scores
         scores = scores / scores.sum(-2, keepdim=True)
     return scores[..., 0].clone()
+
+
+def tokens(x: Tensor, index: Tensor) -> Tensor:
+    """[B, H, N, d] at [B, n] -> [B, H, n, d]."""
+    batch, heads, _, dim = x.shape
+    return x.gather(2, index[:, None, :, None].expand(batch, heads, -1, dim))

@@ -19,7 +19,7 @@ from torch import Tensor
 from pcx.ops import reference
 
 LIBRARY = torch.library.Library("pcx", "FRAGMENT")
-SCHEMAS = 9  # moves with every change of a schema below, as kSchemas in csrc/operations.h
+SCHEMAS = 10  # moves with every change of a schema below, as kSchemas in csrc/operations.h
 
 LIBRARY.define(
     "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
@@ -63,11 +63,20 @@ LIBRARY.define(
     "prompt_score(Tensor gradient, Tensor prompts, bool layer_norm, Tensor? weight, float eps) "
     "-> Tensor"
 )
-# The second is what backends leave to torch.
-for _name in ("weighted_pagerank", "weighted_pagerank_written_out"):
+# The second of each is what backends leave to torch. The two of tokens are Zero-TPrune's, whose
+# stages implement them.
+for _written_out in ("", "_written_out"):
     LIBRARY.define(
-        f"{_name}(Tensor q, Tensor k, Tensor init, Tensor? bias, Tensor? prefix_k, int iters, "
-        "float scale) -> Tensor"
+        f"weighted_pagerank{_written_out}(Tensor q, Tensor k, Tensor init, Tensor? bias, "
+        "Tensor? prefix_k, Tensor? among, int iters, float scale) -> Tensor"
+    )
+    LIBRARY.define(
+        f"important_tokens{_written_out}(Tensor scores, int keep, int protected, float low, "
+        "float high, Tensor? among) -> Tensor"
+    )
+    LIBRARY.define(
+        f"dissimilar_tokens{_written_out}(Tensor votes, Tensor k, int drop, int protected, "
+        "float low, float high) -> Tensor"
     )
 
 
@@ -246,14 +255,24 @@ def _scores_on_cuda(gradient, prompts, layer_norm, weight, eps):
 
 
 @torch.library.register_fake("pcx::weighted_pagerank", lib=LIBRARY)
-def _fake_pagerank(q, k, init, bias, prefix_k, iters, scale):
-    return q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
+def _fake_pagerank(q, k, init, bias, prefix_k, among, iters, scale):
+    return q.new_empty(init.shape, dtype=_wide(q.dtype))
 
 
 @torch.library.impl(LIBRARY, "weighted_pagerank", "CompositeExplicitAutograd")
 @torch.library.impl(LIBRARY, "weighted_pagerank_written_out", "CompositeExplicitAutograd")
-def _pagerank(q, k, init, bias, prefix_k, iters, scale):
-    return reference.weighted_pagerank(q, k, init, bias, prefix_k, iters, scale)
+def _pagerank(q, k, init, bias, prefix_k, among, iters, scale):
+    return reference.weighted_pagerank(q, k, init, bias, prefix_k, among, iters, scale)
+
+
+@torch.library.register_fake("pcx::important_tokens", lib=LIBRARY)
+def _fake_important(scores, keep, protected, low, high, among):
+    return scores.new_empty(scores.shape[0], protected + keep, dtype=torch.int64)
+
+
+@torch.library.register_fake("pcx::dissimilar_tokens", lib=LIBRARY)
+def _fake_dissimilar(votes, k, drop, protected, low, high):
+    return votes.new_empty(votes.shape[0], votes.shape[2] - drop, dtype=torch.int64)
 
 
 def _load() -> frozenset[str]:

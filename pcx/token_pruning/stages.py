@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcx.ops import reference
+from pcx.ops.registration import LIBRARY
 from pcx.ops.weighted_pagerank import weighted_pagerank
 
 PARTITIONS = ("sequential-u", "sequential-i", "alternating", "random", "none")
@@ -81,13 +82,18 @@ def importance(
     Returns:
         [B, N] float32 (float64 for float64).
     """
-    start = q.new_ones(q.shape[2], dtype=torch.promote_types(q.dtype, torch.float32))
-    if cls_boost:
-        start[:1].fill_(q.shape[2] ** 0.5)  # an assignment would copy from the CPU
+    start = boosted(q, q.shape[2]) if cls_boost else None
     scores = weighted_pagerank(
         q, k, iters=iters, init=start, scale=scale, bias=bias, prefix_k=prefix_k
     )
     return combine_heads(scores, filter_heads(scores, *variances))
+
+
+def boosted(like: Tensor, tokens: int) -> Tensor:
+    """Scores at first, [N], of which [CLS] has sqrt(N) times the others' (Sec. 3.2)."""
+    start = like.new_ones(tokens, dtype=torch.promote_types(like.dtype, torch.float32))
+    start[:1].fill_(tokens**0.5)  # an assignment would copy from the CPU
+    return start
 
 
 def cls_attention(
@@ -118,9 +124,7 @@ def most_important(scores: Tensor, keep: int, *, protected: int) -> Tensor:
     Raises:
         ValueError: more are to be kept than there are.
     """
-    patches = scores.shape[1] - protected
-    if not 0 <= keep <= patches:
-        raise ValueError(f"keep: {keep} of {patches} patches")
+    _check_keep(keep, scores.shape[1] - protected)
     best = _ranked(scores[:, protected:])[:, :keep] + protected
     return _with_protected(best, protected)
 
@@ -160,11 +164,8 @@ def without_similar(
     batch, tokens, _ = features.shape
     patches = tokens - protected
     check_choices(partition, measure)
+    _check_drop(drop, patches, partition)
     size = offered(patches, partition)
-    if not 0 <= drop <= size:
-        raise ValueError(
-            f"drop: {drop} similar patches, but partition {partition!r} of {patches} offers {size}"
-        )
     features = features[:, protected:]
     if partition == "random":
         chance = torch.rand(batch, patches, generator=generator, device=features.device)
@@ -176,13 +177,14 @@ def without_similar(
         "sequential-i": (order[:, :size], order[:, size:]),
         "alternating": (order[:, 1::2], order[:, ::2]),
         "random": (order[:, :size], order[:, size:]),
-        "none": (order, order),
+        "none": (order, order.sort(1).values),
     }[partition]
+    a = a.sort(1).values
     likeness = _likeness(pick(features, a), pick(features, b), measure)  # [B, |A|, |B|]
     if partition == "none":
         likeness.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
     alike = likeness.amax(2) if likeness.shape[2] else likeness.new_zeros(batch, a.shape[1])
-    left = a.gather(1, _ranked(alike)[:, drop:])  # of A
+    left = a.gather(1, _ranked(alike)[:, drop:])  # of A; of equal ones the first go
     stays = left if partition == "none" else torch.cat([b, left], 1)
     return _with_protected(stays + protected, protected)
 
@@ -197,6 +199,19 @@ def check_choices(partition: str, measure: str | float, ranking: str = "pagerank
         raise ValueError(
             f"measure: got {measure!r}, expected one of {MEASURES} or a Minkowski distance's p, "
             "1 or more"
+        )
+
+
+def _check_keep(keep: int, patches: int) -> None:
+    if not 0 <= keep <= patches:
+        raise ValueError(f"keep: {keep} of {patches} patches")
+
+
+def _check_drop(drop: int, patches: int, partition: str) -> None:
+    size = offered(patches, partition)
+    if not 0 <= drop <= size:
+        raise ValueError(
+            f"drop: {drop} similar patches, but partition {partition!r} of {patches} offers {size}"
         )
 
 
@@ -246,30 +261,67 @@ def prune(
             measure.
     """
     check_choices(partition, measure, ranking)
+    patches = q.shape[2] - protected
+    _check_drop(similar, patches, partition)
+    _check_keep(keep, patches - similar)
     stays = None
     if similar:
-        votes = importance(q, k, iters=1, variances=variances, scale=scale, bias=bias)
-        stays = without_similar(
-            k.mean(1), votes, similar, protected=protected, partition=partition, measure=measure
-        )
-        q, k = _tokens(q, stays), _tokens(k, stays)
+        votes = weighted_pagerank(q, k, iters=1, scale=scale, bias=bias)
+        if partition == PARTITIONS[0] and measure == MEASURES[0]:
+            stays = torch.ops.pcx.dissimilar_tokens(votes, k, similar, protected, *variances)
+        else:
+            stays = _without_similar(votes, k, similar, protected, variances, partition, measure)
         bias = None if bias is None else _among(bias, stays)
     if ranking == "pagerank":
-        scores = importance(
-            q, k, iters=iters, cls_boost=cls_boost, variances=variances, scale=scale, bias=bias
+        left = q.shape[2] - similar
+        start = boosted(q, left) if cls_boost else None
+        scores = weighted_pagerank(
+            q, k, iters=iters, init=start, scale=scale, bias=bias, among=stays
         )
     elif ranking == "random":
-        scores = torch.rand(q.shape[0], q.shape[2], device=q.device)
+        scores = torch.rand(q.shape[0], 1, q.shape[2] - similar, device=q.device)
     else:
+        if stays is not None:
+            q, k = reference.tokens(q, stays), reference.tokens(k, stays)
         baseline = cls_attention if ranking == "cls" else average_attention
-        scores = baseline(q, k, scale=scale, bias=bias)
-    best = most_important(scores, keep, protected=protected)
-    return best if stays is None else stays.gather(1, best)
+        scores = baseline(q, k, scale=scale, bias=bias)[:, None]
+    return torch.ops.pcx.important_tokens(scores, keep, protected, *variances, stays)
+
+
+def _without_similar(votes, k, drop, protected, variances, partition, measure) -> Tensor:
+    wide = torch.promote_types(k.dtype, torch.float32)
+    return without_similar(
+        k.mean(1, dtype=wide),
+        combine_heads(votes, filter_heads(votes, *variances)),
+        drop,
+        protected=protected,
+        partition=partition,
+        measure=measure,
+    )
+
+
+@torch.library.impl(LIBRARY, "dissimilar_tokens", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "dissimilar_tokens_written_out", "CompositeExplicitAutograd")
+def _dissimilar_tokens(votes, k, drop, protected, low, high):
+    """VHF and EIR of [B, H, N] votes, then S as the paper has it."""
+    return _without_similar(votes, k, drop, protected, (low, high), PARTITIONS[0], MEASURES[0])
+
+
+@torch.library.impl(LIBRARY, "important_tokens", "CompositeExplicitAutograd")
+@torch.library.impl(LIBRARY, "important_tokens_written_out", "CompositeExplicitAutograd")
+def _important_tokens(scores, keep, protected, low, high, among):
+    """VHF and EIR of [B, H, N] scores, then the choice of I; [B, protected + keep] of `among`."""
+    combined = combine_heads(scores, filter_heads(scores, low, high))
+    best = most_important(combined, keep, protected=protected)
+    return best if among is None else among.gather(1, best)
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:
     """Tokens [B, N, F] at [B, n] -> [B, n, F]."""
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+    batch, tokens, features = x.shape
+    first = torch.arange(batch, device=x.device)[:, None] * tokens
+    rows = x.flatten(0, 1).index_select(0, (index + first).flatten())  # whole rows: half of gather
+    return rows.reshape(batch, index.shape[1], features)
 
 
 def _ranked(scores: Tensor) -> Tensor:
@@ -280,12 +332,6 @@ def _ranked(scores: Tensor) -> Tensor:
 def _with_protected(patches: Tensor, protected: int) -> Tensor:
     first = torch.arange(protected, device=patches.device).expand(patches.shape[0], -1)
     return torch.cat([first, patches.sort(1).values], 1)
-
-
-def _tokens(x: Tensor, index: Tensor) -> Tensor:
-    """[B, H, N, d] at [B, n] -> [B, H, n, d]."""
-    batch, heads, _, dim = x.shape
-    return x.gather(2, index[:, None, :, None].expand(batch, heads, -1, dim))
 
 
 def _among(bias: Tensor, index: Tensor) -> Tensor:

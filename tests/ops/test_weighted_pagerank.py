@@ -29,14 +29,16 @@ def call(backend, q, k, iters, **arguments):
     if backend == "operation":
         return pcx.weighted_pagerank(q, k, iters=iters, **arguments)
     wide = torch.promote_types(q.dtype, torch.float32)
-    init = arguments.get("init", torch.ones(1, 1, q.shape[2])).to(wide).expand(q.shape[:3])
+    n = arguments["among"].shape[1] if "among" in arguments else q.shape[2]
+    init = arguments.get("init", torch.ones(1, 1, n)).to(wide).expand(*q.shape[:2], n)
     bias = arguments.get("bias")
     return reference.weighted_pagerank(
         q,
         k,
         init / init.sum(-1, keepdim=True),
-        None if bias is None else reference.additive(bias, wide).expand(*q.shape[:3], q.shape[2]),
+        None if bias is None else reference.additive(bias, wide).expand(*q.shape[:2], n, n),
         arguments.get("prefix_k"),
+        arguments.get("among"),
         iters,
         arguments.get("scale") or q.shape[-1] ** -0.5,
     )
@@ -91,6 +93,26 @@ def test_order_of_tokens_and_layout_do_not_matter(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_among_some_tokens(backend):
+    q, k = graph(12)
+    index = torch.tensor([[3, 1, 7, 0], [11, 2, 5, 6]])
+    bias = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)).double()
+    found = call(backend, q, k, 3, among=index, bias=bias)
+    for b in range(2):
+        rows = q[[b]][:, :, index[b]], k[[b]][:, :, index[b]]
+        torch.testing.assert_close(found[[b]], call(backend, *rows, 3, bias=bias))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_numbers_that_are_none_spoil_their_head(backend):
+    q, k = graph(12)
+    q[1, 2, 5, 7] = torch.nan
+    found = call(backend, q, k, 2)
+    assert found[1, 2].isnan().all()
+    assert found.isnan().sum() == 12
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_masked_tokens_get_nothing(backend):
     q, k = graph(12)
     mask = torch.ones(12, dtype=torch.bool)
@@ -135,7 +157,12 @@ def test_opcheck():
     init = torch.full((2, 3, 6), 1 / 6, dtype=torch.float64)
     torch.library.opcheck(
         torch.ops.pcx.weighted_pagerank.default,
-        (q, k, init, None, None, 3, 0.25),
+        (q, k, init, None, None, None, 3, 0.25),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    torch.library.opcheck(
+        torch.ops.pcx.weighted_pagerank.default,
+        (q, k, init[..., :2], None, None, torch.tensor([[1, 5], [0, 2]]), 3, 0.25),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -154,6 +181,9 @@ def test_opcheck():
         ({"bias": torch.ones(4, 5)}, ValueError, r"bias: shape \(4, 5\), expected one that"),
         ({"bias": torch.ones(5, 5).int()}, TypeError, "bias: torch.int32, expected floating point"),
         ({"prefix_k": torch.ones(2, 1, 16)}, ValueError, r"expected \[H, m, d\] = \(3, m, 16\)"),
+        ({"among": torch.zeros(3, 4).long()}, ValueError, r"among: torch.int64 of shape \(3, 4\)"),
+        ({"among": torch.zeros(2, 4)}, ValueError, r"among: .*, expected int64 \[2, n\]"),
+        ({"among": torch.tensor([[0], [5]])}, ValueError, "among: expected tokens, 0 to 4"),
     ],
 )
 def test_bad_input_is_named(change, error, message):

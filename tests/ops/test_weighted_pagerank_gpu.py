@@ -21,12 +21,12 @@ def on_gpu(n, dtype, **arguments):
 def written_out(q, k, iters):
     init = q.new_full((1, 1, 1), 1 / q.shape[2], dtype=torch.float32).expand(q.shape[:3])
     return torch.ops.pcx.weighted_pagerank_written_out(
-        q, k, init, None, None, iters, q.shape[-1] ** -0.5
+        q, k, init, None, None, None, iters, q.shape[-1] ** -0.5
     )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("n", [1, 7, 50, 64, 65, 112, 113, 145, 160, 161, 197, 208, 209, 577])
+@pytest.mark.parametrize("n", [1, 7, 50, 64, 65, 96, 97, 128, 129, 145, 160, 161, 197, 208, 577])
 @pytest.mark.parametrize("iters", [1, 5, 30, 50])
 def test_equals_the_definition(n, dtype, iters):
     q, k = on_gpu(n, dtype, dim=64)
@@ -39,11 +39,44 @@ def test_equals_the_definition(n, dtype, iters):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [8, 16, 24, 32, 40, 72, 80, 96, 128, 6, 136])
-def test_head_dims(dim, dtype):
+@pytest.mark.parametrize("iters", [1, 5])
+def test_head_dims(dim, dtype, iters):
     q, k = on_gpu(70, dtype, dim=dim)
-    torch.testing.assert_close(
-        pcx.weighted_pagerank(q, k, iters=5).double(), by_definition(q, k, 5), rtol=1e-4, atol=0
-    )
+    found = pcx.weighted_pagerank(q, k, iters=iters)
+    expected = by_definition(q, k, iters)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "left"), [(197, 187), (150, 140), (90, 64), (20, 1), (577, 208)])
+@pytest.mark.parametrize("iters", [1, 5])
+def test_among_some_tokens(n, left, dtype, iters):
+    q, k = on_gpu(n, dtype, dim=64)
+    generator = torch.Generator().manual_seed(n)
+    index = torch.stack([torch.randperm(n, generator=generator)[:left] for _ in range(2)]).cuda()
+    init = torch.rand(2, 3, left, generator=generator).cuda() + 0.1
+    found = pcx.weighted_pagerank(q, k, iters=iters, init=init, among=index)
+    rows, keys = (
+        torch.stack([x[i][:, index[i]] for i in range(2)]) for x in (q, k)
+    )  # fmt: skip
+    expected = by_definition(rows, keys, iters, init.double())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
+
+
+def test_more_heads_than_blocks_at_a_time():
+    """A block then takes several, whose rows it copies ahead."""
+    q, k = on_gpu(130, torch.bfloat16, dim=64, batch=200)
+    assert q.shape[0] * q.shape[1] > 4 * torch.cuda.get_device_properties(0).multi_processor_count
+    index = torch.arange(5, 125, device="cuda").expand(200, -1)
+    for arguments in ({}, {"among": index}):
+        found = pcx.weighted_pagerank(q, k, iters=4, **arguments)
+        parts = [
+            pcx.weighted_pagerank(
+                q[i : i + 10], k[i : i + 10], iters=4, **{n: x[:10] for n, x in arguments.items()}
+            )
+            for i in range(0, 200, 10)
+        ]
+        assert torch.equal(found, torch.cat(parts))
 
 
 def test_the_kernel_is_taken_where_it_fits():
@@ -78,11 +111,27 @@ def test_biases_and_prefixes_are_written_out():
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-7)
 
 
-def test_large_logits_neither_overflow_nor_vanish():
-    q, k = on_gpu(197, torch.float32, dim=64, peaked=300.0)
-    found = pcx.weighted_pagerank(q, k, iters=2)
-    expected = by_definition(q, k, 2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("peaked", [30.0, 300.0])
+@pytest.mark.parametrize("iters", [1, 2])
+def test_large_logits_neither_overflow_nor_vanish(peaked, dtype, iters):
+    q, k = on_gpu(197, dtype, dim=64, peaked=peaked)
+    found = pcx.weighted_pagerank(q, k, iters=iters)
+    expected = by_definition(q, k, iters)
     torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-9)
+
+
+def test_a_negative_scale_and_numbers_that_are_none():
+    q, k = on_gpu(70, torch.bfloat16, dim=64)
+    for iters in (1, 3):
+        found = pcx.weighted_pagerank(q, k, iters=iters, scale=-0.125)
+        expected = by_definition(-q, k, iters)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
+        spoilt = q.clone()
+        spoilt[1, 2, 5, 7] = torch.nan
+        found = pcx.weighted_pagerank(spoilt, k, iters=iters)
+        assert found[1, 2].isnan().all()
+        assert found.isnan().sum() == 70
 
 
 def test_repeats_bit_by_bit_in_and_out_of_a_cuda_graph():

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import pcx
 from pcx.seam import MissedCall
 from pcx.token_pruning import stages
-from pcx.token_pruning.zero_tprune import TABLE_1
+from pcx.token_pruning.zero_tprune import TABLE_1, VARIANTS
 
 PRUNABLE = ["vit", "vit-avg", "vit-map", "vit-post-norm", "vit-qk-norm", "deit", "deit-distilled",
             "deit3", "dinov2-reg", "clip", "siglip"]  # fmt: skip
@@ -218,6 +218,9 @@ def test_the_paper_s_arithmetic():
     pruning = pcx.zero_tprune(model, **TABLE_1)
     assert count() == pytest.approx(3.08e9, rel=0.02)
     assert [k.shape[1] for k in pruning.kept] == [187, 159, 119, 77, 67]
+    for name, paper in {"a": 2.97e9, "b": 2.50e9, "c": 3.97e9}.items():  # Table 2
+        pcx.zero_tprune(model, **VARIANTS[name])
+        assert count() == pytest.approx(paper, rel=0.01)
 
 
 @pytest.mark.parametrize(

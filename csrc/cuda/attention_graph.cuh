@@ -1,0 +1,205 @@
+// What the kernels over attention graphs share: tokens' rows in shared memory, products of them,
+// and sums of rows that are spread over a warp or a block.
+
+#pragma once
+
+#include <type_traits>
+
+#include "hopper.cuh"
+#include "weighted_pagerank.h"
+
+namespace pcx {
+
+// Of the current device.
+inline int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, which, device);
+  return value;
+}
+
+// A product takes 32 bytes of a row; rows begin on other banks, for eight of them at a time.
+constexpr int kStepBytes = 32;
+
+__host__ __device__ constexpr int steps_of(int dim, int element_bytes) {
+  return (dim * element_bytes + kStepBytes - 1) / kStepBytes;
+}
+
+__host__ __device__ constexpr int row_bytes(int dim, int element_bytes) {
+  return steps_of(dim, element_bytes) * kStepBytes + 16;
+}
+
+// Copies rows of a head, those of `tokens`, to shared memory, one after the other, or swizzled as
+// wgmma reads them; zeros where a token is negative and beyond `dim`.
+template <typename T, int ROWS, int THREADS, bool SWIZZLED>
+__device__ void copy_rows(uint32_t to, const T* from, int64_t stride, const int* tokens, int dim) {
+  constexpr int kVector = 16 / sizeof(T);
+  const int pieces = 2 * steps_of(dim, sizeof(T)), bytes = row_bytes(dim, sizeof(T));
+  const int down = THREADS / pieces, along = THREADS % pieces;
+  int row = threadIdx.x / pieces, piece = threadIdx.x % pieces;
+  while (row < ROWS) {
+    const bool inside = tokens[row] >= 0 && piece * kVector < dim;
+    copy_async(to + (SWIZZLED ? swizzled(row, piece) : row * bytes + 16 * piece),
+               inside ? from + tokens[row] * stride + piece * kVector : from, inside);
+    row += down;
+    piece += along;
+    if (piece >= pieces) {
+      piece -= pieces;
+      ++row;
+    }
+  }
+}
+
+// Which token is the i-th of a sample's graph, -1 beyond the last. An index that is no token is the
+// nearest, so that nothing else is read.
+__device__ __forceinline__ int token_at(const Pagerank& call, int sample, int i) {
+  if (i >= call.nodes) return -1;
+  if (!call.among) return i;
+  const int64_t token = call.among[sample * call.among_stride + i];
+  return static_cast<int>(min(max(token, int64_t{0}), int64_t{call.tokens - 1}));
+}
+
+__device__ __forceinline__ uint32_t tf32(float x) {
+  uint32_t found;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(found) : "f"(x));
+  return found;
+}
+
+__device__ __forceinline__ void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4],
+                                                  uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// x as the sum of two TF32 numbers.
+template <int N>
+__device__ __forceinline__ void split(const uint32_t (&x)[N], uint32_t (&high)[N],
+                                      uint32_t (&low)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    high[i] = tf32(__uint_as_float(x[i]));
+    low[i] = tf32(__uint_as_float(x[i]) - __uint_as_float(high[i]));
+  }
+}
+
+// Two products of 16 rows by 8: b holds both rights. Of float, each is three of TF32 parts, which
+// is float to rounding.
+template <typename T>
+__device__ __forceinline__ void multiply_add_both(float (&first)[4], float (&second)[4],
+                                                  const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+  if constexpr (std::is_same_v<T, float>) {
+    uint32_t a_high[4], a_low[4], b_high[4], b_low[4];
+    split(a, a_high, a_low);
+    split(b, b_high, b_low);
+    multiply_add_tf32(first, a_low, b_high[0], b_high[1]);
+    multiply_add_tf32(second, a_low, b_high[2], b_high[3]);
+    multiply_add_tf32(first, a_high, b_low[0], b_low[1]);
+    multiply_add_tf32(second, a_high, b_low[2], b_low[3]);
+    multiply_add_tf32(first, a_high, b_high[0], b_high[1]);
+    multiply_add_tf32(second, a_high, b_high[2], b_high[3]);
+  } else {
+    multiply_add<T>(first, a, b[0], b[1]);
+    multiply_add<T>(second, a, b[2], b[3]);
+  }
+}
+
+// Where a lane's part of 16 rows begins: as left factor of a product, and as two right ones.
+__device__ __forceinline__ int left_offset(int lane, int bytes) {
+  return lane % 16 * bytes + lane / 16 * 16;
+}
+
+__device__ __forceinline__ int right_offset(int lane, int bytes) {
+  return (lane % 8 + lane / 16 * 8) * bytes + lane / 8 % 2 * 16;
+}
+
+// e += left right^T: 16 rows by 16 * TILES, as the tensor cores lay them out: a lane has rows
+// lane / 4 and 8 more, and of tile t the columns 8 t + 2 (lane % 4) and the next.
+template <typename T, int TILES>
+__device__ __forceinline__ void products(float (&e)[2 * TILES][4], uint32_t left, uint32_t right,
+                                         int bytes, int steps) {
+  for (int step = 0; step < steps; ++step) {
+    uint32_t a[4];
+    load_matrices(a, left + step * kStepBytes);
+#pragma unroll
+    for (int u = 0; u < TILES; ++u) {
+      uint32_t b[4];
+      load_matrices(b, right + 16 * u * bytes + step * kStepBytes);
+      multiply_add_both<T>(e[2 * u], e[2 * u + 1], a, b);
+    }
+  }
+}
+
+// The same by a warp group for its 64 rows, of head dim 64 in 16 bits, swizzled. Starts it.
+template <typename T, int TILES, int FIRST = 0>
+__device__ __forceinline__ void start_products(float (&e)[TILES][4], uint64_t left,
+                                               uint32_t right) {
+  constexpr int kWidth = TILES - FIRST < 8 ? TILES - FIRST : 8;
+  auto& part = *reinterpret_cast<float (*)[kWidth][4]>(&e[FIRST]);
+  const uint64_t columns = descriptor(right + 8 * FIRST * kRowBytes);
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    start_product<T, kWidth, 0>(part, left + 2 * i, columns + 2 * i, i > 0);
+  if constexpr (FIRST + kWidth < TILES) start_products<T, TILES, FIRST + kWidth>(e, left, right);
+}
+
+template <typename T, int TILES>
+__device__ __forceinline__ void hopper_products(float (&e)[TILES][4], uint32_t left,
+                                                uint32_t right) {
+  begin_products();
+  start_products<T>(e, descriptor(left), right);
+  commit_products();
+  wait_for_products<0>();
+}
+
+struct Sum {
+  static constexpr float kEmpty = 0;
+  __device__ static float of(float a, float b) { return a + b; }
+};
+
+struct Max {
+  static constexpr float kEmpty = -INFINITY;
+  __device__ static float of(float a, float b) { return fmaxf(a, b); }
+};
+
+// Reduces a warp's rows to one: `value(i)` is this lane's of its i-th column, of 4 * TILES. The
+// eight lanes that share columns halve each eight of them among each other three times.
+template <typename Op, int TILES, typename Value>
+__device__ void reduce_columns(Value value, float* row, int lane) {
+  constexpr int kValues = 4 * TILES;
+  const auto merged = [](bool upper, float first, float second, int mask) {
+    return Op::of(upper ? second : first,
+                  __shfl_xor_sync(0xffffffff, upper ? first : second, mask));
+  };
+#pragma unroll
+  for (int start = 0; start < kValues; start += 8) {
+    float half[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int other = start + i + 4;
+      half[i] =
+          merged(lane & 16, value(start + i), other < kValues ? value(other) : Op::kEmpty, 16);
+    }
+    const float first = merged(lane & 8, half[0], half[2], 8);
+    const float second = merged(lane & 8, half[1], half[3], 8);
+    const float found = merged(lane & 4, first, second, 4);
+    const int index = start + (lane & 16) / 4 + (lane & 8) / 4 + (lane & 4) / 4;
+    if (index < kValues) row[8 * (index / 2) + 2 * (lane % 4) + index % 2] = found;
+  }
+}
+
+// Of one row of a tile, which four lanes share.
+template <typename Op>
+__device__ __forceinline__ float over_row(float x) {
+  x = Op::of(x, __shfl_xor_sync(0xffffffff, x, 1));
+  return Op::of(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+
+__device__ __forceinline__ float over_warp(float x) {
+#pragma unroll
+  for (int mask = 16; mask; mask /= 2) x += __shfl_xor_sync(0xffffffff, x, mask);
+  return x;
+}
+
+}  // namespace pcx

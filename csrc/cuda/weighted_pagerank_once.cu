@@ -1,0 +1,167 @@
+// One iteration of Weighted PageRank, A^T s with A = softmax(q k^T scale), in 16 bits: a block is
+// one head of a sample, and takes a few tiles of 16 queries after the other. Nothing of A outlives
+// a tile: its rows are normalised within four lanes, and its columns are added to sums that stay in
+// registers until the last tile, when lanes and warps add them up, in a fixed order.
+
+#include "attention_graph.cuh"
+
+namespace pcx {
+namespace {
+
+// A tile's logits, in place, times `factor`, become attention; sums of its columns, each row taken
+// `start` times, are added to `sums`. What is no key has a logit of -inf.
+template <int TILES>
+__device__ __forceinline__ void vote(float (&e)[2 * TILES][4], float (&sums)[2 * TILES][2],
+                                     float factor, float start0, float start1) {
+  float top0 = -INFINITY, top1 = -INFINITY;
+#pragma unroll
+  for (int t = 0; t < 2 * TILES; ++t) {
+    top0 = fmaxf(top0, fmaxf(e[t][0], e[t][1]));
+    top1 = fmaxf(top1, fmaxf(e[t][2], e[t][3]));
+  }
+  top0 = -factor * over_row<Max>(top0);
+  top1 = -factor * over_row<Max>(top1);
+  float z0[2] = {}, z1[2] = {};
+#pragma unroll
+  for (int t = 0; t < 2 * TILES; ++t) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      e[t][j] = power_of_2(fmaf(e[t][j], factor, top0));
+      e[t][2 + j] = power_of_2(fmaf(e[t][2 + j], factor, top1));
+      z0[j] += e[t][j];
+      z1[j] += e[t][2 + j];
+    }
+  }
+  const float weight0 = start0 / over_row<Sum>(z0[0] + z0[1]);
+  const float weight1 = start1 / over_row<Sum>(z1[0] + z1[1]);
+#pragma unroll
+  for (int t = 0; t < 2 * TILES; ++t) {
+    sums[t][0] = fmaf(e[t][2], weight1, fmaf(e[t][0], weight0, sums[t][0]));
+    sums[t][1] = fmaf(e[t][3], weight1, fmaf(e[t][1], weight0, sums[t][1]));
+  }
+}
+
+// The fewest nodes that so many tiles are taken for.
+template <int TILES>
+constexpr int kFewest = TILES == 4    ? 1
+                        : TILES == 6  ? 65
+                        : TILES == 8  ? 97
+                        : TILES == 10 ? 129
+                        : TILES == 12 ? 161
+                                      : 193;
+
+// With HOPPER, products are a warp group's, of 64 queries and head dim 64. Which warp takes which
+// 16 of them turns with the block, since the last 64 are seldom whole.
+template <typename T, int TILES, int BLOCKS, bool HOPPER>
+__global__ void __launch_bounds__(128, BLOCKS) once_kernel(const Pagerank call) {
+#ifndef __CUDA_ARCH_FEAT_SM90_ALL
+  if constexpr (HOPPER) return;
+#endif
+  constexpr int kColumns = 16 * TILES, kRows = (TILES + 3) / 4 * 64, kThreads = 128;
+  extern __shared__ __align__(1024) char memory[];
+  __shared__ float parts[4][kColumns], start[kRows], scores[kColumns];
+  __shared__ int key_tokens[kColumns], query_tokens[kRows];
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, place = lane % 4;
+  const int b = blockIdx.x / call.heads, h = blockIdx.x % call.heads, n = call.nodes;
+  const int bytes = HOPPER ? kRowBytes : row_bytes(call.dim, sizeof(T));
+  const int steps = steps_of(call.dim, sizeof(T));
+  const uint32_t queries = shared_address(memory), keys = queries + kRows * bytes;
+
+  const float* init = call.init + b * call.init_strides[0] + h * call.init_strides[1];
+  const int turn = 16 * (blockIdx.x % 4);
+  for (int i = thread; i < kRows; i += kThreads) {
+    const int row = i / 64 * 64 + (i + turn) % 64, token = token_at(call, b, i);
+    query_tokens[row] = token;
+    if (i < kColumns) key_tokens[i] = token;
+    start[row] = i < n ? init[i * call.init_strides[2]] : 0;
+  }
+  __syncthreads();
+  const T* q = static_cast<const T*>(call.q) + b * call.q_strides[0] + h * call.q_strides[1];
+  const T* k = static_cast<const T*>(call.k) + b * call.k_strides[0] + h * call.k_strides[1];
+  copy_rows<T, kRows, kThreads, HOPPER>(queries, q, call.q_strides[2], query_tokens, call.dim);
+  copy_rows<T, kColumns, kThreads, HOPPER>(keys, k, call.k_strides[2], key_tokens, call.dim);
+  commit_copies();
+  wait_for_copies<0>();
+  if constexpr (HOPPER) see_copies();
+  __syncthreads();
+
+  const float factor = call.scale * 1.4426950408889634f;
+  float sums[2 * TILES][2] = {};
+  for (int first = 0; first < n; first += 64) {
+    const int row = first + 16 * warp;
+    const bool has_rows = first + (16 * warp + 64 - turn) % 64 < n;
+    float e[2 * TILES][4];
+    if constexpr (HOPPER) {
+      hopper_products<T>(e, queries + first * bytes, keys);
+      if (!has_rows) continue;
+    } else {
+      if (!has_rows) continue;
+#pragma unroll
+      for (auto& tile : e) tile[0] = tile[1] = tile[2] = tile[3] = 0;
+      products<T, TILES>(e, queries + row * bytes + left_offset(lane, bytes),
+                         keys + right_offset(lane, bytes), bytes, steps);
+    }
+#pragma unroll
+    for (int t = kFewest<TILES> / 8; t < 2 * TILES; ++t) {
+      if (8 * t + 2 * place >= n) e[t][0] = e[t][2] = -INFINITY;
+      if (8 * t + 2 * place + 1 >= n) e[t][1] = e[t][3] = -INFINITY;
+    }
+    vote<TILES>(e, sums, factor, start[row + lane / 4], start[row + lane / 4 + 8]);
+  }
+  reduce_columns<Sum, TILES>([&](int i) { return sums[i / 2][i % 2]; }, parts[warp], lane);
+  __syncthreads();
+  for (int i = thread; i < kColumns; i += kThreads)
+    scores[i] = i < n ? parts[0][i] + parts[1][i] + parts[2][i] + parts[3][i] : 0;
+  __syncthreads();
+  float total = 0;  // 1 but for rounding
+  for (int i = lane; i < kColumns; i += 32) total += scores[i];
+  total = over_warp(total);
+  for (int i = thread; i < n; i += kThreads)
+    call.scores[int64_t{blockIdx.x} * n + i] = scores[i] / total;
+}
+
+template <typename T, int TILES, int BLOCKS, bool HOPPER>
+cudaError_t launch_kernel(const Pagerank& call, cudaStream_t stream) {
+  const auto kernel = once_kernel<T, TILES, BLOCKS, HOPPER>;
+  const int rows = (TILES + 3) / 4 * 64 + 16 * TILES;
+  const int bytes = rows * (HOPPER ? kRowBytes : row_bytes(call.dim, sizeof(T)));
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<call.batch * call.heads, 128, bytes, stream>>>(call);
+  return cudaGetLastError();
+}
+
+template <typename T, int TILES, int BLOCKS>
+cudaError_t launch_tiles(const Pagerank& call, cudaStream_t stream) {
+  if (call.dim == 64 && attribute(cudaDevAttrComputeCapabilityMajor) == 9)
+    return launch_kernel<T, TILES, BLOCKS, true>(call, stream);
+  return launch_kernel<T, TILES, BLOCKS, false>(call, stream);
+}
+
+template <typename T>
+cudaError_t launch(const Pagerank& call, cudaStream_t stream) {
+  switch (tiles_for(call.nodes)) {  // blocks a processor has registers for
+    case 4:
+      return launch_tiles<T, 4, 5>(call, stream);
+    case 6:
+      return launch_tiles<T, 6, 4>(call, stream);
+    case 8:
+      return launch_tiles<T, 8, 3>(call, stream);
+    case 10:
+      return launch_tiles<T, 10, 2>(call, stream);
+    case 12:
+      return launch_tiles<T, 12, 2>(call, stream);
+    default:
+      return launch_tiles<T, 13, 3>(call, stream);
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_pagerank_once(const Pagerank& call, Element type, cudaStream_t stream) {
+  return type == Element::kBFloat16 ? launch<__nv_bfloat16>(call, stream)
+                                    : launch<__half>(call, stream);
+}
+
+}  // namespace pcx
