@@ -1,0 +1,168 @@
+"""Images a second of pruned DeiT-S on a GPU: `python benchmarks/zero_tprune_gpu.py` writes a CSV.
+
+`results/zero_tprune_<gpu>.csv` has DeiT-S, random weights, batches of 512 images, bfloat16,
+compiled and eager, each in a CUDA graph: whole ("plain"), pruned by Zero-TPrune with the settings
+of `pcx.token_pruning.zero_tprune` ("a", "b", "c" and the paper's Table 1), and by random dropping,
+of the same shapes after every layer and without the similarity stage. Channels last and cuDNN's
+benchmark, since the patch embedding takes a fifth of the whole model's time without. Each is timed
+in turns with the whole model; "against_plain" is the median of the turns' ratios. Rows already
+there are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import pcx
+from pcx.token_pruning.zero_tprune import TABLE_1, VARIANTS
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gpu_timing import graph_of, quantiles, table
+
+RESULTS = Path(__file__).parent / "results"
+LAST = torch.channels_last
+MODEL, BATCH, PATCHES = "deit_small_patch16_224", 512, 196
+SETTINGS = {**VARIANTS, "table 1": TABLE_1}
+FIELDS = (
+    "model setting form mode batch dtype gmacs patches ms_median ms_q1 ms_q3 images_per_s "
+    "against_plain gpu torch timm"
+)
+TURNS = 5
+
+
+def deit() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(MODEL).cuda().eval().to(torch.bfloat16, memory_format=LAST)
+
+
+def left_by(setting: str) -> list[int]:
+    """How many patches are left after each pruning layer, those at first in front."""
+    left = [PATCHES]
+    for step in pcx.zero_tprune(deit(), **SETTINGS[setting]).steps:
+        left.append(step.left(left[-1]))
+    return left
+
+
+def build(setting: str, form: str) -> torch.nn.Module:
+    model = deit()
+    if form == "pagerank":
+        pcx.zero_tprune(model, **SETTINGS[setting])
+    if form == "random":
+        left, layers = left_by(setting), SETTINGS[setting]["layers"]
+        keep = [after / before for before, after in zip(left, left[1:], strict=False)]
+        pcx.zero_tprune(model, layers=layers, keep=keep, iters=1, ranking="random")
+    return model
+
+
+def gmacs(setting: str, form: str) -> float:
+    """As the paper counts them: without the patch embedding and the ranking."""
+    model = build(setting, form).cpu().float()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 224, 224))
+    return counter.get_total_flops() / 2e9 - PATCHES * 3 * 16**2 * 384 / 1e9
+
+
+def check(setting: str) -> None:
+    """What the kernels keep is what the stages written out keep, on a few images in float32, but
+    for scores that are equal up to rounding, and what follows from these."""
+    torch.backends.cudnn.allow_tf32 = False  # of the patch embedding: orders are compared
+    settings = SETTINGS[setting]
+    model = deit().float()
+    images = torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    kept = []
+    for device in ("cuda", "cpu"):
+        pruning = pcx.zero_tprune(model.to(device), **settings)
+        with torch.no_grad():
+            model(images.to(device))
+        kept.append([places.cpu() for places in pruning.kept])
+    for ours, expected in zip(*kept, strict=True):
+        assert ours.shape == expected.shape
+        for a, b in zip(ours.tolist(), expected.tolist(), strict=True):
+            assert len(set(a) & set(b)) >= 0.95 * len(a)
+    torch.backends.cudnn.allow_tf32 = True
+
+
+def replay_of(model: torch.nn.Module, mode: str, images: torch.Tensor):
+    """Runs the model as a CUDA graph, whose weights live as long as what this returns."""
+    torch._dynamo.reset()
+    called = torch.compile(model) if mode == "compiled" else model
+
+    def run():
+        with torch.no_grad():
+            return called(images)
+
+    graph = graph_of([run])
+    graph.model = model  # type: ignore[attr-defined]
+    return graph.replay
+
+
+def rows_of(setting: str, mode: str, replays: dict):
+    """Of random dropping and Zero-TPrune, timed in turns with the whole model."""
+    turns = [
+        {form: quantiles(replay, repeats=7, per_repeat=1) for form, replay in replays.items()}
+        for _ in range(TURNS)
+    ]
+    left = left_by(setting)[1:]
+    for form in replays:
+        first, median, third = (
+            float(torch.tensor([t[form][i] for t in turns]).median()) / 1000 for i in range(3)
+        )
+        ratios = torch.tensor([t["plain"][1] / t[form][1] for t in turns])
+        yield {
+            "model": MODEL,
+            "setting": setting,
+            "form": form,
+            "mode": mode,
+            "batch": BATCH,
+            "dtype": "bfloat16",
+            "gmacs": round(gmacs(setting, form), 3),
+            "patches": PATCHES if form == "plain" else " ".join(map(str, left)),
+            "ms_median": round(median, 3),
+            "ms_q1": round(first, 3),
+            "ms_q3": round(third, 3),
+            "images_per_s": round(1000 * BATCH / median),
+            "against_plain": round(float(ratios.median()), 3),
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    file, before = table(parser.parse_args().out, "zero_tprune")
+    done = {(row["setting"], row["mode"]) for row in before}
+    torch.backends.cudnn.benchmark = True
+    images = torch.randn(BATCH, 3, 224, 224, device="cuda", dtype=torch.bfloat16)
+    images = images.to(memory_format=LAST)
+    with open(file, "a", newline="") as output:
+        writer = csv.DictWriter(output, FIELDS.split())
+        if not before:
+            writer.writeheader()
+        for mode in ("compiled", "eager"):
+            plain = None
+            for setting in SETTINGS:
+                if (setting, mode) in done:
+                    continue
+                check(setting)
+                plain = plain or replay_of(deit(), mode, images)
+                replays = {"plain": plain}
+                for form in ("random", "pagerank"):
+                    replays[form] = replay_of(build(setting, form), mode, images)
+                for row in rows_of(setting, mode, replays):
+                    print(*row.values(), flush=True)
+                    writer.writerow(row)
+                    output.flush()
+
+
+if __name__ == "__main__":
+    main()
