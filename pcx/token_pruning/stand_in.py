@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from pcx import seam
 from pcx.anatomy import Anatomy, dissect
+from pcx.ops import reference
 from pcx.prompted_block import PromptedBlock
 from pcx.vpt import VPT
 
@@ -24,10 +27,21 @@ FAMILIES = (
 )
 
 
+class Carried(NamedTuple):
+    """Tokens on their way to the next block, whose stand-in has to know more of them.
+
+    What is known travels with the tokens and is kept nowhere, so that compiled graphs, scoring's
+    replays, activation checkpointing and several forwards before a backward are all right.
+    """
+
+    tokens: Tensor  # [B, N, D]
+    known: Any
+
+
 class StandIn:
     """Stands in for a block's forward; an object, so that a copied model has its own.
 
-    It sees the attention call that the block makes, and gives what goes on to the next block.
+    It may change the attention call that the block makes, and gives what goes on to the next block.
     """
 
     def __init__(self, block: nn.Module):
@@ -41,20 +55,25 @@ class StandIn:
         if self.block.__dict__.get("forward") is self:
             del self.block.forward
 
-    def after(self, tokens: Tensor, call: seam.Call) -> Tensor:
+    def before(self, call: seam.Call, known: Any) -> seam.Call:
+        """The call to make in place of the block's; `known` is None where nothing was carried."""
+        return call
+
+    def after(self, tokens: Tensor, call: seam.Call, known: Any) -> Tensor | Carried:
         """What goes on in place of the block's output [B, N, D], by the call it attended with."""
         raise NotImplementedError
 
-    def __call__(self, x: Tensor, *args, **kwargs) -> Any:
+    def __call__(self, x: Tensor | Carried, *args, **kwargs) -> Any:
         if isinstance(self.block, PromptedBlock) and self.block.replay is not None:
             return self.block.replay  # what this gave before
+        tokens, known = x if isinstance(x, Carried) else (x, None)
         calls: list[seam.Call] = []
 
         def watch(call: seam.Call) -> seam.Call:
-            calls.append(call)
-            return call
+            calls.append(self.before(call, known))
+            return calls[-1]
 
-        out = self._run(watch, x, *args, **kwargs)
+        out = self._run(watch, tokens, *args, **kwargs)
         if not calls:
             raise seam.MissedCall(
                 f"{type(self.block).__name__} made no call of F.scaled_dot_product_attention: turn "
@@ -63,8 +82,8 @@ class StandIn:
         call = calls[0]
         calls.clear()  # checkpointing holds on to `watch`, and need not to these tensors
         if isinstance(out, tuple):  # Hugging Face's older layers
-            return (self.after(out[0], call), *out[1:])
-        return self.after(out, call)
+            return (self.after(out[0], call, known), *out[1:])
+        return self.after(out, call, known)
 
     def _run(self, watch: seam.Watch, x: Tensor, *args, **kwargs) -> Any:
         forward: Any = type(self.block).forward
@@ -93,6 +112,30 @@ class SetUp:
         """The model computes all tokens again."""
         for stand_in in self._stand_ins:
             stand_in.remove()
+
+
+def biased(call: seam.Call, bias: Tensor) -> seam.Call:
+    """The call with a bias of its keys besides its own, [B, 1, 1, S], additive or boolean."""
+    if call.bias is not None:
+        wide = torch.promote_types(call.q.dtype, torch.float32)
+        bias = reference.additive(call.bias, wide) + reference.additive(bias, wide)
+    if bias.dtype != torch.bool:
+        bias = bias.to(call.q.dtype)
+    return dataclasses.replace(call, bias=bias)
+
+
+def composed(stays: Sequence[Tensor | None]) -> list[Tensor]:
+    """The places [B, n] that each step's tokens had in the sequence that came to the first step.
+
+    Args:
+        stays: of each step, the places [B, n] among the tokens that came to it.
+    """
+    places: list[Tensor] = []
+    for each in stays:
+        if each is None:
+            raise RuntimeError("kept: no batch has gone through the model yet")
+        places.append(places[-1].gather(1, each) if places else each)
+    return places
 
 
 def anatomy_of(model: Any) -> Anatomy:

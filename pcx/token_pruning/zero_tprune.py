@@ -20,6 +20,7 @@ from pcx.token_pruning.stand_in import (
     anatomy_of,
     blocks_of,
     clear,
+    composed,
     patches_of,
 )
 
@@ -75,13 +76,7 @@ class Pruning(SetUp):
     def kept(self) -> list[Tensor]:
         """Of the last batch, after each step: the places [B, n], in the sequence of tokens that
         came to the first step, of those that are left. A copy of the model has no handle."""
-        places: list[Tensor] = []
-        for pruned in self._pruned:
-            if pruned.stays is None:
-                raise RuntimeError("kept: no batch has gone through the model yet")
-            stays = pruned.stays
-            places.append(places[-1].gather(1, stays) if places else stays)
-        return places
+        return composed([pruned.stays for pruned in self._pruned])
 
     @property
     def tokens(self) -> int:
@@ -170,7 +165,7 @@ class _PrunedForward(StandIn):
         self.stays: Tensor | None = None  # [B, n], of the tokens that came
         self.came = 0
 
-    def after(self, tokens: Tensor, call: seam.Call) -> Tensor:
+    def after(self, tokens: Tensor, call: seam.Call, known: None) -> Tensor:
         with torch.no_grad():
             stays = self._choose(call)
         self.stays = None if exporting() else stays  # then nothing to look at
