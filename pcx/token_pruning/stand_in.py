@@ -1,4 +1,4 @@
-"""Objects that stand in for the forwards of a model's blocks, and what can carry them."""
+"""Objects that stand in for the forwards of a model's blocks, and the models that can have them."""
 
 from __future__ import annotations
 
