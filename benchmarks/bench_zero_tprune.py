@@ -1,9 +1,10 @@
-"""Zero-TPrune against other orders of tokens, on the embedded backbone.
+"""Zero-TPrune against other orders of tokens, ToMe and ATS, on the embedded backbone.
 
 `python benchmarks/bench_zero_tprune.py` writes `results/zero_tprune_scenes.csv`: the accuracy on
 held-out scenes of the task that the backbone was trained on, at 20, 35 and 50% fewer
 multiply-adds, over three seeds of scenes; nothing is trained. Every ranking prunes after the same
-layers, with the same similarity stage before it and the same shapes.
+layers, with the same similarity stage before it and the same shapes; ATS samples a share of its
+slots after those layers, and ToMe merges equally many pairs after every layer but the last.
 `pytest benchmarks/bench_zero_tprune.py` checks that and times a forward.
 """
 
@@ -11,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,14 +25,17 @@ import pcx
 from pcx.backbones import scenes_vit
 from pcx.backbones.pretrain import HELD_OUT_SEED, normalise
 from pcx.tasks.scenes import NUM_CLASSES, scenes
+from pcx.token_pruning import ats, tome
 from pcx.token_pruning.stages import RANKINGS
 
 RESULTS = Path(__file__).parent / "results"
+METHODS = (*RANKINGS, "tome", "ats")
+PATCHES = 64  # of a scene
 LAYERS, ITERS, SIMILAR = (1, 2, 3, 4), (30, 5, 5, 1), 2
 CUTS = (0.20, 0.35, 0.50)
 SEEDS = (HELD_OUT_SEED, HELD_OUT_SEED + 1, HELD_OUT_SEED + 2)
 BATCHES, BATCH = 10, 512
-FIELDS = ["ranking", "cut", "keep", "patches", "mmacs", "seed", "accuracy", "images", "torch"]
+FIELDS = ["method", "cut", "setting", "patches", "mmacs", "seed", "accuracy", "images", "torch"]
 
 
 def multiply_adds(model: torch.nn.Module) -> float:
@@ -40,31 +46,51 @@ def multiply_adds(model: torch.nn.Module) -> float:
     return counter.get_total_flops() / 2
 
 
-def prune(model: torch.nn.Module, keep: float, ranking: str) -> pcx.token_pruning.Pruning:
+def set_up(model: torch.nn.Module, method: str, setting: float) -> Any:
+    """By a share of the patches to keep or slots to sample at each layer, or ToMe's r."""
+    if method == "tome":
+        return tome(model, r=int(setting))
+    if method == "ats":
+        tokens = [PATCHES]
+        for _ in LAYERS:
+            tokens.append(max(1, round(setting * tokens[-1])))
+        return ats(model, layers=LAYERS, tokens=tokens[1:])
     return pcx.zero_tprune(
-        model, layers=LAYERS, keep=keep, iters=ITERS, similar=SIMILAR, ranking=ranking
+        model, layers=LAYERS, keep=setting, iters=ITERS, similar=SIMILAR, ranking=method
     )
 
 
-def keep_for(cut: float) -> float:
-    """The share that leaves the most tokens at no more than so many multiply-adds."""
+def patches_left(handle: Any) -> list[int]:
+    """After each layer that drops or merges some, or ATS's slots."""
+    left = [merged.sizes for merged in handle.merged] if hasattr(handle, "merged") else handle.kept
+    return [tokens.shape[1] - handle.prefix_tokens for tokens in left]
+
+
+@cache
+def setting_for(method: str, cut: float) -> float:
+    """What leaves the most tokens at no more than so many multiply-adds."""
     model = scenes_vit(NUM_CLASSES)
     whole = multiply_adds(model)
-    for percent in range(100, 0, -1):
-        prune(model, percent / 100, "random")
+    shares = [percent / 100 for percent in range(100, 0, -1)]
+    for setting in range(1, PATCHES) if method == "tome" else shares:
+        set_up(model, method, setting)
         if multiply_adds(model) <= (1 - cut) * whole:
-            return percent / 100
+            return setting
     raise ValueError(f"cut: {cut} cannot be reached")
+
+
+@cache
+def held_out(seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [scenes(BATCH, generator) for _ in range(BATCHES)]
 
 
 @torch.no_grad()
 def accuracy(model: torch.nn.Module, seed: int) -> float:
     """Percent of held-out scenes."""
-    generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # of "random"
     right = 0
-    for _ in range(BATCHES):
-        images, labels = scenes(BATCH, generator)
+    for images, labels in held_out(seed):
         right += int((model(normalise(images)).argmax(1) == labels).sum())
     return 100 * right / (BATCHES * BATCH)
 
@@ -72,16 +98,17 @@ def accuracy(model: torch.nn.Module, seed: int) -> float:
 def measure():
     model = scenes_vit(NUM_CLASSES)
     for cut in (0.0, *CUTS):
-        keep = keep_for(cut) if cut else 1.0
-        for ranking in RANKINGS if cut else ("none",):
-            pruning = prune(model, keep, ranking) if cut else None
+        for method in METHODS if cut else ("none",):
+            counted = "random" if method in RANKINGS else method  # one setting for all rankings
+            setting = setting_for(counted, cut) if cut else 1.0
+            handle = set_up(model, method, setting) if cut else None
             mmacs = multiply_adds(model) / 1e6
-            patches = [k.shape[1] - 1 for k in pruning.kept] if pruning else [64]
+            patches = patches_left(handle) if handle else [PATCHES]
             for seed in SEEDS:
                 row = {
-                    "ranking": ranking,
+                    "method": method,
                     "cut": cut,
-                    "keep": keep,
+                    "setting": setting,
                     "patches": " ".join(map(str, patches)),
                     "mmacs": round(mmacs, 2),
                     "seed": seed,
@@ -98,15 +125,15 @@ def images():
     return normalise(scenes(64, torch.Generator().manual_seed(HELD_OUT_SEED))[0])
 
 
-@pytest.mark.parametrize("ranking", ["none", *RANKINGS])
-def test_a_forward(benchmark, ranking, images):
+@pytest.mark.parametrize("method", ["none", *METHODS])
+def test_a_forward(benchmark, method, images):
     model = scenes_vit(NUM_CLASSES)
-    if ranking != "none":
-        pruning = prune(model, 0.8, ranking)
+    if method != "none":
+        handle = set_up(model, method, 6 if method == "tome" else 0.8)
         with torch.no_grad():
             model(images)
-        sizes = [k.shape for k in pruning.kept]
-        assert sizes == [(64, 51), (64, 39), (64, 30), (64, 23)]
+        expected = {"tome": [58, 52, 46, 40, 34], "ats": [51, 41, 33, 26]}
+        assert patches_left(handle) == expected.get(method, [50, 38, 29, 22])
     with torch.no_grad():
         benchmark.pedantic(model, (images,), rounds=5, warmup_rounds=1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,7 +98,6 @@ class PromptedBlock(nn.Module):
         # Keys and values for each attention call, one set per sample, in place of the prompts'.
         self.given: list[tuple[Tensor, Tensor]] | None = None
         self.replay: Any = None  # what to give again in place of computing it
-        self.calls_seen: list[seam.Call] | None = None  # gets the folded path's attention calls
         self.register_buffer("lengths", None)  # of constant prefix sets where they differ, [G]
         self.constants = 0  # attention calls whose prompts' keys and values are buffers
         # In a tuple, so that the list is registered once, by the owner.
@@ -108,10 +108,11 @@ class PromptedBlock(nn.Module):
             if hasattr(module, "num_prefix_tokens")
         )
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *args, watch: seam.Watch | None = None, **kwargs) -> Tensor:
+        """The block's output; `watch` sees, and may change, the folded path's attention calls."""
         if self.replay is not None:
             return self.replay
-        form = self._concat if self.path == "concat" else self._folded
+        form: Any = self._concat if self.path == "concat" else partial(self._folded, watch)
         if self.checkpoint and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(form, x, *args, use_reentrant=False, **kwargs)
         return form(x, *args, **kwargs)
@@ -163,21 +164,21 @@ class PromptedBlock(nn.Module):
 
     # Folded: prompts act through their keys and values alone, computed once for the batch.
 
-    def _folded(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def _folded(self, watch: seam.Watch | None, x: Tensor, *args, **kwargs) -> Tensor:
         self._place(0)
         prefixes, sets = self._this_step(x.shape[0])
         full = None
         if self.read_tokens is not None and self.last:
             full = seam.capture(self.block, self.calls, x, *args, **kwargs)
             x, args, kwargs = x[:, : self.read_tokens], (), {}
-        elif prefixes is None and self.calls_seen is None:
+        elif prefixes is None and watch is None:
             return self.block(x, *args, **kwargs)
 
         def attend(n: int, call: seam.Call) -> Tensor:
             if full is not None:  # the read tokens' queries over every token's keys and values
                 call = _read_rows(call, full[n])
-            if self.calls_seen is not None:
-                self.calls_seen.append(call)
+            if watch is not None:
+                call = watch(call)
             if prefixes is None:
                 return call.output()
             return self._attend(call, *prefixes[n], sets)

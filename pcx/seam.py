@@ -39,6 +39,7 @@ class Call:
 
 
 Attend = Callable[[int, Call], Tensor]
+Watch = Callable[[Call], Call]  # sees a call, and gives the one to make in its place
 
 
 class intercept(TorchFunctionMode):  # noqa: N801, used as `with intercept(...)`

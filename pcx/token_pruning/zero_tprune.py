@@ -10,11 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from pcx import seam
-from pcx.anatomy import Anatomy, dissect
+from pcx.anatomy import Anatomy
 from pcx.ops.prefix_attention import exporting
 from pcx.prompted_block import PromptedBlock
 from pcx.token_pruning import stages
-from pcx.vpt import VPT
+from pcx.token_pruning.stand_in import (
+    SetUp,
+    StandIn,
+    anatomy_of,
+    blocks_of,
+    clear,
+    composed,
+    patches_of,
+)
 
 # The paper's ablations on DeiT-S (Sec. 4.1): 4.55 to 3.08 GFLOPs.
 TABLE_1: dict[str, Any] = {
@@ -32,18 +40,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     name: {"layers": (4, 8, 11), "keep": keep, "iters": (5, 5, 1), "similar": 10}
     for name, keep in {"a": 0.67, "b": 0.51, "c": 0.93}.items()
 }
-
-# Families whose blocks know nothing of where a token stands.
-FAMILIES = (
-    "VisionTransformer",
-    "VisionTransformerDistilled",
-    "ViTForImageClassification",
-    "DeiTForImageClassification",
-    "DeiTForImageClassificationWithTeacher",
-    "Dinov2ForImageClassification",
-    "Dinov2WithRegistersForImageClassification",
-)
-
 
 @dataclass(frozen=True)
 class Step:
@@ -69,7 +65,7 @@ class Step:
         return stay
 
 
-class Pruning:
+class Pruning(SetUp):
     """What `zero_tprune` set up; `remove` takes it away again.
 
     Attributes:
@@ -80,31 +76,19 @@ class Pruning:
     """
 
     def __init__(self, steps: Sequence[Step], pruned: Sequence[_PrunedForward], anatomy: Anatomy):
+        super().__init__(pruned, anatomy)
         self.steps = tuple(steps)
-        self.prefix_tokens = anatomy.prefix_tokens
-        self.patch_pixels = anatomy.patch_elements // 3
         self._pruned = tuple(pruned)
 
     @property
     def kept(self) -> list[Tensor]:
         """Of the last batch, after each step: the places [B, n], in the sequence of tokens that
         came to the first step, of those that are left. A copy of the model has no handle."""
-        places: list[Tensor] = []
-        for pruned in self._pruned:
-            if pruned.stays is None:
-                raise RuntimeError("kept: no batch has gone through the model yet")
-            stays = pruned.stays
-            places.append(places[-1].gather(1, stays) if places else stays)
-        return places
+        return composed([pruned.stays for pruned in self._pruned])
 
     @property
     def tokens(self) -> int:
         return self._pruned[0].came
-
-    def remove(self) -> None:
-        """The model computes all tokens again."""
-        for pruned in self._pruned:
-            pruned.remove()
 
 
 def zero_tprune(
@@ -157,12 +141,11 @@ def zero_tprune(
         >>> pruning.remove()
     """
     stages.check_choices(partition, measure, ranking)
-    anatomy = _anatomy(model)
-    backbone: Any = model.backbone if isinstance(model, VPT) else model
-    blocks = list(backbone.get_submodule(anatomy.blocks))
+    anatomy = anatomy_of(model)
     steps = _steps(layers, keep, iters, similar)
-    _check(model, blocks, anatomy, steps, needs_cls=cls_boost or ranking == "cls")
-    patches = _patches(backbone)
+    blocks = blocks_of(model, anatomy)
+    _check(blocks, anatomy, steps, needs_cls=cls_boost or ranking == "cls")
+    patches = patches_of(model)
     if patches is not None:
         _check_counts(steps, patches, partition)
     choices = {
@@ -172,12 +155,7 @@ def zero_tprune(
         "measure": measure,
         "variances": variances,
     }
-    for step in steps:
-        other = blocks[step.layer - 1].__dict__.get("forward")
-        if not isinstance(other, _PrunedForward | None):
-            raise ValueError(f"model: something else stands in for layer {step.layer}'s forward")
-    for old in _set_up(model):
-        old.remove()
+    clear(model, blocks, [step.layer for step in steps])
     return Pruning(
         steps,
         [
@@ -188,52 +166,18 @@ def zero_tprune(
     )
 
 
-class _PrunedForward:
-    """Stands in for a block's forward; an object, so that a copied model has its own."""
-
+class _PrunedForward(StandIn):
     def __init__(self, block: nn.Module, step: Step, protected: int, choices: dict[str, Any]):
-        self.block, self.step, self.protected, self.choices = block, step, protected, choices
+        super().__init__(block)
+        self.step, self.protected, self.choices = step, protected, choices
         self.stays: Tensor | None = None  # [B, n], of the tokens that came
         self.came = 0
-        self.install()
 
-    def install(self) -> None:
-        self.block.forward = self  # type: ignore[assignment]
-
-    def remove(self) -> None:
-        if self.block.__dict__.get("forward") is self:
-            del self.block.forward
-
-    def __call__(self, x: Tensor, *args, **kwargs) -> Any:
-        calls: list[seam.Call] = []
-        forward: Any = type(self.block).forward
-        if isinstance(self.block, PromptedBlock):
-            if self.block.path != "folded":
-                raise RuntimeError("model: path 'concat' has prompts among the tokens; fold them")
-            if self.block.replay is not None:  # what this gave before
-                return self.block.replay
-            self.block.calls_seen = calls
-            try:
-                out = forward(self.block, x, *args, **kwargs)
-            finally:
-                self.block.calls_seen = None
-        else:
-
-            def attend(_: int, call: seam.Call) -> Tensor:
-                calls.append(call)
-                return call.output()
-
-            with seam.intercept(attend, []):
-                out = forward(self.block, x, *args, **kwargs)
-        if not calls:
-            raise seam.MissedCall(
-                f"{type(self.block).__name__} made no call of F.scaled_dot_product_attention: turn "
-                "its fused attention on (fused_attn=True, attn_implementation='sdpa')"
-            )
+    def after(self, tokens: Tensor, call: seam.Call, known: None) -> Tensor:
         with torch.no_grad():
-            stays = self._choose(calls[0])
+            stays = self._choose(call)
         self.stays = None if exporting() else stays  # then nothing to look at
-        return _picked(out, stays)
+        return stages.pick(tokens, stays)
 
     def _choose(self, call: seam.Call) -> Tensor:
         self.came = call.q.shape[2]
@@ -248,30 +192,6 @@ class _PrunedForward:
             bias=call.bias,
             **self.choices,
         )
-
-
-def _picked(out: Any, stays: Tensor) -> Any:
-    if isinstance(out, tuple):  # Hugging Face's older layers
-        return (_picked(out[0], stays), *out[1:])
-    return stages.pick(out, stays)
-
-
-def _set_up(model: nn.Module) -> list[_PrunedForward]:
-    found = [module.__dict__.get("forward") for module in model.modules()]
-    return [forward for forward in found if isinstance(forward, _PrunedForward)]
-
-
-def _anatomy(model: Any) -> Anatomy:
-    if isinstance(model, VPT):
-        return model.anatomy
-    before = _set_up(model)
-    for forward in before:
-        forward.remove()
-    try:
-        return dissect(model)  # which runs the blocks
-    finally:
-        for forward in before:
-            forward.install()
 
 
 def _steps(layers: Any, keep: Any, iters: Any, similar: Any) -> list[Step]:
@@ -299,22 +219,11 @@ def _steps(layers: Any, keep: Any, iters: Any, similar: Any) -> list[Step]:
     return steps
 
 
-def _check(
-    model: Any, blocks: list, anatomy: Anatomy, steps: list[Step], *, needs_cls: bool
-) -> None:
-    if anatomy.family not in FAMILIES:
-        raise ValueError(
-            f"model: {anatomy.family} turns or biases attention by the tokens' places, which "
-            f"pruning would mix up; expected one of {FAMILIES}"
-        )
-    if max(anatomy.calls) > 1:
-        raise ValueError(f"model: {anatomy.family} attends {max(anatomy.calls)} times in a block")
+def _check(blocks: list, anatomy: Anatomy, steps: list[Step], *, needs_cls: bool) -> None:
     if needs_cls and not anatomy.has_cls:
         raise ValueError(
             "cls_boost: the model has no [CLS] token; give cls_boost=False, and no ranking 'cls'"
         )
-    if isinstance(model, VPT) and model.path != "folded":
-        raise ValueError(f"model: its path is {model.path!r}, expected 'folded'")
     layers = [step.layer for step in steps]
     if any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
         raise ValueError(f"layers: {layers}, expected ascending ones, none twice")
@@ -334,11 +243,3 @@ def _check_counts(steps: list[Step], patches: int, partition: str) -> None:
                 f"left, of which {most} could be dropped"
             )
         patches = step.left(patches)
-
-
-def _patches(backbone: Any) -> int | None:
-    """Of the images that the backbone was made for, None where it does not say."""
-    for module in backbone.modules():
-        if isinstance(getattr(module, "num_patches", None), int):
-            return module.num_patches
-    return None

@@ -1,0 +1,61 @@
+"""What stands in for a block's forward."""
+
+import pytest
+import torch
+from families import build
+from torch import nn
+
+import pcx
+from pcx.ops import reference
+from pcx.seam import Call
+from pcx.token_pruning import ats
+from pcx.token_pruning.stand_in import StandIn, biased
+
+
+@pytest.mark.parametrize("own", [None, "additive", "boolean"])
+@pytest.mark.parametrize("given", ["additive", "boolean"])
+def test_biases_add_up(own, given):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 3, 5, 4, dtype=torch.float64)
+    biases = {
+        None: torch.zeros(1, 1, 5, 5).double(),
+        "additive": torch.randn(1, 3, 5, 5).double(),
+        "boolean": torch.eye(5, dtype=torch.bool)[None, None] | (torch.rand(1, 1, 5, 5) > 0.3),
+    }
+    keys = {"additive": torch.randn(2, 1, 1, 5).double(), "boolean": torch.ones(2, 1, 1, 5) > 0}
+    keys["boolean"][1, ..., 3:] = False
+    call = biased(Call(q, k, v, own and biases[own], 0.3), keys[given])
+    logits = q @ k.transpose(-2, -1) * 0.3
+    for bias in (biases[own], keys[given]):
+        logits = logits + reference.additive(bias, torch.float64)
+    expected = (logits.softmax(-1) @ v).nan_to_num()  # a row that attends to nothing
+    torch.testing.assert_close(call.output().nan_to_num(), expected)
+
+
+def test_blocks_that_give_tuples():
+    """As Hugging Face's older layers do; what else is in them goes on as it is."""
+
+    class Block(nn.Module):
+        def forward(self, x):
+            q = x[:, None]
+            return nn.functional.scaled_dot_product_attention(q, q, q)[:, 0], "more"
+
+    class First(StandIn):
+        def after(self, tokens, call, known):
+            return tokens[:, :1]
+
+    block, x = Block(), torch.randn(2, 5, 4)
+    whole, _ = block(x)
+    stand_in = First(block)
+    found, more = block(x)
+    assert torch.equal(found, whole[:, :1])
+    assert more == "more"
+    stand_in.remove()
+    assert torch.equal(block(x)[0], whole)
+
+
+def test_what_else_stands_in_is_an_error():
+    model = pcx.VPT(build("vit"), 2, head_init="keep")
+    model.layers[2].forward = lambda x: x
+    with pytest.raises(ValueError, match="something else stands in for layer 3's forward"):
+        ats(model, layers=(2,), tokens=4)
