@@ -163,14 +163,15 @@ class PromptedBlock(nn.Module):
 
     # Folded: prompts act through their keys and values alone, computed once for the batch.
 
-    def _folded(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def _folded(self, x: Tensor, *args, key_bias: Tensor | None = None, **kwargs) -> Tensor:
+        """`key_bias`, broadcastable to [B, H, N, N], is added to the logits of the tokens' keys."""
         self._place(0)
         prefixes, sets = self._this_step(x.shape[0])
         full = None
         if self.read_tokens is not None and self.last:
             full = seam.capture(self.block, self.calls, x, *args, **kwargs)
             x, args, kwargs = x[:, : self.read_tokens], (), {}
-        elif prefixes is None and self.calls_seen is None:
+        elif prefixes is None and self.calls_seen is None and key_bias is None:
             return self.block(x, *args, **kwargs)
 
         def attend(n: int, call: seam.Call) -> Tensor:
@@ -178,6 +179,8 @@ class PromptedBlock(nn.Module):
                 call = _read_rows(call, full[n])
             if self.calls_seen is not None:
                 self.calls_seen.append(call)
+            if key_bias is not None:
+                call = call.with_bias(key_bias)
             if prefixes is None:
                 return call.output()
             return self._attend(call, *prefixes[n], sets)

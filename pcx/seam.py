@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pcx.ops import reference
+
 
 @dataclass(frozen=True)
 class Call:
@@ -32,6 +34,12 @@ class Call:
         return F.scaled_dot_product_attention(
             self.q, self.k, self.v, attn_mask=self.bias, scale=self.scale
         )
+
+    def with_bias(self, bias: Tensor) -> Call:
+        """The call with one more bias, additive and broadcastable to [B, H, N, S]."""
+        if self.bias is not None:
+            bias = bias + reference.additive(self.bias, bias.dtype)
+        return Call(self.q, self.k, self.v, bias.to(self.q.dtype), self.scale)
 
     def empty_output(self) -> Tensor:
         """What the call would return, as zeros; [B, H, N, dv]."""
