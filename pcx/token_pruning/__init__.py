@@ -1,5 +1,7 @@
-"""Pruning of image tokens without training."""
+"""Pruning of image tokens, without training or trained for."""
 
+from pcx.token_pruning.finetune import Teacher, finetune, three_term_loss
+from pcx.token_pruning.soft import SoftPruning, soft_prune
 from pcx.token_pruning.zero_tprune import Pruning
 
-__all__ = ["Pruning"]
+__all__ = ["Pruning", "SoftPruning", "Teacher", "finetune", "soft_prune", "three_term_loss"]
