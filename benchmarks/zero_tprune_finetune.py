@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,9 +82,8 @@ def measure(seed: int):
     pcx.fit(model, task.loader("trainval", 32), epochs=EPOCHS, lr=RATE, seed=seed, **OPTIMISER)
     how = setting(model)
     for name, train in trainings(task, how, seed).items():
-        trained, start = copied(model), time.perf_counter()
+        trained = copied(model)
         train(trained)
-        seconds = time.perf_counter() - start
         row = {
             "seed": seed,
             "training_after": name,
@@ -93,7 +91,6 @@ def measure(seed: int):
             "accuracy_whole": round(accuracy(trained, test, None), 2),
             "accuracy_pruned": round(accuracy(trained, test, how), 2),
             "keep": how["keep"],
-            "seconds": round(seconds, 1),
             "test_images": len(test.dataset),
             "threads": torch.get_num_threads(),
             "cpu": cpu_name(),

@@ -45,7 +45,10 @@ def finetune(
     """Trains a model for `pcx.zero_tprune`, under soft masks (Zero-TPrune, Sec. C).
 
     The teacher is the model as it comes, unpruned; the loss is `three_term_loss`. The model is left
-    unpruned: prune it afterwards with the same `layers`, `keep` and `iters`, and `similar=0`.
+    unpruned: prune it afterwards with the same `layers`, `keep` and `iters`, and `similar=0`. Other
+    settings need a training of their own, and the unpruned model loses by it. `pcx.fit` of a model
+    that is pruned already, whose tokens are really dropped, is the cheaper rival to compare with
+    (benchmarks/zero_tprune_finetune.py).
 
     Args:
         model: a `pcx.VPT`, whose prompts and head are trained, or a timm vision transformer, of
