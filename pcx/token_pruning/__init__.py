@@ -1,7 +1,20 @@
-"""Fewer image tokens without training."""
+"""Fewer image tokens: without training, or trained for."""
 
 from pcx.token_pruning.ats import Sampling, ats
+from pcx.token_pruning.finetune import Teacher, finetune, three_term_loss
+from pcx.token_pruning.soft import SoftPruning, soft_prune
 from pcx.token_pruning.tome import Merging, tome
 from pcx.token_pruning.zero_tprune import Pruning
 
-__all__ = ["Merging", "Pruning", "Sampling", "ats", "tome"]
+__all__ = [
+    "Merging",
+    "Pruning",
+    "Sampling",
+    "SoftPruning",
+    "Teacher",
+    "ats",
+    "finetune",
+    "soft_prune",
+    "three_term_loss",
+    "tome",
+]

@@ -142,7 +142,7 @@ def anatomy_of(model: Any) -> Anatomy:
     """The anatomy of a VPT or a backbone, whatever stands in on it."""
     if isinstance(model, VPT):
         return model.anatomy
-    before = _found_on(model)
+    before = found_on(model)
     for stand_in in before:
         stand_in.remove()
     try:
@@ -192,10 +192,11 @@ def clear(model: nn.Module, blocks: Sequence[Any], layers: Sequence[int]) -> Non
     for layer in layers:
         if not isinstance(blocks[layer - 1].__dict__.get("forward"), StandIn | None):
             raise ValueError(f"model: something else stands in for layer {layer}'s forward")
-    for old in _found_on(model):
+    for old in found_on(model):
         old.remove()
 
 
-def _found_on(model: nn.Module) -> list[StandIn]:
+def found_on(model: nn.Module) -> list[StandIn]:
+    """What stands in on a model."""
     found = [module.__dict__.get("forward") for module in model.modules()]
     return [forward for forward in found if isinstance(forward, StandIn)]

@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     for name, keep in {"a": 0.67, "b": 0.51, "c": 0.93}.items()
 }
 
+
 @dataclass(frozen=True)
 class Step:
     """What is dropped after one layer."""
