@@ -15,8 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import pcx
 from pcx.backbones import scenes_vit
@@ -32,14 +30,6 @@ BATCHES, BATCH = 10, 512
 FIELDS = ["ranking", "cut", "keep", "patches", "mmacs", "seed", "accuracy", "images", "torch"]
 
 
-def multiply_adds(model: torch.nn.Module) -> float:
-    """Of one image, without those of ranking the tokens."""
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(torch.zeros(1, 3, 64, 64))
-    return counter.get_total_flops() / 2
-
-
 def prune(model: torch.nn.Module, keep: float, ranking: str) -> pcx.token_pruning.Pruning:
     return pcx.zero_tprune(
         model, layers=LAYERS, keep=keep, iters=ITERS, similar=SIMILAR, ranking=ranking
@@ -49,10 +39,10 @@ def prune(model: torch.nn.Module, keep: float, ranking: str) -> pcx.token_prunin
 def keep_for(cut: float) -> float:
     """The share that leaves the most tokens at no more than so many multiply-adds."""
     model = scenes_vit(NUM_CLASSES)
-    whole = multiply_adds(model)
+    whole = pcx.multiply_adds(model)
     for percent in range(100, 0, -1):
         prune(model, percent / 100, "random")
-        if multiply_adds(model) <= (1 - cut) * whole:
+        if pcx.multiply_adds(model) <= (1 - cut) * whole:
             return percent / 100
     raise ValueError(f"cut: {cut} cannot be reached")
 
@@ -75,7 +65,7 @@ def measure():
         keep = keep_for(cut) if cut else 1.0
         for ranking in RANKINGS if cut else ("none",):
             pruning = prune(model, keep, ranking) if cut else None
-            mmacs = multiply_adds(model) / 1e6
+            mmacs = pcx.multiply_adds(model) / 1e6
             patches = [k.shape[1] - 1 for k in pruning.kept] if pruning else [64]
             for seed in SEEDS:
                 row = {

@@ -229,10 +229,13 @@ class _PrunedForward:
 
     def _choose(self, call: seam.Call) -> Tensor:
         self.came = call.q.shape[2]
+        keep = self.step.left(self.came - self.protected)
+        if call.q.device.type == "meta":  # shapes alone: there is nothing to rank
+            return call.q.new_empty(len(call.q), self.protected + keep, dtype=torch.int64)
         return stages.prune(
             call.q,
             call.k,
-            keep=self.step.left(self.came - self.protected),
+            keep=keep,
             similar=self.step.similar,
             iters=self.step.iters,
             protected=self.protected,
