@@ -68,6 +68,7 @@ class Pruning:
         steps: what is dropped after which layer, in their order.
         prefix_tokens: tokens before the patches.
         patch_pixels: of one patch.
+        depth: blocks of the model.
         tokens: that came to the first step with the last batch.
     """
 
@@ -75,6 +76,7 @@ class Pruning:
         self.steps = tuple(steps)
         self.prefix_tokens = anatomy.prefix_tokens
         self.patch_pixels = anatomy.patch_elements // 3
+        self.depth = len(anatomy.calls)
         self._pruned = tuple(pruned)
 
     @property
@@ -178,6 +180,11 @@ def zero_tprune(
         ],
         anatomy,
     )
+
+
+def is_pruned(model: nn.Module) -> bool:
+    """Whether `zero_tprune` is set up on the model."""
+    return bool(_set_up(model))
 
 
 class _PrunedForward:
