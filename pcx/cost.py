@@ -14,6 +14,7 @@ from pcx.data import input_size
 from pcx.vpt import VPT
 
 BATCH = 64
+WHOLE = "Global"  # the counter's name of it
 EMBEDDINGS = ("patch_embed", "patch_embeddings", "embeds")  # timm's, Hugging Face's, NaFlexViT's
 
 
@@ -39,8 +40,8 @@ def multiply_adds(model: nn.Module, *, patch_embedding: bool = True) -> float:
         >>> pruning = pcx.zero_tprune(model, layers=(3, 6, 9), keep=0.7, iters=5)
         >>> share = pcx.multiply_adds(model) / whole
     """
-    counts = _operations(_hollow(model), input_size(model))
-    operations = counts["Global"]
+    counts = multiply_adds_by_module(model)
+    total = counts[WHOLE]
     if not patch_embedding:
         names = [n for n in counts if n.rpartition(".")[2] in EMBEDDINGS]
         if len(names) != 1:
@@ -48,8 +49,17 @@ def multiply_adds(model: nn.Module, *, patch_embedding: bool = True) -> float:
                 f"patch_embedding: False, but {type(model).__name__} computes {len(names)} modules "
                 f"of the names {EMBEDDINGS}, expected one; count it with True"
             )
-        operations -= counts[names[0]]
-    return operations / 2 / BATCH
+        total -= counts[names[0]]
+    return total
+
+
+def multiply_adds_by_module(model: nn.Module) -> dict[str, float]:
+    """`multiply_adds` of every module that computes any, by name, and of the `WHOLE`.
+
+    The names begin with the model's class: "VisionTransformer.blocks.0.attn".
+    """
+    counts = _operations(_hollow(model), input_size(model))
+    return {name: operations / 2 / BATCH for name, operations in counts.items()}
 
 
 def token_cost(model: VPT, *, threshold: float = 20.0) -> dict:
@@ -90,7 +100,7 @@ def _flops(model: VPT, size: tuple[int, int, int], path: str) -> int:
     hollow.path = path
     for layer in hollow.layers:  # every token, on both paths and without prompts
         layer.read_tokens = None
-    return _operations(hollow, size)["Global"]
+    return _operations(hollow, size)[WHOLE]
 
 
 def _hollow(model: nn.Module) -> Any:
@@ -107,7 +117,7 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _operations(hollow: nn.Module, size: tuple[int, int, int]) -> dict[str, int]:
-    """Of a batch, by the names of modules, and "Global" of all.
+    """Of a batch, by the names of modules, and of the `WHOLE`.
 
     The counter knows neither every backend's attention nor pcx's own operations; on shapes alone
     all of attention is matrix products.

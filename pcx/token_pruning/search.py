@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler, Subset
 
 from pcx.amp import AMP
-from pcx.cost import multiply_adds
+from pcx.cost import WHOLE, multiply_adds_by_module
 from pcx.data import data_config, input_size, plain_loader, rebuilt
 from pcx.evaluate import images_and_labels, per_sample_loss
 from pcx.token_pruning.stages import offered
@@ -191,8 +191,8 @@ class _Space:
         size = input_size(model)
         first = zero_tprune(model, layers=(1,), keep=1.0, iters=1, **fixed)
         first.remove()
-        self.depth = first.depth
-        self.layers = range(1, first.depth)  # after the last there is nothing left to save
+        self.depth = len(first.blocks)
+        self.layers = range(1, self.depth)  # after the last there is nothing left to save
         self.patches = size[1] * size[2] // first.patch_pixels
         if not self.layers or self.patches < FEWEST_LAYERS:
             raise ValueError(
@@ -200,24 +200,34 @@ class _Space:
                 f"{FEWEST_LAYERS} or more"
             )
         self.partition = fixed.get("partition", "sequential-u")
-        self.whole = multiply_adds(model)
-        self._costs = {layer: self._after(model, layer, fixed) for layer in self.layers}
+        self.whole, self._costs = self._measured(model, first.blocks, fixed)
 
-    def _after(self, model: nn.Module, layer: int, fixed: Mapping[str, Any]) -> list[float]:
-        """Multiply-adds where 0, 1, ... of all patches are left after the layer.
+    def _measured(
+        self, model: nn.Module, blocks: Sequence[str], fixed: Mapping[str, Any]
+    ) -> tuple[float, dict[int, list[float]]]:
+        """The whole model's multiply-adds; and by layer, of what follows it, up to a constant,
+        where 0, 1, ... of all patches are left.
 
-        Each block's are a polynomial of its tokens of degree 2, so that three numbers of patches
-        tell those of all, exactly in rational numbers.
+        Each block's, and the head's, are a polynomial of degree 2 of its tokens, so that three
+        numbers of patches tell those of all, exactly in rational numbers.
         """
-        counted = {self.patches: Fraction(self.whole)}
-        for patches in (1, (1 + self.patches) // 2):
+        points = (self.patches, (1 + self.patches) // 2, 1)
+        counted = {}
+        for patches in points:
             keep = patches / self.patches
-            pruning = zero_tprune(model, layers=(layer,), keep=keep, iters=1, **fixed)
+            pruning = zero_tprune(model, layers=(1,), keep=keep, iters=1, **fixed)
             try:
-                counted[patches] = Fraction(multiply_adds(model))
+                counted[patches] = multiply_adds_by_module(model)
             finally:
                 pruning.remove()
-        return [float(_through(counted, patches)) for patches in range(self.patches + 1)]
+        after = {n: Fraction(counts[WHOLE]) for n, counts in counted.items()}
+        costs = {}
+        for layer in self.layers:
+            for n, counts in counted.items():
+                (block,) = (name for name in counts if name.endswith(f".{blocks[layer - 1]}"))
+                after[n] -= Fraction(counts[block])
+            costs[layer] = [float(_through(after, n)) for n in range(self.patches + 1)]
+        return counted[self.patches][WHOLE], costs
 
     def cost(self, steps: Sequence[Step]) -> float:
         """Multiply-adds per image, as `pcx.multiply_adds` would count them."""

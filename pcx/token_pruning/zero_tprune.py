@@ -68,7 +68,7 @@ class Pruning:
         steps: what is dropped after which layer, in their order.
         prefix_tokens: tokens before the patches.
         patch_pixels: of one patch.
-        depth: blocks of the model.
+        blocks: names of all of the backbone's blocks.
         tokens: that came to the first step with the last batch.
     """
 
@@ -76,7 +76,7 @@ class Pruning:
         self.steps = tuple(steps)
         self.prefix_tokens = anatomy.prefix_tokens
         self.patch_pixels = anatomy.patch_elements // 3
-        self.depth = len(anatomy.calls)
+        self.blocks = tuple(f"{anatomy.blocks}.{i}" for i in range(len(anatomy.calls)))
         self._pruned = tuple(pruned)
 
     @property
