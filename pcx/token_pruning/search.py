@@ -33,6 +33,8 @@ FEWEST_LAYERS = 3  # the paper: any setting does that does not leave it all to o
 RATIOS = (0.5, 0.99)  # keep ratios as drawn, before they are scaled to the budget
 LEAST_KEEP = 0.3  # and what scaling leaves of them, so that no layer drops all
 MOST_SIMILAR = 0.1  # share of the patches that S drops in a layer at most; the paper's is 10 of 196
+# The strength, as `_Space._steps` takes it, from which on every ratio is at its least.
+STRONGEST = 1 + math.log(LEAST_KEEP) / math.log(RATIOS[1])
 SEARCHED = ("layers", "keep", "iters", "similar")
 
 
@@ -61,7 +63,7 @@ class SearchResult:
 
     @property
     def accuracy(self) -> float:
-        """Of `best`, percent, on the images by which it was chosen: others give less."""
+        """Of `best`, percent, on the images by which it was chosen; on others expect less."""
         return self._trial.values[0]
 
     @property
@@ -94,9 +96,9 @@ def search(
     Drawn are how many layers prune, three or more, and which, the last one never; each layer's keep
     ratio, 0.5 to 0.99; its similar patches, up to a tenth of all; and its iterations: 30 to 50 in
     the first three layers, 1 in the last three, 5 to 10 between (G.1). Every setting then meets the
-    budget, as closely as whole patches allow and never above it: where the similar patches alone
-    go below, all are scaled down, and nothing else is dropped; else the keep ratios are raised to
-    one power, found by bisection, but none is brought under 0.3. Layers that cannot reach the
+    budget, within a few whole patches and never above it: where dropping the similar patches alone
+    takes less, fewer of them are dropped, and nothing else is; otherwise the keep ratios are raised
+    to one power, found by bisection, but none is brought under 0.3. Layers that cannot reach the
     budget are joined by more, in an order that was drawn too, so that no setting is rejected.
 
     Args:
@@ -249,7 +251,7 @@ class _Space:
             raise ValueError(f"budget: {budget}, but the unpruned model takes {self.whole:.0f}")
         zero = dict.fromkeys(self.layers, 0)
         lowest = _Draw(0, self.layers, dict.fromkeys(self.layers, RATIOS[0]), zero, zero)
-        least = self.cost(self._steps(lowest, self.layers, _STRONGEST))
+        least = self.cost(self._steps(lowest, self.layers, STRONGEST))
         if least > limit:
             raise ValueError(
                 f"budget: {budget} cannot be reached: {LEAST_KEEP} of the patches kept after each "
@@ -279,9 +281,9 @@ class _Space:
         """The drawn setting, scaled to the most multiply-adds that are not above the limit."""
         for count in range(draw.count, len(self.layers) + 1):
             layers = sorted(draw.order[:count])
-            if self.cost(self._steps(draw, layers, _STRONGEST)) <= limit:
+            if self.cost(self._steps(draw, layers, STRONGEST)) <= limit:
                 break
-        too_weak, enough = 0.0, _STRONGEST
+        too_weak, enough = 0.0, STRONGEST
         while enough - too_weak > 1e-4:
             strength = (too_weak + enough) / 2
             if self.cost(self._steps(draw, layers, strength)) <= limit:
@@ -305,10 +307,6 @@ class _Space:
             steps.append(Step(layer, round(keep, 3), max(draw.iters[layer], 1), similar))
             patches = steps[-1].left(patches)
         return steps
-
-
-# From here on every ratio is at its least.
-_STRONGEST = 1 + math.log(LEAST_KEEP) / math.log(RATIOS[1])
 
 
 def _through(points: Mapping[int, Fraction], x: int) -> Fraction:
