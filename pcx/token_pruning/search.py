@@ -255,8 +255,8 @@ class _Space:
         if least > limit:
             raise ValueError(
                 f"budget: {budget} cannot be reached: {LEAST_KEEP} of the patches kept after each "
-                f"of layers 1 to {self.depth - 1} leave {least:.0f} multiply-adds, which are "
-                f"{least / self.whole:.3f} of the unpruned model's; give that or more"
+                f"of layers 1 to {self.depth - 1} leave {least:.0f} multiply-adds; give "
+                f"{math.ceil(1000 * least / self.whole) / 1000} of the unpruned model's or more"
             )
         return limit
 
