@@ -18,8 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import pcx
 from pcx.backbones import scenes_vit
@@ -36,14 +34,6 @@ CUTS = (0.20, 0.35, 0.50)
 SEEDS = (HELD_OUT_SEED, HELD_OUT_SEED + 1, HELD_OUT_SEED + 2)
 BATCHES, BATCH = 10, 512
 FIELDS = ["method", "cut", "setting", "patches", "mmacs", "seed", "accuracy", "images", "torch"]
-
-
-def multiply_adds(model: torch.nn.Module) -> float:
-    """Of one image, without those of ranking the tokens."""
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        model(torch.zeros(1, 3, 64, 64))
-    return counter.get_total_flops() / 2
 
 
 def set_up(model: torch.nn.Module, method: str, setting: float) -> Any:
@@ -70,11 +60,11 @@ def patches_left(handle: Any) -> list[int]:
 def setting_for(method: str, cut: float) -> float:
     """What leaves the most tokens at no more than so many multiply-adds."""
     model = scenes_vit(NUM_CLASSES)
-    whole = multiply_adds(model)
+    whole = pcx.multiply_adds(model)
     shares = [percent / 100 for percent in range(100, 0, -1)]
     for setting in range(1, PATCHES) if method == "tome" else shares:
         set_up(model, method, setting)
-        if multiply_adds(model) <= (1 - cut) * whole:
+        if pcx.multiply_adds(model) <= (1 - cut) * whole:
             return setting
     raise ValueError(f"cut: {cut} cannot be reached")
 
@@ -102,9 +92,10 @@ def measure():
             counted = "random" if method in RANKINGS else method  # one setting for all rankings
             setting = setting_for(counted, cut) if cut else 1.0
             handle = set_up(model, method, setting) if cut else None
-            mmacs = multiply_adds(model) / 1e6
-            patches = patches_left(handle) if handle else [PATCHES]
+            mmacs = pcx.multiply_adds(model) / 1e6
             for seed in SEEDS:
+                found = accuracy(model, seed)
+                patches = patches_left(handle) if handle else [PATCHES]
                 row = {
                     "method": method,
                     "cut": cut,
@@ -112,7 +103,7 @@ def measure():
                     "patches": " ".join(map(str, patches)),
                     "mmacs": round(mmacs, 2),
                     "seed": seed,
-                    "accuracy": round(accuracy(model, seed), 2),
+                    "accuracy": round(found, 2),
                     "images": BATCHES * BATCH,
                     "torch": torch.__version__,
                 }

@@ -1,7 +1,7 @@
 """pcx: Visual Prompt Tuning of vision transformers, exact and fast, and Prompt Condensation."""
 
 from pcx.condense import Condensation, condense
-from pcx.cost import token_cost
+from pcx.cost import multiply_adds, token_cost
 from pcx.evaluate import evaluate
 from pcx.fit import NonFiniteLoss, fit
 from pcx.freeze import ensemble, freeze
@@ -24,6 +24,7 @@ __all__ = [
     "fit",
     "freeze",
     "load",
+    "multiply_adds",
     "prefix_attention",
     "save",
     "score",

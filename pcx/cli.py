@@ -1,4 +1,4 @@
-"""The command line: pcx demo | train | condense | eval | prune."""
+"""The command line: pcx demo | train | condense | eval | prune | search."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from pcx.evaluate import evaluate
 from pcx.fit import fit
 from pcx.save import load, save
 from pcx.tasks import load_task
+from pcx.token_pruning import search as search_settings
 from pcx.token_pruning.draw import draw_kept
 from pcx.token_pruning.zero_tprune import zero_tprune
 from pcx.vpt import VPT
@@ -204,7 +205,9 @@ def prune(
     layers: Annotated[str, typer.Option(help="after which to drop patches, from 1, as 2,4")],
     keep: Annotated[str, typer.Option(help="share of the patches that stays, one or one each")],
     iters: Annotated[str, typer.Option(help="of PageRank, one or one each")] = "5",
-    similar: Annotated[int, typer.Option(help="similar patches to drop first")] = 0,
+    similar: Annotated[
+        str, typer.Option(help="similar patches to drop first, one or one each")
+    ] = "0",
     ranking: Annotated[str, typer.Option(help="pagerank, cls, average or random")] = "pagerank",
     out: Annotated[Path | None, typer.Option(help="a PNG of what is left of some images")] = None,
     images: Annotated[int, typer.Option(help="drawn in it")] = 4,
@@ -226,7 +229,7 @@ def prune(
         "layers": _numbers("layers", layers, int),
         "keep": _one_or_more("keep", keep, float),
         "iters": _one_or_more("iters", iters, int),
-        "similar": similar,
+        "similar": _one_or_more("similar", similar, int),
         "ranking": ranking,
         "cls_boost": loaded.anatomy.has_cls,
     }
@@ -242,6 +245,52 @@ def prune(
     pruning.remove()
     _say_accuracy(loaded, data, batch_size, amp, split, workers)
     zero_tprune(loaded, **settings)
+    Console().print("pruned:")
+    _say_accuracy(loaded, data, batch_size, amp, split, workers)
+
+
+@app.command()
+def search(
+    model: ModelFile,
+    task: TaskName,
+    budget: Annotated[float, typer.Option(help="share of the multiply-adds, or a number of them")],
+    trials: Annotated[int, typer.Option(help="settings to evaluate on images of val")] = 100,
+    images: Annotated[int, typer.Option(help="of val, the same for all settings")] = 1024,
+    ranking: Annotated[str, typer.Option(help="pagerank, cls, average or random")] = "pagerank",
+    storage: Annotated[
+        str | None, typer.Option(help="Optuna's, as sqlite:///search.db; goes on where it stopped")
+    ] = None,
+    backbone: Backbone = NAME,
+    weights: Weights = None,
+    split: Annotated[str, typer.Option(help="on which the best one is evaluated")] = "test",
+    batch_size: int = 64,
+    root: Root = None,
+    amp: Amp = "no",
+    seed: int = 0,
+    workers: int = 0,
+) -> None:
+    """Searches settings of pcx prune at a budget, and evaluates the best (Zero-TPrune, 4.1)."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # the bar says how it goes
+    loaded = load(model, new_backbone(backbone, 0, weights)).eval()
+    data = load_task(task, data_config(loaded), root=root)
+    found = search_settings(
+        loaded,
+        data.loader("val", batch_size, num_workers=workers),
+        budget=budget,
+        trials=trials,
+        images=images,
+        seed=seed,
+        fixed={"ranking": ranking, "cls_boost": loaded.anatomy.has_cls},
+        storage=storage,
+        amp=amp,
+    )
+    options = {name: found.best[name] for name in ("layers", "keep", "iters", "similar")}
+    said = " ".join(f"--{name} {','.join(map(str, values))}" for name, values in options.items())
+    Console(soft_wrap=True).print(f"pcx prune {said} --ranking {ranking}", highlight=False)
+    _say_accuracy(loaded, data, batch_size, amp, split, workers)
+    zero_tprune(loaded, **found.best)
     Console().print("pruned:")
     _say_accuracy(loaded, data, batch_size, amp, split, workers)
 

@@ -34,6 +34,21 @@ _RANDOM = (
 )
 
 
+def input_size(model: nn.Module) -> tuple[int, int, int]:
+    """(C, H, W) of the images a backbone was made for."""
+    backbone: Any = getattr(model, "backbone", model)
+    if not hasattr(backbone, "pretrained_cfg"):
+        config = getattr(backbone, "config", None)
+        size = getattr(config, "image_size", 224)
+        size = size if isinstance(size, tuple | list) else (size, size)
+        return (getattr(config, "num_channels", 3), *size)
+    trained_on = timm.data.resolve_model_data_config(backbone)["input_size"]
+    embed: Any = getattr(backbone, "patch_embed", None)
+    plain = hasattr(embed, "proj") and not hasattr(embed, "backbone")  # no stem before it
+    channels = embed.proj.weight.shape[1] if plain else trained_on[0]
+    return (channels, *(getattr(embed, "img_size", None) or trained_on[1:]))
+
+
 def data_config(model: nn.Module) -> dict:
     """The images a backbone was trained on: input_size (C, H, W), mean, std, crop and so on.
 
@@ -44,15 +59,10 @@ def data_config(model: nn.Module) -> dict:
     backbone: Any = getattr(model, "backbone", model)
     if hasattr(backbone, "pretrained_cfg"):
         config = timm.data.resolve_model_data_config(backbone)
-        embed: Any = getattr(backbone, "patch_embed", None)
-        plain = hasattr(embed, "proj") and not hasattr(embed, "backbone")  # no stem before it
-        channels = embed.proj.weight.shape[1] if plain else config["input_size"][0]
-        size = getattr(embed, "img_size", None) or config["input_size"][1:]
-        return {**config, "input_size": (channels, *size)}
-    size = getattr(getattr(backbone, "config", None), "image_size", 224)
+        return {**config, "input_size": input_size(model)}
     mean, std = _processor_statistics(backbone)
     return {
-        "input_size": (3, *(size if isinstance(size, tuple | list) else (size, size))),
+        "input_size": input_size(model),
         "mean": mean,
         "std": std,
         "interpolation": "bicubic",

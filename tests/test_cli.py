@@ -44,6 +44,13 @@ def test_train_condense_and_eval(tmp_path):
     assert "wrote kept.png" in whole
     accuracy = [part.split("digits test: ")[1].split()[0] for part in (whole, pruned)]
     assert accuracy[0] != accuracy[1]
+    budget = ["--budget", "0.7", "--trials", "3", "--images", "50", "--seed", "1"]
+    said = pcx_command("search", "small.safetensors", "--task", "digits", *budget, cwd=tmp_path)
+    assert "best of 3 settings at 0.700 of" in said
+    options, searched = said.split("pcx prune ")[1].split(" digits test: ", 1)
+    again = ["small.safetensors", "--task", "digits", *options.split()]
+    said = pcx_command("prune", *again, cwd=tmp_path)
+    assert said.endswith(searched)
     assert {p.name for p in tmp_path.iterdir()} == {
         "vpt.safetensors",
         "vpt.safetensors.ckpt",

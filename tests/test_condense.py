@@ -106,37 +106,3 @@ def test_auto_on_few_prompts(backbone, loader):
     )
     assert small.condensation.keep == 0.5
     assert sum(small.counts) == 1
-
-
-def test_token_cost_does_not_depend_on_the_path_at_hand(backbone):
-    model = pcx.VPT(backbone, 4)
-    folded = pcx.token_cost(model)
-    model.path = "concat"
-    assert pcx.token_cost(model) == folded
-    none = pcx.token_cost(pcx.VPT(backbone, 0))
-    assert none["folded_flops"] == none["concat_flops"] == none["relative_tokens"] == 0
-    assert folded["relative_tokens"] == 100 * 4 / 5  # 32x32 pixels, patches of 16, and [CLS]
-    assert next(model.parameters()).device.type == "cpu"
-
-
-def test_token_cost_is_the_papers_ratio_and_the_counted_operations():
-    import timm
-
-    backbone = timm.create_model("vit_base_patch16_224", num_classes=10, depth=2)
-    model = pcx.VPT(backbone, 100, read_only=False)
-    cost = pcx.token_cost(model)
-    assert cost["relative_tokens"] == pytest.approx(100 * 100 / 197)  # Sec. 6.3: 50.76%
-    assert cost["worth_condensing"]
-    assert not pcx.token_cost(model, threshold=51)["worth_condensing"]
-    n, m, d, batch = 197, 100, 768, 64
-    linear, attention = 24 * d * d, 4 * d
-    plain = n * linear + attention * n * n
-    concat = (n + m) * linear + attention * (n + m) ** 2
-    folded = plain + attention * n * m + m * 6 * d * d / batch
-    patches = 2 * 196 * 768 * 768 / 2  # the patch embedding, over two layers
-    assert cost["concat_flops"] == pytest.approx(
-        100 * (concat - plain) / (plain + patches), rel=0.02
-    )
-    assert cost["folded_flops"] == pytest.approx(
-        100 * (folded - plain) / (plain + patches), rel=0.05
-    )

@@ -2,6 +2,7 @@
 
 from pcx.token_pruning.ats import Sampling, ats
 from pcx.token_pruning.finetune import Teacher, finetune, three_term_loss
+from pcx.token_pruning.search import SearchResult, search
 from pcx.token_pruning.soft import SoftPruning, soft_prune
 from pcx.token_pruning.tome import Merging, tome
 from pcx.token_pruning.zero_tprune import Pruning
@@ -10,10 +11,12 @@ __all__ = [
     "Merging",
     "Pruning",
     "Sampling",
+    "SearchResult",
     "SoftPruning",
     "Teacher",
     "ats",
     "finetune",
+    "search",
     "soft_prune",
     "three_term_loss",
     "tome",

@@ -73,12 +73,14 @@ class Pruning(SetUp):
         steps: what is dropped after which layer, in their order.
         prefix_tokens: tokens before the patches.
         patch_pixels: of one patch.
+        blocks: names of all of the backbone's blocks.
         tokens: that came to the first step with the last batch.
     """
 
     def __init__(self, steps: Sequence[Step], pruned: Sequence[_PrunedForward], anatomy: Anatomy):
         super().__init__(pruned, anatomy)
         self.steps = tuple(steps)
+        self.blocks = tuple(f"{anatomy.blocks}.{i}" for i in range(len(anatomy.calls)))
         self._pruned = tuple(pruned)
 
     @property
@@ -182,10 +184,13 @@ class _PrunedForward(StandIn):
 
     def _choose(self, call: seam.Call) -> Tensor:
         self.came = call.q.shape[2]
+        keep = self.step.left(self.came - self.protected)
+        if call.q.device.type == "meta":  # shapes alone: there is nothing to rank
+            return call.q.new_empty(len(call.q), self.protected + keep, dtype=torch.int64)
         return stages.prune(
             call.q,
             call.k,
-            keep=self.step.left(self.came - self.protected),
+            keep=keep,
             similar=self.step.similar,
             iters=self.step.iters,
             protected=self.protected,
