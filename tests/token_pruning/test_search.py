@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pcx
 from pcx.token_pruning.search import LEAST_KEEP
-from pcx.token_pruning.zero_tprune import is_pruned
+from pcx.token_pruning.stand_in import found_on
 
 QUIET = {"progress": False}
 DEPTH = 6
@@ -223,7 +223,7 @@ def test_the_model_is_left_as_it_was(model, loader, fails):
     if fails:
 
         def fail(_, inputs):
-            if inputs[0].device.type != "meta" and is_pruned(model):
+            if inputs[0].device.type != "meta" and found_on(model):
                 raise RuntimeError("out of luck")
 
         hook = model.head.register_forward_pre_hook(fail)
@@ -232,7 +232,7 @@ def test_the_model_is_left_as_it_was(model, loader, fails):
         hook.remove()
     else:
         pcx.token_pruning.search(model, loader, **arguments)
-    assert not is_pruned(model)
+    assert not found_on(model)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(p, weights[name]) for name, p in model.state_dict().items())
     assert torch.equal(model(x), whole)
@@ -258,7 +258,7 @@ def test_the_model_is_left_as_it_was(model, loader, fails):
 def test_bad_arguments_are_named(model, changes, message):
     with pytest.raises(ValueError, match=message):
         pcx.token_pruning.search(model, None, **{"budget": 0.6, **changes})  # nothing is read
-    assert not is_pruned(model)
+    assert not found_on(model)
 
 
 def test_bad_models_and_loaders_are_named(model, dataset):
@@ -276,7 +276,7 @@ def test_bad_models_and_loaders_are_named(model, dataset):
     pruning = pcx.zero_tprune(model, layers=(1,), keep=0.5, iters=1)
     with pytest.raises(ValueError, match=r"model: it is pruned; call remove\(\)"):
         searched(model, [])
-    assert is_pruned(model)
+    assert found_on(model)
     pruning.remove()
     one = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1, embed_dim=48, num_heads=3)
     with pytest.raises(ValueError, match="model: 1 blocks and 16 patches, expected 2 or more"):
