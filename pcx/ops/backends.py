@@ -82,3 +82,8 @@ def cpu_cannot(q: Tensor, k: Tensor) -> str | None:
     if k.shape[-2] == 0:
         return "it needs own keys, S is 0"
     return None
+
+
+def exporting() -> bool:
+    """`torch.compiler.is_exporting()`, which in torch 2.11 is true of all that is compiled."""
+    return torch.compiler._is_exporting_flag

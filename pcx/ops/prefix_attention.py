@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pcx.ops import reference, registration
-from pcx.ops.backends import cannot
+from pcx.ops.backends import cannot, exporting
 from pcx.ops.checks import check_prefix_attention
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
@@ -108,11 +108,6 @@ def _choose(backend: str, *arguments) -> str:
     if reason:
         raise ValueError(f"backend: {backend!r} cannot run: {reason}")
     return backend
-
-
-def exporting() -> bool:
-    """`torch.compiler.is_exporting()`, which in torch 2.11 is true of all that is compiled."""
-    return torch.compiler._is_exporting_flag
 
 
 def _autocast(*tensors: Tensor | None) -> tuple:

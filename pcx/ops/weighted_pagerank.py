@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pcx.ops import reference, registration  # noqa: F401  registration defines the operation
+from pcx.ops.backends import exporting
 from pcx.ops.checks import broadcasts
 
 
@@ -60,7 +61,9 @@ def weighted_pagerank(
         if bias is not None:
             bias = reference.additive(bias, wide).expand(batch, heads, n, n)
         scale = 1 / math.sqrt(dim) if scale is None else float(scale)
-        return torch.ops.pcx.weighted_pagerank(q, k, init, bias, prefix_k, among, iters, scale)
+        # An exported program needs torch alone.
+        run = reference.weighted_pagerank if exporting() else torch.ops.pcx.weighted_pagerank
+        return run(q, k, init, bias, prefix_k, among, iters, scale)
 
 
 def _check(q, k, iters, init, bias, prefix_k, among) -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcx.ops import reference
+from pcx.ops.backends import exporting
 from pcx.ops.registration import LIBRARY
 from pcx.ops.weighted_pagerank import weighted_pagerank
 
@@ -268,7 +269,8 @@ def prune(
     if similar:
         votes = weighted_pagerank(q, k, iters=1, scale=scale, bias=bias)
         if partition == PARTITIONS[0] and measure == MEASURES[0]:
-            stays = torch.ops.pcx.dissimilar_tokens(votes, k, similar, protected, *variances)
+            dissimilar = _dissimilar_tokens if exporting() else torch.ops.pcx.dissimilar_tokens
+            stays = dissimilar(votes, k, similar, protected, *variances)
         else:
             stays = _without_similar(votes, k, similar, protected, variances, partition, measure)
         bias = None if bias is None else _among(bias, stays)
@@ -285,7 +287,8 @@ def prune(
             q, k = reference.tokens(q, stays), reference.tokens(k, stays)
         baseline = cls_attention if ranking == "cls" else average_attention
         scores = baseline(q, k, scale=scale, bias=bias)[:, None]
-    return torch.ops.pcx.important_tokens(scores, keep, protected, *variances, stays)
+    important = _important_tokens if exporting() else torch.ops.pcx.important_tokens
+    return important(scores, keep, protected, *variances, stays)
 
 
 def _without_similar(votes, k, drop, protected, variances, partition, measure) -> Tensor:

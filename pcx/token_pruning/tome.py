@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pcx import seam
 from pcx.anatomy import Anatomy
-from pcx.ops.prefix_attention import exporting
+from pcx.ops.backends import exporting
 from pcx.token_pruning import stages
 from pcx.token_pruning.stand_in import Carried, SetUp, StandIn, anatomy_of, biased, blocks_of, clear
 

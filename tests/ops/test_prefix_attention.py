@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 
 from pcx import prefix_attention
 from pcx.ops import reference
-from pcx.ops.prefix_attention import exporting
+from pcx.ops.backends import exporting
 from pcx.ops.registration import EXTENSION
 
 B, H, N, S, M, D, DV = 3, 2, 5, 7, 4, 8, 6
