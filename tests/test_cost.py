@@ -136,3 +136,17 @@ def test_token_cost_is_the_papers_ratio_and_the_counted_operations():
     assert cost["folded_flops"] == pytest.approx(
         100 * (folded - plain) / (plain + patches), rel=0.05
     )
+
+
+def test_other_ways_to_fewer_tokens_without_their_choices():
+    def block(n):
+        return 12 * D * D * n + 2 * D * n * n
+
+    model = build("vit")
+    pcx.token_pruning.tome(model, r=3)
+    expected = EMBEDDING + block(N) + block(N - 3) + block(N - 6) + HEAD
+    assert pcx.multiply_adds(model) == expected
+    pcx.token_pruning.ats(model, layers=(1,), tokens=5)
+    assert pcx.multiply_adds(model) == EMBEDDING + block(N) + 2 * block(6) + HEAD
+    pcx.token_pruning.soft_prune(model, layers=(1, 2), keep=0.5, iters=5)
+    assert pcx.multiply_adds(model) == EMBEDDING + 3 * block(N) + HEAD

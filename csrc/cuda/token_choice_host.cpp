@@ -36,6 +36,12 @@ pcx::Heads heads_of(const Tensor& scores, double low, double high) {
 
 Tensor important_tokens(const Tensor& scores, int64_t keep, int64_t protected_tokens, double low,
                         double high, const OptionalTensor& among) {
+  TORCH_CHECK(
+      scores.dim() == 3 && protected_tokens >= 0 && keep >= 0 &&
+          protected_tokens + keep <= scores.size(2) &&
+          (!among || (among->sizes() == at::IntArrayRef({scores.size(0), scores.size(2)}) &&
+                      among->device() == scores.device() && among->scalar_type() == at::kLong)),
+      "important_tokens: keep, protected or among does not fit scores");
   if (!fit(scores) || (among && among->stride(1) != 1)) {
     using Signature =
         Tensor(const Tensor&, int64_t, int64_t, double, double, const OptionalTensor&);
@@ -63,6 +69,10 @@ Tensor important_tokens(const Tensor& scores, int64_t keep, int64_t protected_to
 
 Tensor dissimilar_tokens(const Tensor& votes, const Tensor& k, int64_t drop,
                          int64_t protected_tokens, double low, double high) {
+  TORCH_CHECK(votes.dim() == 3 && k.dim() == 4 && k.sizes().slice(0, 3) == votes.sizes() &&
+                  k.device() == votes.device() && protected_tokens >= 0 && drop >= 0 &&
+                  2 * drop <= votes.size(2) - protected_tokens,
+              "dissimilar_tokens: k, drop or protected does not fit votes");
   const auto type = pcx::element(k);
   const int64_t dim = k.size(3);
   if (!fit(votes) || !type || dim % 8 || !pcx::on_lines_of_16_bytes(k) ||

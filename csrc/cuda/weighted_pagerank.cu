@@ -215,9 +215,13 @@ cudaError_t launch(const Pagerank& call, cudaStream_t stream) {
 }  // namespace
 
 int shared_bytes(int nodes, int dim, Element type) {
-  const int tiles = tiles_for(nodes), rows = 16 * tiles;
-  const int all_rows = 2 * rows * row_bytes(dim, type == Element::kFloat ? 4 : 2);
-  return all_rows + (tiles + 5) * rows * static_cast<int>(sizeof(float));
+  const int tiles = tiles_for(nodes), columns = 16 * tiles, rows = (tiles + 3) / 4 * 64;
+  const int bytes = row_bytes(dim, type == Element::kFloat ? 4 : 2);
+  // What is not asked for but declared is rounded up to a kilobyte.
+  const auto declared = [](int numbers) { return (4 * numbers + 1023) / 1024 * 1024; };
+  const int several = 2 * columns * bytes + declared((tiles + 5) * columns);
+  const int once = (rows + columns) * bytes + declared(6 * columns + 2 * rows);
+  return type == Element::kFloat ? several : std::max(several, once);
 }
 
 cudaError_t launch_pagerank(const Pagerank& call, Element type, cudaStream_t stream) {

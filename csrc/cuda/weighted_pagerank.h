@@ -34,7 +34,7 @@ constexpr int tiles_for(int nodes) {
                         : 13;
 }
 
-// Of shared memory, that a block takes at most.
+// Of shared memory, that a block takes at most, of the kernels that run without wgmma.
 int shared_bytes(int nodes, int dim, Element type);
 
 cudaError_t launch_pagerank(const Pagerank& call, Element type, cudaStream_t stream);

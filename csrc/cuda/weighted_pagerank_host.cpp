@@ -8,6 +8,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <climits>
 #include <optional>
 
 #include "../operations.h"
@@ -39,8 +40,10 @@ Tensor weighted_pagerank(const Tensor& q, const Tensor& k, const Tensor& init,
   const int64_t nodes = among ? among->size(1) : q.size(2);
   TORCH_CHECK(k.sizes() == q.sizes() && k.device() == q.device() &&
                   init.sizes() == at::IntArrayRef({q.size(0), q.size(1), nodes}) &&
-                  init.device() == q.device() && (!among || among->device() == q.device()),
-              "weighted_pagerank: k, init or among does not fit q");
+                  init.device() == q.device() && iters >= 0 && iters <= INT_MAX &&
+                  (!among || (among->device() == q.device() && among->size(0) == q.size(0) &&
+                              among->scalar_type() == at::kLong)),
+              "weighted_pagerank: k, init, among or iters does not fit q");
   if (bias || prefix_k || iters == 0 || init.numel() == 0 || !fits(q, k, nodes, among, scale)) {
     using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                              const OptionalTensor&, const OptionalTensor&, int64_t, double);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -142,19 +143,27 @@ def weighted_pagerank(
     wide = torch.promote_types(q.dtype, torch.float32)
     if among is not None:
         q, k = tokens(q, among), tokens(k, among)
-    rows = q.to(wide) * scale
-    logits = rows @ k.to(wide).transpose(-2, -1)  # [B, H, N, N]
-    if bias is not None:
-        logits = logits + bias
-    if prefix_k is not None:
-        logits = torch.cat([rows @ prefix_k.to(wide).transpose(-2, -1), logits], -1)
-    nothing = (logits == -math.inf).all(-1, keepdim=True)  # is attended to by such a row
-    attention = logits.softmax(-1).masked_fill(nothing, 0)[..., -q.shape[2] :]
-    scores = init[..., None]
-    for _ in range(iters):
-        scores = attention.transpose(-2, -1) @ scores
-        scores = scores / scores.sum(-2, keepdim=True)
+    with without_autocast(q):
+        rows = q.to(wide) * scale
+        logits = rows @ k.to(wide).transpose(-2, -1)  # [B, H, N, N]
+        if bias is not None:
+            logits = logits + bias
+        if prefix_k is not None:
+            logits = torch.cat([rows @ prefix_k.to(wide).transpose(-2, -1), logits], -1)
+        nothing = (logits == -math.inf).all(-1, keepdim=True)  # is attended to by such a row
+        attention = logits.softmax(-1).masked_fill(nothing, 0)[..., -q.shape[2] :]
+        scores = init[..., None]
+        for _ in range(iters):
+            scores = attention.transpose(-2, -1) @ scores
+            scores = scores / scores.sum(-2, keepdim=True)
     return scores[..., 0].clone()
+
+
+def without_autocast(x: Tensor) -> Any:
+    """Within it, products on x's device have the types of what is multiplied."""
+    if x.device.type == "meta":  # knows no autocast
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def tokens(x: Tensor, index: Tensor) -> Tensor:

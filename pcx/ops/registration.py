@@ -2,9 +2,9 @@
 
 Schemas and fakes are defined here, in Python, so that they exist without the compiled part; a
 backend adds an implementation for its dispatch key: Triton for CUDA here, C++ for CPU, and CUDA C++
-for Hopper, when `pcx._C` is loaded. Then the gradient of `prefix_attention`, and what a call does
-on CUDA, are C++ too, since Python would take longer over them than the GPU; else they are the
-Python below.
+(of `prefix_attention` for Hopper), when `pcx._C` is loaded. Then the gradient of
+`prefix_attention`, and what a call does on CUDA, are C++ too, since Python would take longer over
+them than the GPU; else they are the Python below.
 """
 
 from __future__ import annotations

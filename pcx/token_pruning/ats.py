@@ -217,6 +217,8 @@ class _SampledForward(StandIn):
         return Carried(stages.pick(tokens, stays), alive)
 
     def _sampled(self, call: seam.Call, tokens: int) -> Tensor:
+        if call.q.device.type == "meta":  # shapes alone: there is nothing to sample
+            return call.q.new_empty(len(call.q), self.protected + tokens, dtype=torch.int64)
         scores = significance(
             call.q, call.k, call.v, protected=self.protected, scale=call.scale, bias=call.bias
         )

@@ -138,7 +138,7 @@ def search(
     space = _Space(model, fixed)
     limit = space.limit(budget)
     facts = {"budget": limit, "unpruned": space.whole, "images": images, "seed": seed}
-    study = _study(storage, study_name, sampler, {**facts, "fixed": fixed})
+    study = _study(storage, study_name, sampler, {**facts, "fixed": fixed, "amp": amp})
     evaluation = _Evaluation(model, loader, images, seed, fixed, amp)
     unpruned = evaluation.accuracy(check=True)
     with Progress(disable=not progress, transient=True) as bar:

@@ -29,7 +29,6 @@ from pcx.token_pruning.stand_in import (
     SetUp,
     StandIn,
     anatomy_of,
-    backbone_of,
     biased,
     blocks_of,
     clear,
@@ -69,23 +68,24 @@ def soft_prune(
 
     Raises:
         ValueError: an argument is out of range or of another length than `layers`, the backbone is
-            not supported, it recomputes its blocks in the backward pass, or something that is not
-            of pcx stands in for a layer.
+            not supported, or something that is not of pcx stands in for a layer.
+        RuntimeError: in training, where a Hugging Face block recomputes itself in the backward
+            pass.
     """
     _check_temperature(temperature)
+    stages.check_variances(variances)
     anatomy = anatomy_of(model)
     blocks = blocks_of(model, anatomy)
-    steps = zero_tprune._steps(layers, keep, iters, 0)
-    zero_tprune._check(blocks, anatomy, steps, needs_cls=cls_boost)
+    steps = zero_tprune.steps_of(layers, keep, iters, 0)
+    zero_tprune.check_layers(blocks, anatomy, steps, needs_cls=cls_boost)
     if anatomy.read_tokens is None:
         raise ValueError(
             f"model: the head of {anatomy.family} reads image tokens, of which soft pruning drops "
             "none; expected one that reads [CLS] alone (timm: global_pool='token')"
         )
-    _check_recomputes(backbone_of(model))
     patches = patches_of(model)
     if patches is not None:
-        zero_tprune._check_counts(steps, patches, "none")
+        zero_tprune.check_counts(steps, patches, "none")
     first, last = steps[0].layer, len(blocks)
     clear(model, blocks, range(first, last + 1))
     making = _Making(anatomy.prefix_tokens, temperature, cls_boost, variances)
@@ -251,8 +251,8 @@ class _Making(NamedTuple):
     def after(self, step: Step, call: seam.Call, bias: Tensor | None, known: Faded) -> Faded:
         """One more mask, of the attention call of a block, whose own bias is given."""
         stay = step.left(known.left)
-        if stay == known.left:
-            return known
+        if stay == known.left or call.q.device.type == "meta":  # shapes alone: nothing to rank
+            return Faded(known.log_mask, stay)
         scores = importance(
             call.q,
             call.k,
@@ -271,16 +271,20 @@ class _SoftForward(StandIn):
     def __init__(self, block: nn.Module, step: Step | None, making: _Making, *, last: bool):
         super().__init__(block)
         self.step, self.making, self.last = step, making, last
-        self.known: Faded | None = None
+        self.known: Faded | None = None  # after a step
         self.tokens: Tensor | None = None  # [B, N, D], of the last block
         self.own_bias: Tensor | None = None
+
+    def install(self) -> None:
+        super().install()
         self.read_tokens: int | None = None
-        if isinstance(block, PromptedBlock):  # the loss compares all tokens
-            self.read_tokens, block.read_tokens = block.read_tokens, None
+        if isinstance(self.block, PromptedBlock):  # the loss compares all tokens
+            self.read_tokens, self.block.read_tokens = self.block.read_tokens, None
 
     def remove(self) -> None:
         if isinstance(self.block, PromptedBlock) and self.block.__dict__.get("forward") is self:
             self.block.read_tokens = self.read_tokens
+        self.known = self.tokens = None
         super().remove()
 
     def __deepcopy__(self, memo: dict) -> _SoftForward:
@@ -300,8 +304,8 @@ class _SoftForward(StandIn):
             batch, _, n, _ = call.q.shape
             known = Faded(call.q.new_zeros(batch, n), n - self.making.protected)
         if self.step is not None:
-            known = self.making.after(self.step, call, self.own_bias, known)
-        self.known, self.own_bias = known, None
+            known = self.known = self.making.after(self.step, call, self.own_bias, known)
+        self.own_bias = None
         if not self.last:
             return Carried(tokens, known)
         self.tokens = tokens
@@ -314,13 +318,3 @@ def _check_temperature(temperature: float) -> None:
             f"temperature: {temperature}, expected a positive number; the smaller, the closer to "
             "dropping tokens"
         )
-
-
-def _check_recomputes(backbone: nn.Module) -> None:
-    for name, module in backbone.named_modules():
-        if getattr(module, "grad_checkpointing", getattr(module, "gradient_checkpointing", False)):
-            raise ValueError(
-                f"model: {name or 'it'} recomputes its blocks in the backward pass, where masks "
-                "would be made anew; turn that off (of a VPT, its own set_grad_checkpointing may "
-                "stay on)"
-            )

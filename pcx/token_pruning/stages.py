@@ -7,6 +7,8 @@ are never dropped. All counts are of patches and the same for every sample, so s
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -203,6 +205,13 @@ def check_choices(partition: str, measure: str | float, ranking: str = "pagerank
         )
 
 
+def check_variances(variances: tuple[float, float]) -> None:
+    """Raises a ValueError where they are no bounds."""
+    low, high = variances if len(variances) == 2 else (math.nan, math.nan)
+    if not 0 <= low <= high:
+        raise ValueError(f"variances: {variances!r}, expected (low, high) with 0 <= low <= high")
+
+
 def _check_keep(keep: int, patches: int) -> None:
     if not 0 <= keep <= patches:
         raise ValueError(f"keep: {keep} of {patches} patches")
@@ -268,7 +277,7 @@ def prune(
     stays = None
     if similar:
         votes = weighted_pagerank(q, k, iters=1, scale=scale, bias=bias)
-        if partition == PARTITIONS[0] and measure == MEASURES[0]:
+        if partition == "sequential-u" and measure == "cosine":
             dissimilar = _dissimilar_tokens if exporting() else torch.ops.pcx.dissimilar_tokens
             stays = dissimilar(votes, k, similar, protected, *variances)
         else:
@@ -307,7 +316,7 @@ def _without_similar(votes, k, drop, protected, variances, partition, measure) -
 @torch.library.impl(LIBRARY, "dissimilar_tokens_written_out", "CompositeExplicitAutograd")
 def _dissimilar_tokens(votes, k, drop, protected, low, high):
     """VHF and EIR of [B, H, N] votes, then S as the paper has it."""
-    return _without_similar(votes, k, drop, protected, (low, high), PARTITIONS[0], MEASURES[0])
+    return _without_similar(votes, k, drop, protected, (low, high), "sequential-u", "cosine")
 
 
 @torch.library.impl(LIBRARY, "important_tokens", "CompositeExplicitAutograd")
@@ -355,6 +364,7 @@ def _likeness(a: Tensor, b: Tensor, measure: str | float) -> Tensor:
     if measure == "cosine":
         a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
     if measure in MEASURES:
-        return a @ b.transpose(1, 2)
+        with reference.without_autocast(a):
+            return a @ b.transpose(1, 2)
     wide = torch.promote_types(a.dtype, torch.float32)
     return -torch.cdist(a.to(wide), b.to(wide), p=float(measure))

@@ -31,7 +31,7 @@ class Carried(NamedTuple):
     """Tokens on their way to the next block, whose stand-in has to know more of them.
 
     What is known travels with the tokens and is kept nowhere, so that compiled graphs, scoring's
-    replays, activation checkpointing and several forwards before a backward are all right.
+    replays, checkpointing around blocks and several forwards before a backward are all right.
     """
 
     tokens: Tensor  # [B, N, D]
@@ -71,6 +71,11 @@ class StandIn:
 
         def watch(call: seam.Call) -> seam.Call:
             calls.append(self.before(call, known))
+            if calls[-1] is not call and self._recomputes_within():
+                raise RuntimeError(
+                    f"model: {type(self.block).__name__} recomputes itself in the backward pass, "
+                    "where its attention would not be changed; turn gradient checkpointing off"
+                )
             return calls[-1]
 
         out = self._run(watch, tokens, *args, **kwargs)
@@ -85,6 +90,11 @@ class StandIn:
             return (self.after(out[0], call, known), *out[1:])
         return self.after(out, call, known)
 
+    def _recomputes_within(self) -> bool:
+        """Whether the block's own forward is checkpointed, as Hugging Face's are."""
+        on = getattr(self.block, "gradient_checkpointing", False)
+        return bool(on) and self.block.training and torch.is_grad_enabled()
+
     def _run(self, watch: seam.Watch, x: Tensor, *args, **kwargs) -> Any:
         forward: Any = type(self.block).forward
         if isinstance(self.block, PromptedBlock):
@@ -93,6 +103,12 @@ class StandIn:
             return forward(self.block, x, *args, watch=watch, **kwargs)
         with seam.intercept(lambda _, call: watch(call).output(), []):
             return forward(self.block, x, *args, **kwargs)
+
+
+def read_tokens_of(block: PromptedBlock) -> int | None:
+    """How many tokens a VPT's last block computes, but for what a stand-in has set meanwhile."""
+    forward = block.__dict__.get("forward")
+    return getattr(forward, "read_tokens", block.read_tokens)
 
 
 class SetUp:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pcx import seam
 from pcx.anatomy import Anatomy
+from pcx.ops import reference
 from pcx.ops.backends import exporting
 from pcx.token_pruning import stages
 from pcx.token_pruning.stand_in import Carried, SetUp, StandIn, anatomy_of, biased, blocks_of, clear
@@ -130,7 +131,8 @@ def match(features: Tensor, r: int, *, protected: int) -> Tensor:
     wide = torch.promote_types(features.dtype, torch.float32)  # 16 bits would see ties
     unit = F.normalize(features.to(wide), dim=-1)
     a, b = (slice(protected + (protected + odd) % 2, None, 2) for odd in (0, 1))
-    alike, best = (unit[:, a] @ unit[:, b].transpose(1, 2)).max(2)  # [B, |A|]
+    with reference.without_autocast(unit):
+        alike, best = (unit[:, a] @ unit[:, b].transpose(1, 2)).max(2)  # [B, |A|]
     order = alike.sort(dim=1, descending=True, stable=True).indices
     goes, stays = order[:, :r], order[:, r:].sort(1).values
     start = protected + stays.shape[1]  # where B begins
@@ -184,7 +186,7 @@ class _MergedForward(StandIn):
             return stages.pick(tokens, known.places) if known and self.restores else tokens
         r = min(self.r, (tokens.shape[1] - self.protected) // 2)
         with torch.no_grad():
-            places = match(call.k.mean(1), r, protected=self.protected)
+            places = self._places(call.k, r)
         if known is None:
             wide = torch.promote_types(tokens.dtype, torch.float32)
             known = Merged(tokens.new_ones(tokens.shape[:2], dtype=wide), places)
@@ -194,6 +196,11 @@ class _MergedForward(StandIn):
         known = Merged(sizes, known.places)
         self.merged = None if exporting() else known  # then nothing to look at
         return Carried(tokens, known)
+
+    def _places(self, k: Tensor, r: int) -> Tensor:
+        if k.device.type == "meta":  # shapes alone: there is nothing to match
+            return k.new_empty(k.shape[0], k.shape[2], dtype=torch.int64)
+        return match(k.mean(1), r, protected=self.protected)
 
 
 def _pairs(r: Any, layers: int) -> list[int]:

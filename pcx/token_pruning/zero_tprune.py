@@ -22,6 +22,7 @@ from pcx.token_pruning.stand_in import (
     clear,
     composed,
     patches_of,
+    read_tokens_of,
 )
 
 # The paper's ablations on DeiT-S (Sec. 4.1): 4.55 to 3.08 GFLOPs.
@@ -144,13 +145,14 @@ def zero_tprune(
         >>> pruning.remove()
     """
     stages.check_choices(partition, measure, ranking)
+    stages.check_variances(variances)
     anatomy = anatomy_of(model)
-    steps = _steps(layers, keep, iters, similar)
+    steps = steps_of(layers, keep, iters, similar)
     blocks = blocks_of(model, anatomy)
-    _check(blocks, anatomy, steps, needs_cls=cls_boost or ranking == "cls")
+    check_layers(blocks, anatomy, steps, needs_cls=cls_boost or ranking == "cls")
     patches = patches_of(model)
     if patches is not None:
-        _check_counts(steps, patches, partition)
+        check_counts(steps, patches, partition)
     choices = {
         "ranking": ranking,
         "cls_boost": cls_boost,
@@ -200,7 +202,8 @@ class _PrunedForward(StandIn):
         )
 
 
-def _steps(layers: Any, keep: Any, iters: Any, similar: Any) -> list[Step]:
+def steps_of(layers: Any, keep: Any, iters: Any, similar: Any) -> list[Step]:
+    """Raises a ValueError where lengths differ or a number is out of range."""
     if not isinstance(layers, Sequence):
         raise ValueError(f"layers: {layers!r}, expected a sequence of layers, counted from 1")
     layers = list(layers)
@@ -225,7 +228,8 @@ def _steps(layers: Any, keep: Any, iters: Any, similar: Any) -> list[Step]:
     return steps
 
 
-def _check(blocks: list, anatomy: Anatomy, steps: list[Step], *, needs_cls: bool) -> None:
+def check_layers(blocks: list, anatomy: Anatomy, steps: list[Step], *, needs_cls: bool) -> None:
+    """Raises a ValueError where tokens cannot be dropped after such layers."""
     if needs_cls and not anatomy.has_cls:
         raise ValueError(
             "cls_boost: the model has no [CLS] token; give cls_boost=False, and no ranking 'cls'"
@@ -234,13 +238,14 @@ def _check(blocks: list, anatomy: Anatomy, steps: list[Step], *, needs_cls: bool
     if any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
         raise ValueError(f"layers: {layers}, expected ascending ones, none twice")
     last = len(blocks)
-    if isinstance(blocks[-1], PromptedBlock) and blocks[-1].read_tokens is not None:
+    if isinstance(blocks[-1], PromptedBlock) and read_tokens_of(blocks[-1]) is not None:
         last -= 1  # computes the head's tokens alone: there is nothing left to drop
     if layers[-1] > last:
         raise ValueError(f"layers: {layers}, expected 1 to {last} of {len(blocks)}")
 
 
-def _check_counts(steps: list[Step], patches: int, partition: str) -> None:
+def check_counts(steps: list[Step], patches: int, partition: str) -> None:
+    """Raises a ValueError where so many patches do not suffice."""
     for step in steps:
         most = stages.offered(patches, partition)
         if step.similar > most:

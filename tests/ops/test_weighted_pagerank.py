@@ -147,6 +147,18 @@ def test_prefix_keys_are_sinks(backend, iters):
     assert not torch.allclose(found, call(backend, q, k, iters), rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["weighted_pagerank", "weighted_pagerank_written_out"])
+def test_autocast_changes_nothing(name):
+    q, k = graph(197, torch.bfloat16)
+    init = torch.full((2, 3, 197), 1 / 197)
+    run = getattr(torch.ops.pcx, name)
+    expected = run(q, k, init, None, None, None, 30, 0.25)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(q, k, init, None, None, None, 30, 0.25)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
 def test_no_samples():
     q, k = graph(5)
     assert pcx.weighted_pagerank(q[:0], k[:0], iters=3).shape == (0, 3, 5)

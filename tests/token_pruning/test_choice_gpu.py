@@ -117,3 +117,29 @@ def test_a_layer_as_on_the_cpu(ranking, iters, similar):
     found = stages.prune(q.cuda(), k.cuda(), **arguments).cpu()
     same = [len(set(a) & set(b)) for a, b in zip(found.tolist(), expected.tolist(), strict=True)]
     assert min(same) >= 120  # of 121; two scores may be equal but for rounding
+
+
+def kernels_of(call):
+    call()
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as seen:
+        call()
+        torch.cuda.synchronize()
+    return " ".join(event.key for event in seen.key_averages())
+
+
+def test_the_kernels_are_taken_where_they_fit():
+    qkv = torch.randn(4, 197, 3, 6, 64, device="cuda", dtype=torch.bfloat16)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind()
+    for ranking, iters, expected in (
+        ("pagerank", 1, ("once_kernel", "dissimilar_kernel", "important_kernel")),
+        ("pagerank", 5, ("once_kernel", "pagerank_kernel", "important_kernel")),
+        ("random", 1, ("important_kernel",)),
+    ):
+        names = kernels_of(
+            lambda ranking=ranking, iters=iters: stages.prune(
+                q, k, keep=100, similar=10, iters=iters, protected=1, ranking=ranking
+            )
+        )
+        assert all(kernel in names for kernel in expected), names
+        assert "sort" not in names

@@ -256,10 +256,6 @@ def test_what_cannot_be_masked_is_an_error():
         soft_prune(build("rope"), **SETTING)
     with pytest.raises(ValueError, match="model: its path is 'concat'"):
         soft_prune(pcx.VPT(build("vit"), 2, path="concat"), **SETTING)
-    model = build("vit")
-    model.set_grad_checkpointing(True)
-    with pytest.raises(ValueError, match="recomputes its blocks in the backward pass"):
-        soft_prune(model, **SETTING)
     for keep in (0, 9):
         with pytest.raises(ValueError, match=f"keep: {keep} of 8 patches"):
             log_soft_mask(rand(1, 9), keep, 0.1, protected=1)
@@ -279,3 +275,39 @@ def test_it_takes_the_place_of_another_pruning():
     assert torch.equal(model(x), fresh(x))
     soft.remove()
     assert torch.equal(model(x), whole)
+
+
+def test_what_a_vpt_computes_comes_back():
+    """The last layer of a VPT computes the head's tokens alone, whatever stood in meanwhile."""
+    model = pcx.VPT(build("vit"), 2, head_init="keep").eval()
+    soft = soft_prune(model, **SETTING)
+    with pytest.raises(ValueError, match=r"expected 1 to 2 of 3"):
+        pcx.zero_tprune(model, layers=(3,), keep=0.5, iters=1)
+    again = soft_prune(model, **SETTING)
+    soft.remove()  # which is not what is set up now
+    assert model.layers[-1].read_tokens is None
+    again.remove()
+    assert model.layers[-1].read_tokens == 1
+
+
+def test_nothing_is_held_on_to_once_removed():
+    model, x = build("vit"), images("vit")
+    soft = soft_prune(model, **SETTING)
+    model(x)
+    assert soft.tokens.grad_fn is not None
+    soft.remove()
+    with pytest.raises(RuntimeError, match="no batch has gone"):
+        _ = soft.tokens
+
+
+def test_blocks_that_are_computed_again_by_timm():
+    x, found = images("vit"), []
+    for checkpointing in (False, True):
+        model = build("vit").train()
+        soft = soft_prune(model, **SETTING)
+        model.set_grad_checkpointing(checkpointing)
+        loss = model(x).square().sum() + soft.masks[-1].square().sum()
+        loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

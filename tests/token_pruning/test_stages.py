@@ -202,6 +202,13 @@ def test_rankings(ranking):
     assert torch.equal(found, stages.most_important(scores, 3, protected=2))
 
 
+def test_autocast_does_not_round_likeness():
+    features, scores = rand(2, 40, 8).float(), rand(2, 40, seed=1).float()
+    expected = stages.without_similar(features, scores, 9, protected=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(stages.without_similar(features, scores, 9, protected=1), expected)
+
+
 def test_one_shape_for_all_samples_compiles_into_one_graph():
     q, k = rand(2, 3, 20, 8).float(), rand(2, 3, 20, 8, seed=1).float()
 

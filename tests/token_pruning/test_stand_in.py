@@ -8,7 +8,7 @@ from torch import nn
 import pcx
 from pcx.ops import reference
 from pcx.seam import Call
-from pcx.token_pruning import ats
+from pcx.token_pruning import ats, soft_prune, tome
 from pcx.token_pruning.stand_in import StandIn, biased
 
 
@@ -59,3 +59,23 @@ def test_what_else_stands_in_is_an_error():
     model.layers[2].forward = lambda x: x
     with pytest.raises(ValueError, match="something else stands in for layer 3's forward"):
         ats(model, layers=(2,), tokens=4)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
+@pytest.mark.parametrize("way", [tome, ats, soft_prune])
+def test_hugging_face_s_checkpointing_is_an_error_where_attention_is_changed(way):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3}
+    config = transformers.ViTConfig(**sizes, intermediate_size=96, image_size=64, num_labels=5)
+    model = transformers.ViTForImageClassification(config).train()
+    arguments = {
+        tome: {"r": 2},
+        ats: {"layers": (1,), "tokens": 9},
+        soft_prune: {"layers": (1,), "keep": 0.5, "iters": 2},
+    }[way]
+    way(model, **arguments)
+    model.gradient_checkpointing_enable()
+    with pytest.raises(RuntimeError, match="recomputes itself in the backward pass"):
+        model(torch.randn(2, 3, 64, 64))
+    model.eval()
+    model(torch.randn(2, 3, 64, 64))

@@ -236,6 +236,8 @@ def test_the_paper_s_arithmetic():
         ({"layers": (0, 1)}, "layers: 0, expected a whole number"),
         ({"layers": ()}, "layers: none"),
         ({"ranking": "best"}, "ranking: got 'best'"),
+        ({"variances": (0.7, 0.01)}, r"variances: \(0.7, 0.01\), expected \(low, high\)"),
+        ({"variances": (1,)}, r"variances: \(1,\)"),
         ({"partition": "odd"}, "partition: got 'odd'"),
         ({"measure": "l1"}, "measure: got 'l1'"),
     ],
