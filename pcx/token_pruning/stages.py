@@ -332,7 +332,7 @@ def pick(x: Tensor, index: Tensor) -> Tensor:
     """Tokens [B, N, F] at [B, n] -> [B, n, F]."""
     batch, tokens, features = x.shape
     first = torch.arange(batch, device=x.device)[:, None] * tokens
-    rows = x.flatten(0, 1).index_select(0, (index + first).flatten())  # whole rows: half of gather
+    rows = x.flatten(0, 1).index_select(0, (index + first).flatten())  # in half of gather's time
     return rows.reshape(batch, index.shape[1], features)
 
 
