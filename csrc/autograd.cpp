@@ -1,7 +1,6 @@
 // The gradient of prefix_attention. Python defines the same where there is no compiled part; there
 // a call takes some hundred microseconds, longer than the GPU works on it.
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -9,6 +8,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "dispatch.h"
 #include "operations.h"
 
 namespace {
@@ -17,11 +17,6 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using OptionalTensor = std::optional<Tensor>;
-
-template <class Signature>
-c10::TypedOperatorHandle<Signature> operation(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 using Attention = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
                                              const Tensor&, const Tensor&, const OptionalTensor&,
@@ -61,7 +56,7 @@ struct Attend : torch::autograd::Function<Attend> {
                                const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v,
                                const OptionalTensor& index, const OptionalTensor& lengths,
                                const OptionalTensor& bias, double scale, c10::string_view backend) {
-    static const auto attend = operation<Attention>("pcx::prefix_attention");
+    static const auto attend = pcx::operation<Attention>("pcx::prefix_attention");
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [out, lse] =
         attend.call(q, k, v, prefix_k, prefix_v, index, lengths, bias, scale, backend);
@@ -74,7 +69,7 @@ struct Attend : torch::autograd::Function<Attend> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    static const auto run = operation<Backward>("pcx::prefix_attention_backward");
+    static const auto run = pcx::operation<Backward>("pcx::prefix_attention_backward");
     const auto saved = ctx->get_saved_variables();
     const Tensor &q = saved[0], &index = saved[5], &lengths = saved[6], &bias = saved[7],
                  &out = saved[8];
@@ -108,7 +103,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                                      const OptionalTensor& bias, double scale,
                                      c10::string_view backend) {
   if (!differentiated({q, k, v, prefix_k, prefix_v, bias})) {
-    static const auto attend = operation<Attention>("pcx::prefix_attention");
+    static const auto attend = pcx::operation<Attention>("pcx::prefix_attention");
     const at::AutoDispatchBelowADInplaceOrView below;
     return attend.call(q, k, v, prefix_k, prefix_v, index, lengths, bias, scale, backend);
   }
@@ -136,7 +131,7 @@ Gradients attention_backward(const Tensor& grad_out, const OptionalTensor& grad_
                              const OptionalTensor& index, const OptionalTensor& lengths,
                              const OptionalTensor& bias, const Tensor& out, const Tensor& lse,
                              double scale, const c10::List<bool>& needs, c10::string_view backend) {
-  static const auto run = operation<Backward>("pcx::prefix_attention_backward");
+  static const auto run = pcx::operation<Backward>("pcx::prefix_attention_backward");
   const auto compute = [&] {
     const at::AutoDispatchBelowADInplaceOrView below;
     return run.call(grad_out, grad_lse, q, k, v, prefix_k, prefix_v, index, lengths, bias, out, lse,

@@ -4,7 +4,6 @@
 #include "prefix_attention.h"
 
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/cuda/CUDAException.h>
@@ -18,6 +17,7 @@
 #include <tuple>
 #include <utility>
 
+#include "../dispatch.h"
 #include "../operations.h"
 #include "device.h"
 
@@ -262,11 +262,6 @@ bool taken(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& pref
          q.size(0) * q.size(1) >= pcx::attribute(q, cudaDevAttrMultiProcessorCount);
 }
 
-template <class Signature>
-c10::TypedOperatorHandle<Signature> operation(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 std::tuple<Tensor, Tensor> attention_on_cuda(const Tensor& q, const Tensor& k, const Tensor& v,
                                              const Tensor& prefix_k, const Tensor& prefix_v,
                                              const OptionalTensor& index,
@@ -278,7 +273,7 @@ std::tuple<Tensor, Tensor> attention_on_cuda(const Tensor& q, const Tensor& k, c
   using Triton = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&,
                                             const Tensor&, const Tensor&, const OptionalTensor&,
                                             const OptionalTensor&, const OptionalTensor&, double);
-  static const auto triton = operation<Triton>("pcx::prefix_attention_triton");
+  static const auto triton = pcx::operation<Triton>("pcx::prefix_attention_triton");
   return triton.call(q, k, v, prefix_k, prefix_v, index, lengths, bias, scale);
 }
 
@@ -305,7 +300,7 @@ Gradients backward_on_cuda(const Tensor& any_grad_out, const OptionalTensor& gra
                              const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                              const OptionalTensor&, const OptionalTensor&, const Tensor&,
                              const Tensor&, double, const c10::List<bool>&, const c10::List<bool>&);
-    static const auto triton = operation<Triton>("pcx::prefix_attention_backward_triton");
+    static const auto triton = pcx::operation<Triton>("pcx::prefix_attention_backward_triton");
     return triton.call(grad_out, grad_lse, q, k, v, prefix_k, prefix_v, index, lengths, bias, out,
                        lse, scale, needs, c10::List<bool>({queries, fits && need_own, prefix}));
   }

@@ -27,7 +27,6 @@ constexpr int kSharedBytes = 224 * 1024;   // of a processor, that its blocks ma
 constexpr int kStaticBytes = 6 * 1024;     // of that, at most, what a kernel declares itself
 constexpr int kWarps = 2048 / 128;         // of a processor, with 128 registers a thread
 constexpr int kMostBlocks = 4;             // of a processor
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
 inline int ceil_divide(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }

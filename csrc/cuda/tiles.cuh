@@ -9,6 +9,8 @@
 
 namespace pcx {
 
+constexpr float kLog2E = 1.4426950408889634f;
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

@@ -2,7 +2,6 @@
 // written out in torch.
 
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -11,6 +10,7 @@
 
 #include <optional>
 
+#include "../dispatch.h"
 #include "../operations.h"
 #include "device.h"
 #include "token_choice.h"
@@ -45,9 +45,7 @@ Tensor important_tokens(const Tensor& scores, int64_t keep, int64_t protected_to
   if (!fit(scores) || (among && among->stride(1) != 1)) {
     using Signature =
         Tensor(const Tensor&, int64_t, int64_t, double, double, const OptionalTensor&);
-    static const auto written_out = c10::Dispatcher::singleton()
-                                        .findSchemaOrThrow("pcx::important_tokens_written_out", "")
-                                        .typed<Signature>();
+    static const auto written_out = pcx::operation<Signature>("pcx::important_tokens_written_out");
     return written_out.call(scores, keep, protected_tokens, low, high, among);
   }
   const c10::cuda::CUDAGuard guard(scores.device());
@@ -80,9 +78,7 @@ Tensor dissimilar_tokens(const Tensor& votes, const Tensor& k, int64_t drop,
           pcx::attribute(k, cudaDevAttrMaxSharedMemoryPerBlockOptin) ||
       pcx::attribute(k, cudaDevAttrComputeCapabilityMajor) < 8) {
     using Signature = Tensor(const Tensor&, const Tensor&, int64_t, int64_t, double, double);
-    static const auto written_out = c10::Dispatcher::singleton()
-                                        .findSchemaOrThrow("pcx::dissimilar_tokens_written_out", "")
-                                        .typed<Signature>();
+    static const auto written_out = pcx::operation<Signature>("pcx::dissimilar_tokens_written_out");
     return written_out.call(votes, k, drop, protected_tokens, low, high);
   }
   const c10::cuda::CUDAGuard guard(k.device());

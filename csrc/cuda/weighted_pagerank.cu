@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
   const int steps = steps_of(call.dim, sizeof(T));
   const uint32_t keys = shared_address(memory), queries = keys + kRows * bytes;
   const int r0 = 16 * warp + lane / 4, r1 = r0 + 8;  // this lane's rows of A^T
-  const float factor = call.scale * 1.4426950408889634f;
+  const float factor = call.scale * kLog2E;
   const float shift0 = r0 < n ? 0 : -INFINITY, shift1 = r1 < n ? 0 : -INFINITY;
   const bool has_rows = !HOPPER || warp < TILES;
 

@@ -34,6 +34,13 @@ constexpr int tiles_for(int nodes) {
                         : 13;
 }
 
+// The fewest nodes that so many tiles are taken for.
+constexpr int fewest_nodes(int tiles) {
+  int nodes = 1;
+  while (tiles_for(nodes) != tiles) ++nodes;
+  return nodes;
+}
+
 // Of shared memory, that a block takes at most, of the kernels that run without wgmma.
 int shared_bytes(int nodes, int dim, Element type);
 

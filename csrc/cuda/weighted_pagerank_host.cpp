@@ -1,7 +1,6 @@
 // weighted_pagerank on CUDA: which calls the kernel takes. What it leaves is written out in torch.
 
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -11,6 +10,7 @@
 #include <climits>
 #include <optional>
 
+#include "../dispatch.h"
 #include "../operations.h"
 #include "device.h"
 #include "weighted_pagerank.h"
@@ -47,9 +47,7 @@ Tensor weighted_pagerank(const Tensor& q, const Tensor& k, const Tensor& init,
   if (bias || prefix_k || iters == 0 || init.numel() == 0 || !fits(q, k, nodes, among, scale)) {
     using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                              const OptionalTensor&, const OptionalTensor&, int64_t, double);
-    static const auto written_out = c10::Dispatcher::singleton()
-                                        .findSchemaOrThrow("pcx::weighted_pagerank_written_out", "")
-                                        .typed<Signature>();
+    static const auto written_out = pcx::operation<Signature>("pcx::weighted_pagerank_written_out");
     return written_out.call(q, k, init, bias, prefix_k, among, iters, scale);
   }
   const c10::cuda::CUDAGuard guard(q.device());

@@ -41,14 +41,8 @@ __device__ __forceinline__ void vote(float (&e)[2 * TILES][4], float (&sums)[2 *
   }
 }
 
-// The fewest nodes that so many tiles are taken for.
 template <int TILES>
-constexpr int kFewest = TILES == 4    ? 1
-                        : TILES == 6  ? 65
-                        : TILES == 8  ? 97
-                        : TILES == 10 ? 129
-                        : TILES == 12 ? 161
-                                      : 193;
+constexpr int kFewest = fewest_nodes(TILES);
 
 // With HOPPER, products are a warp group's, of 64 queries and head dim 64. Which warp takes which
 // 16 of them turns with the block, since the last 64 are seldom whole.
@@ -85,7 +79,7 @@ __global__ void __launch_bounds__(128, BLOCKS) once_kernel(const Pagerank call) 
   if constexpr (HOPPER) see_copies();
   __syncthreads();
 
-  const float factor = call.scale * 1.4426950408889634f;
+  const float factor = call.scale * kLog2E;
   float sums[2 * TILES][2] = {};
   for (int first = 0; first < n; first += 64) {
     const int row = first + 16 * warp;
@@ -94,8 +88,9 @@ __global__ void __launch_bounds__(128, BLOCKS) once_kernel(const Pagerank call) 
     if constexpr (HOPPER) {
       hopper_products<T>(e, queries + first * bytes, keys);
       if (!has_rows) continue;
+    } else if (!has_rows) {
+      continue;
     } else {
-      if (!has_rows) continue;
 #pragma unroll
       for (auto& tile : e) tile[0] = tile[1] = tile[2] = tile[3] = 0;
       products<T, TILES>(e, queries + row * bytes + left_offset(lane, bytes),
