@@ -63,3 +63,12 @@ def images(family: str, batch: int = 2, dtype: torch.dtype = torch.float64) -> t
     size = image_size(family)
     generator = torch.Generator().manual_seed(1)
     return torch.randn(batch, 3, size, size, generator=generator, dtype=dtype)
+
+
+def peaked(family, dtype=torch.float64):
+    """A model whose [CLS] looks at a few patches above others, so that some are repeated."""
+    model = build(family, dtype=dtype)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.qkv.weight[: 2 * model.embed_dim] *= 3
+    return model

@@ -82,12 +82,17 @@ def additive(bias: Tensor, dtype: torch.dtype) -> Tensor:
 
 def cls_attention(q: Tensor, k: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
     """How much the first token, [CLS], attends to each, mean over heads; [B, S]."""
+    return cls_logits(q, k, bias, scale).softmax(-1).mean(1)
+
+
+def cls_logits(q: Tensor, k: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
+    """The attention logits of the first token, [CLS]; [B, H, S]."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     wide = torch.promote_types(q.dtype, torch.float32)
     logits = (q[:, :, :1] @ k.transpose(-2, -1)).to(wide) * scale  # [B, H, 1, S]
     if bias is not None:
         logits = logits + additive(bias, wide)[..., :1, :]
-    return logits.softmax(-1)[:, :, 0].mean(1)
+    return logits[:, :, 0]
 
 
 def prefix_logit_gradient(

@@ -24,6 +24,7 @@ from pcx.token_pruning.stand_in import (
     clear,
     composed,
     patches_of,
+    seen,
 )
 
 
@@ -56,9 +57,7 @@ class Sampling(SetUp):
     @property
     def distinct(self) -> list[Tensor]:
         """Of the last batch, after each step: the patches left of each sample, [B], at most K."""
-        found = [layer.alive for layer in self._sampling if layer.alive is not None]
-        if len(found) < len(self._sampling):
-            raise RuntimeError("distinct: no batch has gone through the model yet")
+        found = seen("distinct", [layer.alive for layer in self._sampling])
         return [alive[:, self.prefix_tokens :].sum(1) for alive in found]
 
 
@@ -148,13 +147,9 @@ def significance(
     Returns:
         [B, N - protected] float32 (float64 for float64), each sample's summing to 1.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    wide = torch.promote_types(q.dtype, torch.float32)
-    logits = (q[:, :, :1] @ k.transpose(-2, -1)).to(wide) * scale  # [B, H, 1, N]
-    if bias is not None:
-        logits = logits + reference.additive(bias, wide)[..., :1, :]
-    weights = logits[:, :, 0, protected:].softmax(-1)  # [B, H, P]
-    taken = weights * v[:, :, protected:].to(wide).norm(dim=-1)
+    logits = reference.cls_logits(q, k, bias, scale)  # [B, H, N]
+    weights = logits[..., protected:].softmax(-1)  # [B, H, P]
+    taken = weights * v[:, :, protected:].to(weights.dtype).norm(dim=-1)
     return (taken / taken.sum(-1, keepdim=True)).mean(1)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from pcx.token_pruning.stand_in import (
     blocks_of,
     clear,
     patches_of,
+    seen,
 )
 from pcx.token_pruning.zero_tprune import Step
 
@@ -115,18 +116,13 @@ class SoftPruning(SetUp):
     def masks(self) -> list[Tensor]:
         """Of the last batch, after each step: the product of the masks so far, [B, N]."""
         known = [soft.known for soft in self._soft if soft.step is not None]
-        return [_seen(each).log_mask.exp() for each in known]
+        return [each.log_mask.exp() for each in seen("masks, tokens", known)]
 
     @property
     def tokens(self) -> Tensor:
         """Of the last batch: what the last block gave, [B, N, D]."""
-        return _seen(self._soft[-1].tokens)
-
-
-def _seen(found: Any) -> Any:
-    if found is None:
-        raise RuntimeError("masks, tokens: no batch has gone through the model yet")
-    return found
+        (tokens,) = seen("masks, tokens", [self._soft[-1].tokens])
+        return tokens
 
 
 def threshold(scores: Tensor, keep: int) -> Tensor:
@@ -229,8 +225,7 @@ def _passed(scores: Tensor, weights: Tensor, low: float, high: float) -> Tensor:
     scores = scores * total[..., None]
     mean = (scores * weights).sum(-1) / total
     variance = ((scores - mean[..., None]).square() * weights).sum(-1) / total
-    passed = (variance >= low) & (variance <= high)
-    return passed | ~passed.any(-1, keepdim=True)
+    return stages.within(variance, low, high)
 
 
 class Faded(NamedTuple):

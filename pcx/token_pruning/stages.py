@@ -39,6 +39,11 @@ def filter_heads(scores: Tensor, low: float = VARIANCES[0], high: float = VARIAN
         [B, H], boolean.
     """
     variance = (scores * scores.shape[-1]).var(-1, correction=0)  # [B, H]
+    return within(variance, low, high)
+
+
+def within(variance: Tensor, low: float, high: float) -> Tensor:
+    """Which heads' variances [B, H] are within the bounds, or all of a sample where none is."""
     passed = (variance >= low) & (variance <= high)
     return passed | ~passed.any(-1, keepdim=True)
 

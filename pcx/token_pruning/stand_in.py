@@ -140,6 +140,17 @@ def biased(call: seam.Call, bias: Tensor) -> seam.Call:
     return dataclasses.replace(call, bias=bias)
 
 
+def seen(name: str, found: Sequence[Any]) -> list[Any]:
+    """What the last batch left in stand-ins, for a handle's property of that name.
+
+    Raises:
+        RuntimeError: some of it is None.
+    """
+    if any(each is None for each in found):
+        raise RuntimeError(f"{name}: no batch has gone through the model yet")
+    return list(found)
+
+
 def composed(stays: Sequence[Tensor | None]) -> list[Tensor]:
     """The places [B, n] that each step's tokens had in the sequence that came to the first step.
 
@@ -147,9 +158,7 @@ def composed(stays: Sequence[Tensor | None]) -> list[Tensor]:
         stays: of each step, the places [B, n] among the tokens that came to it.
     """
     places: list[Tensor] = []
-    for each in stays:
-        if each is None:
-            raise RuntimeError("kept: no batch has gone through the model yet")
+    for each in seen("kept", stays):
         places.append(places[-1].gather(1, each) if places else each)
     return places
 

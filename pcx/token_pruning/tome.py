@@ -14,7 +14,16 @@ from pcx.anatomy import Anatomy
 from pcx.ops import reference
 from pcx.ops.backends import exporting
 from pcx.token_pruning import stages
-from pcx.token_pruning.stand_in import Carried, SetUp, StandIn, anatomy_of, biased, blocks_of, clear
+from pcx.token_pruning.stand_in import (
+    Carried,
+    SetUp,
+    StandIn,
+    anatomy_of,
+    biased,
+    blocks_of,
+    clear,
+    seen,
+)
 
 
 class Merged(NamedTuple):
@@ -40,10 +49,7 @@ class Merging(SetUp):
     def merged(self) -> list[Merged]:
         """Of the last batch, after each layer that merges: the sizes of the tokens left, and the
         place among them of each token that came to the first such layer."""
-        found = [layer.merged for layer in self._merging if layer.merged is not None]
-        if len(found) < len(self._merging):
-            raise RuntimeError("merged: no batch has gone through the model yet")
-        return found
+        return seen("merged", [layer.merged for layer in self._merging])
 
 
 def tome(model: nn.Module, *, r: int | Sequence[int]) -> Merging:

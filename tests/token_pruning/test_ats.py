@@ -1,12 +1,11 @@
 """ATS: what is sampled, that masked slots are as good as removed, and what cannot be sampled."""
 
-import copy
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from families import build, images
+from families import build, images, peaked
 
 import pcx
 from pcx.token_pruning import ats
@@ -18,15 +17,6 @@ SETTING = {"layers": (1, 2), "tokens": (12, 9)}
 def rand(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed + sum(shape))
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def peaked(family, dtype=torch.float64):
-    """A model whose [CLS] looks at a few patches above others, so that some are repeated."""
-    model = build(family, dtype=dtype)
-    with torch.no_grad():
-        for block in model.blocks:
-            block.attn.qkv.weight[: 2 * model.embed_dim] *= 3
-    return model
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -160,42 +150,12 @@ def test_hugging_face_s_vit():
     assert torch.equal(model(x).logits, whole)
 
 
-def test_a_copy_has_its_own():
-    model, x = build("vit"), images("vit")
-    sampling = ats(model, **SETTING)
-    other = copy.deepcopy(model)
-    expected = model(x)
-    sampling.remove()
-    assert torch.equal(other(x), expected)
-    assert not torch.equal(model(x), expected)
-
-
 def test_layers_between_carry_the_mask_on():
     model, x = peaked("vit"), images("vit")
     (expected, _), (other, _) = (removed(model, image, {0: 6}) for image in x.split(1))
     sampling = ats(model, layers=(1,), tokens=6)
     torch.testing.assert_close(model(x), torch.cat([expected, other]))
     assert (sampling.distinct[0] < 6).any()
-
-
-def test_half_precision():
-    model, x = build("vit", dtype=torch.float32), images("vit").float()
-    ats(model, **SETTING)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model(x).isfinite().all()
-    assert model.bfloat16()(x.bfloat16()).isfinite().all()
-
-
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize("prompts", [None, 2])
-def test_compiles_into_one_graph(prompts):
-    model, x = peaked("vit", dtype=torch.float32), images("vit").float()
-    if prompts:
-        model = pcx.VPT(model, prompts, head_init="keep").eval()
-    ats(model, **SETTING)
-    expected = model(x)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

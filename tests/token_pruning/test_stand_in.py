@@ -1,8 +1,10 @@
 """What stands in for a block's forward."""
 
+import copy
+
 import pytest
 import torch
-from families import build
+from families import build, images, peaked
 from torch import nn
 
 import pcx
@@ -79,3 +81,49 @@ def test_hugging_face_s_checkpointing_is_an_error_where_attention_is_changed(way
         model(torch.randn(2, 3, 64, 64))
     model.eval()
     model(torch.randn(2, 3, 64, 64))
+
+
+def without_training(way, model):
+    arguments = {
+        pcx.zero_tprune: {"layers": (1, 2), "keep": (0.8, 0.6), "iters": (5, 1), "similar": 2},
+        tome: {"r": 4},
+        ats: {"layers": (1, 2), "tokens": (12, 9)},
+    }[way]
+    return way(model, **arguments)
+
+
+WAYS = pytest.mark.parametrize("way", [pcx.zero_tprune, tome, ats], ids=lambda way: way.__name__)
+
+
+@WAYS
+def test_a_copy_has_its_own(way):
+    model, x = build("vit"), images("vit")
+    set_up = without_training(way, model)
+    other = copy.deepcopy(model)
+    expected = model(x)
+    set_up.remove()
+    assert torch.equal(other(x), expected)
+    assert not torch.equal(model(x), expected)
+
+
+@WAYS
+def test_half_precision(way):
+    model, x = build("vit", dtype=torch.float32), images("vit").float()
+    without_training(way, model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).isfinite().all()
+    assert model.bfloat16()(x.bfloat16()).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("prompts", [None, 2])
+@WAYS
+def test_compiles_into_one_graph(way, prompts):
+    make = peaked if way is ats else build
+    model, x = make("vit", dtype=torch.float32), images("vit").float()
+    if prompts:
+        model = pcx.VPT(model, prompts, head_init="keep").eval()
+    without_training(way, model)
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)

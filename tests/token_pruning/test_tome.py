@@ -1,7 +1,5 @@
 """ToMe: what is merged, that sizes make up for it, and what cannot be merged."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -206,16 +204,6 @@ def test_hugging_face_s_vit():
     assert torch.equal(model(x).logits, whole)
 
 
-def test_a_copy_has_its_own():
-    model, x = build("vit"), images("vit")
-    merging = tome(model, r=4)
-    other = copy.deepcopy(model)
-    expected = model(x)
-    merging.remove()
-    assert torch.equal(other(x), expected)
-    assert not torch.equal(model(x), expected)
-
-
 def test_setting_up_another_method_replaces_it():
     model, x = build("vit"), images("vit")
     whole = model(x)
@@ -228,26 +216,6 @@ def test_setting_up_another_method_replaces_it():
     assert torch.equal(model(x), fresh(x))
     merging.remove()
     assert torch.equal(model(x), whole)
-
-
-def test_half_precision():
-    model, x = build("vit", dtype=torch.float32), images("vit").float()
-    tome(model, r=4)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model(x).isfinite().all()
-    assert model.bfloat16()(x.bfloat16()).isfinite().all()
-
-
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize("prompts", [None, 2])
-def test_compiles_into_one_graph(prompts):
-    model, x = build("vit", dtype=torch.float32), images("vit").float()
-    if prompts:
-        model = pcx.VPT(model, prompts, head_init="keep").eval()
-    tome(model, r=4)
-    expected = model(x)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")  # export's own

@@ -143,14 +143,6 @@ def test_exports_with_a_dynamic_batch(strict):
     copy.deepcopy(model)
 
 
-def test_half_precision():
-    model, x = build("vit", dtype=torch.float32), images("vit").float()
-    pruned(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model(x).isfinite().all()
-    assert model.bfloat16()(x.bfloat16()).isfinite().all()
-
-
 def test_attention_that_is_written_out_is_an_error():
     model, x = build("vit"), images("vit")
     pruned(model)
@@ -167,16 +159,6 @@ def test_more_similar_patches_where_the_partition_offers_them():
     assert pruning.kept[0].shape[1] == 1 + 3
 
 
-def test_a_copy_has_its_own():
-    model, x = build("vit"), images("vit")
-    pruning = pruned(model)
-    other = copy.deepcopy(model)
-    expected = model(x)
-    pruning.remove()
-    assert torch.equal(other(x), expected)
-    assert not torch.equal(model(x), expected)
-
-
 def test_setting_it_up_anew_replaces_what_was():
     model, x = build("vit"), images("vit")
     before = pruned(model)
@@ -189,18 +171,6 @@ def test_setting_it_up_anew_replaces_what_was():
     with pytest.raises(ValueError, match="keep: 2.0"):
         pruned(model, keep=2.0)
     assert torch.equal(model(x), fresh(x))
-
-
-@pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize("prompts", [None, 2])
-def test_compiles_into_one_graph(prompts):
-    model, x = build("vit", dtype=torch.float32), images("vit").float()
-    if prompts:
-        model = pcx.VPT(model, prompts, head_init="keep").eval()
-    pruned(model)
-    expected = model(x)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_paper_s_arithmetic():
