@@ -29,18 +29,18 @@ __host__ __device__ constexpr int row_bytes(int dim, int element_bytes) {
   return steps_of(dim, element_bytes) * kStepBytes + 16;
 }
 
-// Copies rows of a head, those of `tokens`, to shared memory, one after the other, or swizzled as
-// wgmma reads them; zeros where a token is negative and beyond `dim`.
-template <typename T, int ROWS, int THREADS, bool SWIZZLED>
-__device__ void copy_rows(uint32_t to, const T* from, int64_t stride, const int* tokens, int dim) {
+// Copies rows of a head, those of `tokens`, to shared memory, one after the other; zeros where a
+// token is negative and beyond `dim`.
+template <typename T, int ROWS, int THREADS>
+__device__ void copy_dense(uint32_t to, const T* from, int stride, const int* tokens, int dim) {
   constexpr int kVector = 16 / sizeof(T);
   const int pieces = 2 * steps_of(dim, sizeof(T)), bytes = row_bytes(dim, sizeof(T));
   const int down = THREADS / pieces, along = THREADS % pieces;
   int row = threadIdx.x / pieces, piece = threadIdx.x % pieces;
   while (row < ROWS) {
     const bool inside = tokens[row] >= 0 && piece * kVector < dim;
-    copy_async(to + (SWIZZLED ? swizzled(row, piece) : row * bytes + 16 * piece),
-               inside ? from + tokens[row] * stride + piece * kVector : from, inside);
+    copy_async(to + row * bytes + 16 * piece,
+               inside ? from + int64_t{tokens[row]} * stride + piece * kVector : from, inside);
     row += down;
     piece += along;
     if (piece >= pieces) {
@@ -48,6 +48,32 @@ __device__ void copy_rows(uint32_t to, const T* from, int64_t stride, const int*
       ++row;
     }
   }
+}
+
+// The same of rows of 128 bytes, swizzled as wgmma reads them. A thread keeps its piece.
+template <typename T, int ROWS, int THREADS>
+__device__ __forceinline__ void copy_swizzled(uint32_t to, const T* from, int stride,
+                                              const int* tokens) {
+  constexpr int kPieces = kRowBytes / 16, kDown = THREADS / kPieces;
+  static_assert(kDown % 8 == 0);  // so that swizzled pieces lie in one column
+  const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
+  to += swizzled(row, piece);
+  from += piece * (16 / sizeof(T));
+#pragma unroll
+  for (int down = 0; down < ROWS; down += kDown) {
+    if (ROWS % kDown && row + down >= ROWS) break;
+    const int token = tokens[row + down];
+    copy_async(to + down * kRowBytes, from + int64_t{max(token, 0)} * stride, token >= 0);
+  }
+}
+
+template <typename T, int ROWS, int THREADS, bool SWIZZLED>
+__device__ __forceinline__ void copy_rows(uint32_t to, const T* from, int64_t stride,
+                                          const int* tokens, int dim) {
+  if constexpr (SWIZZLED)
+    copy_swizzled<T, ROWS, THREADS>(to, from, static_cast<int>(stride), tokens);
+  else
+    copy_dense<T, ROWS, THREADS>(to, from, static_cast<int>(stride), tokens, dim);
 }
 
 // Which token is the i-th of a sample's graph, -1 beyond the last. An index that is no token is the
@@ -59,12 +85,6 @@ __device__ __forceinline__ int token_at(const Pagerank& call, int sample, int i)
   return static_cast<int>(min(max(token, int64_t{0}), int64_t{call.tokens - 1}));
 }
 
-__device__ __forceinline__ uint32_t tf32(float x) {
-  uint32_t found;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(found) : "f"(x));
-  return found;
-}
-
 __device__ __forceinline__ void multiply_add_tf32(float (&c)[4], const uint32_t (&a)[4],
                                                   uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
@@ -73,14 +93,16 @@ __device__ __forceinline__ void multiply_add_tf32(float (&c)[4], const uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// x as the sum of two TF32 numbers.
+// x as the sum of two TF32 numbers: the nearest, by whole numbers, and what is left, of which
+// products take as many bits. (cvt.rna asks for infinities and takes twice as long. A NaN, and what
+// is infinite, leave a NaN.)
 template <int N>
 __device__ __forceinline__ void split(const uint32_t (&x)[N], uint32_t (&high)[N],
                                       uint32_t (&low)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    high[i] = tf32(__uint_as_float(x[i]));
-    low[i] = tf32(__uint_as_float(x[i]) - __uint_as_float(high[i]));
+    high[i] = (x[i] + 0x1000) & ~0x1fffu;
+    low[i] = __float_as_uint(__uint_as_float(x[i]) - __uint_as_float(high[i]));
   }
 }
 
@@ -131,27 +153,22 @@ __device__ __forceinline__ void products(float (&e)[2 * TILES][4], uint32_t left
   }
 }
 
-// The same by a warp group for its 64 rows, of head dim 64 in 16 bits, swizzled. Starts it.
-template <typename T, int TILES, int FIRST = 0>
-__device__ __forceinline__ void start_products(float (&e)[TILES][4], uint64_t left,
-                                               uint32_t right) {
-  constexpr int kWidth = TILES - FIRST < 8 ? TILES - FIRST : 8;
-  auto& part = *reinterpret_cast<float (*)[kWidth][4]>(&e[FIRST]);
-  const uint64_t columns = descriptor(right + 8 * FIRST * kRowBytes);
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    start_product<T, kWidth, 0>(part, left + 2 * i, columns + 2 * i, i > 0);
-  if constexpr (FIRST + kWidth < TILES) start_products<T, TILES, FIRST + kWidth>(e, left, right);
-}
-
+// The same by a warp group for its 64 rows, of head dim 64 in 16 bits, swizzled.
 template <typename T, int TILES>
 __device__ __forceinline__ void hopper_products(float (&e)[TILES][4], uint32_t left,
                                                 uint32_t right) {
+  const uint64_t rows = descriptor(left), columns = descriptor(right);
   begin_products();
-  start_products<T>(e, descriptor(left), right);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) start_product<T, TILES, 0>(e, rows + 2 * i, columns + 2 * i, i > 0);
   commit_products();
   wait_for_products<0>();
+  hold(e);
 }
+
+// Whether a row's sum of powers of 2, none of them shifted, is far from overflow, and from where
+// what is small beside it is lost. False for a NaN.
+__device__ __forceinline__ bool within_range(float sum) { return sum > 1e-18f && sum < 1e30f; }
 
 struct Sum {
   static constexpr float kEmpty = 0;

@@ -5,9 +5,9 @@
 // A warp holds 16 rows of A^T, so 16 tokens whose scores it alone makes: an iteration reads the
 // scores from shared memory, sums over a row within four lanes, and writes 16 new ones. Rows of A
 // are columns there, spread over all warps, and are summed once. What their sums divide is not the
-// matrix but the scores: A^T s = E^T (s / Z) with E = exp(logits), Z = E's row sums; maxima are
-// taken off only where a logit is too large to do without. The next head's queries and keys are
-// copied while a head iterates.
+// matrix but the scores: A^T s = E^T (s / Z) with E = exp(logits), Z = E's row sums; a head whose
+// sums tell that this overflows or vanishes is done again, with maxima taken off. The next head's
+// queries and keys are copied while a head iterates.
 //
 // 16 bits go through the tensor cores as they are; float32 as three products of TF32 parts, which
 // is float32 to rounding. All sums have a fixed order.
@@ -18,8 +18,6 @@
 
 namespace pcx {
 namespace {
-
-constexpr float kLarge = 60;  // powers of 2 up to which sums neither overflow nor vanish
 
 // Where the i-th weight lies: a lane's four of 16, two of either tile, side by side.
 __device__ __forceinline__ int weight_place(int i) {
@@ -56,85 +54,91 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
     copy_rows<T, kColumns, kThreads, HOPPER>(queries, q, call.q_strides[2], tokens, call.dim);
     commit_copies();
   };
+  const auto start_of = [&](int head) {
+    return thread >= n ? 0
+                       : call.init[head / call.heads * call.init_strides[0] +
+                                   head % call.heads * call.init_strides[1] +
+                                   thread * call.init_strides[2]];
+  };
   if (thread < kRows) tokens[thread] = token_at(call, blockIdx.x / call.heads, thread);
+  float start = start_of(blockIdx.x);
   __syncthreads();
   copy_head(blockIdx.x);
 
   for (int head = blockIdx.x; head < heads; head += gridDim.x) {
     const int next = head + gridDim.x;
-    const int next_token = next < heads ? token_at(call, next / call.heads, thread) : -1;
-    float start = 0;
-    if (thread < n)
-      start = call.init[head / call.heads * call.init_strides[0] +
-                        head % call.heads * call.init_strides[1] + thread * call.init_strides[2]];
+    int next_token = -1;
+    float next_start = 0;
+    if (next < heads) {
+      next_token = token_at(call, next / call.heads, thread);
+      next_start = start_of(next);
+    }
     wait_for_copies<0>();
     if constexpr (HOPPER) see_copies();
     __syncthreads();
 
     float e[2 * TILES][4];
-    if constexpr (HOPPER) {
-      hopper_products<T>(e, keys + warp / 4 * 64 * bytes, queries);
-    } else {
+    for (bool again = false;; again = true) {
+      if constexpr (HOPPER) {
+        hopper_products<T>(e, keys + warp / 4 * 64 * bytes, queries);
+      } else {
 #pragma unroll
-      for (auto& tile : e) tile[0] = tile[1] = tile[2] = tile[3] = 0;
-      products<T, TILES>(e, keys + 16 * warp * bytes + left_offset(lane, bytes),
-                         queries + right_offset(lane, bytes), bytes, steps);
-    }
-    float most = 0;
+        for (auto& tile : e) tile[0] = tile[1] = tile[2] = tile[3] = 0;
+        products<T, TILES>(e, keys + 16 * warp * bytes + left_offset(lane, bytes),
+                           queries + right_offset(lane, bytes), bytes, steps);
+      }
+      if (again) {
+        if (has_rows)
+          reduce_columns<Max, TILES>(
+              [&](int i) {
+                return fmaxf(fmaf(e[i / 2][i % 2], factor, shift0),
+                             fmaf(e[i / 2][2 + i % 2], factor, shift1));
+              },
+              parts[warp], lane);
+        __syncthreads();
+        if (thread < kColumns) {
+          float found = parts[0][thread];
+          for (int w = 1; w < TILES; ++w) found = fmaxf(found, parts[w][thread]);
+          top[thread] = found;
+        }
+        __syncthreads();
 #pragma unroll
-    for (int t = 0; t < 2 * TILES; ++t)
-      most = fmaxf(most, fmaxf(fmaxf(fabsf(e[t][0]), fabsf(e[t][1])),
-                               fmaxf(fabsf(e[t][2]), fabsf(e[t][3]))));
-    if (thread < kRows) tokens[thread] = next_token;
-    const bool large = __syncthreads_or(most * factor > kLarge);
-    if (next < heads) copy_head(next);
-
-    if (large) {
+        for (int t = 0; t < 2 * TILES; ++t) {
+          const float2 best = *reinterpret_cast<const float2*>(top + 8 * t + 2 * place);
+          e[t][0] = power_of_2(fmaf(e[t][0], factor, shift0 - best.x));
+          e[t][1] = power_of_2(fmaf(e[t][1], factor, shift0 - best.y));
+          e[t][2] = power_of_2(fmaf(e[t][2], factor, shift1 - best.x));
+          e[t][3] = power_of_2(fmaf(e[t][3], factor, shift1 - best.y));
+        }
+      } else if (has_rows) {
+#pragma unroll
+        for (int t = 0; t < 2 * TILES; ++t) {
+          e[t][0] = power_of_2(fmaf(e[t][0], factor, shift0));
+          e[t][1] = power_of_2(fmaf(e[t][1], factor, shift0));
+          e[t][2] = power_of_2(fmaf(e[t][2], factor, shift1));
+          e[t][3] = power_of_2(fmaf(e[t][3], factor, shift1));
+        }
+      }
       if (has_rows)
-        reduce_columns<Max, TILES>(
-            [&](int i) {
-              return fmaxf(fmaf(e[i / 2][i % 2], factor, shift0),
-                           fmaf(e[i / 2][2 + i % 2], factor, shift1));
-            },
-            parts[warp], lane);
+        reduce_columns<Sum, TILES>([&](int i) { return e[i / 2][i % 2] + e[i / 2][2 + i % 2]; },
+                                   parts[warp], lane);
       __syncthreads();
-      if (thread < kColumns) {
-        float found = parts[0][thread];
-        for (int w = 1; w < TILES; ++w) found = fmaxf(found, parts[w][thread]);
-        top[thread] = found;
+      bool lost = false;
+      if (thread < kRows) {
+        float total = INFINITY;  // what is no token weighs nothing
+        if (thread < n) {
+          total = parts[0][thread];
+          for (int w = 1; w < TILES; ++w) total += parts[w][thread];
+          lost = !within_range(total);
+        }
+        inverse[thread] = 1 / total;
+        weights[0][weight_place(thread)] = start / total;
+        tokens[thread] = next_token;
       }
-      __syncthreads();
-#pragma unroll
-      for (int t = 0; t < 2 * TILES; ++t) {
-        const float2 best = *reinterpret_cast<const float2*>(top + 8 * t + 2 * place);
-        e[t][0] = power_of_2(fmaf(e[t][0], factor, shift0 - best.x));
-        e[t][1] = power_of_2(fmaf(e[t][1], factor, shift0 - best.y));
-        e[t][2] = power_of_2(fmaf(e[t][2], factor, shift1 - best.x));
-        e[t][3] = power_of_2(fmaf(e[t][3], factor, shift1 - best.y));
-      }
-    } else if (has_rows) {
-#pragma unroll
-      for (int t = 0; t < 2 * TILES; ++t) {
-        e[t][0] = power_of_2(fmaf(e[t][0], factor, shift0));
-        e[t][1] = power_of_2(fmaf(e[t][1], factor, shift0));
-        e[t][2] = power_of_2(fmaf(e[t][2], factor, shift1));
-        e[t][3] = power_of_2(fmaf(e[t][3], factor, shift1));
-      }
+      if (!__syncthreads_or(lost) || again) break;
     }
-    if (has_rows)
-      reduce_columns<Sum, TILES>([&](int i) { return e[i / 2][i % 2] + e[i / 2][2 + i % 2]; },
-                                 parts[warp], lane);
-    __syncthreads();
-    if (thread < kRows) {
-      float total = INFINITY;  // what is no token weighs nothing
-      if (thread < n) {
-        total = parts[0][thread];
-        for (int w = 1; w < TILES; ++w) total += parts[w][thread];
-      }
-      inverse[thread] = 1 / total;
-      weights[0][weight_place(thread)] = start / total;
-    }
-    __syncthreads();
+    if (next < heads) copy_head(next);
+    start = next_start;
 
     const float inverse0 = inverse[r0], inverse1 = inverse[r1];
     for (int step = 1; step <= call.iters; ++step) {

@@ -1,7 +1,8 @@
 // One iteration of Weighted PageRank, A^T s with A = softmax(q k^T scale), in 16 bits: a block is
 // one head of a sample, and takes a few tiles of 16 queries after the other. Nothing of A outlives
 // a tile: its rows are normalised within four lanes, and its columns are added to sums that stay in
-// registers until the last tile, when lanes and warps add them up, in a fixed order.
+// registers until the last tile, when lanes and warps add them up, in a fixed order. Maxima are
+// taken off only when a head is done again, after sums that overflow or vanish without.
 
 #include "attention_graph.cuh"
 
@@ -9,18 +10,22 @@ namespace pcx {
 namespace {
 
 // A tile's logits, in place, times `factor`, become attention; sums of its columns, each row taken
-// `start` times, are added to `sums`. What is no key has a logit of -inf.
+// `start` times, are added to `sums`. What is no key has a logit of -inf. Whether sums of rows
+// tell that maxima had to be taken off.
 template <int TILES>
-__device__ __forceinline__ void vote(float (&e)[2 * TILES][4], float (&sums)[2 * TILES][2],
-                                     float factor, float start0, float start1) {
-  float top0 = -INFINITY, top1 = -INFINITY;
+__device__ __forceinline__ bool vote(float (&e)[2 * TILES][4], float (&sums)[2 * TILES][2],
+                                     float factor, float start0, float start1, bool maxima) {
+  float top0 = 0, top1 = 0;
+  if (maxima) {
+    top0 = top1 = -INFINITY;
 #pragma unroll
-  for (int t = 0; t < 2 * TILES; ++t) {
-    top0 = fmaxf(top0, fmaxf(e[t][0], e[t][1]));
-    top1 = fmaxf(top1, fmaxf(e[t][2], e[t][3]));
+    for (int t = 0; t < 2 * TILES; ++t) {
+      top0 = fmaxf(top0, fmaxf(e[t][0], e[t][1]));
+      top1 = fmaxf(top1, fmaxf(e[t][2], e[t][3]));
+    }
+    top0 = -factor * over_row<Max>(top0);
+    top1 = -factor * over_row<Max>(top1);
   }
-  top0 = -factor * over_row<Max>(top0);
-  top1 = -factor * over_row<Max>(top1);
   float z0[2] = {}, z1[2] = {};
 #pragma unroll
   for (int t = 0; t < 2 * TILES; ++t) {
@@ -32,13 +37,14 @@ __device__ __forceinline__ void vote(float (&e)[2 * TILES][4], float (&sums)[2 *
       z1[j] += e[t][2 + j];
     }
   }
-  const float weight0 = start0 / over_row<Sum>(z0[0] + z0[1]);
-  const float weight1 = start1 / over_row<Sum>(z1[0] + z1[1]);
+  const float total0 = over_row<Sum>(z0[0] + z0[1]), total1 = over_row<Sum>(z1[0] + z1[1]);
+  const float weight0 = start0 / total0, weight1 = start1 / total1;
 #pragma unroll
   for (int t = 0; t < 2 * TILES; ++t) {
     sums[t][0] = fmaf(e[t][2], weight1, fmaf(e[t][0], weight0, sums[t][0]));
     sums[t][1] = fmaf(e[t][3], weight1, fmaf(e[t][1], weight0, sums[t][1]));
   }
+  return !within_range(total0) || !within_range(total1);
 }
 
 template <int TILES>
@@ -80,28 +86,34 @@ __global__ void __launch_bounds__(128, BLOCKS) once_kernel(const Pagerank call) 
   __syncthreads();
 
   const float factor = call.scale * kLog2E;
-  float sums[2 * TILES][2] = {};
-  for (int first = 0; first < n; first += 64) {
-    const int row = first + 16 * warp;
-    const bool has_rows = first + (16 * warp + 64 - turn) % 64 < n;
-    float e[2 * TILES][4];
-    if constexpr (HOPPER) {
-      hopper_products<T>(e, queries + first * bytes, keys);
-      if (!has_rows) continue;
-    } else if (!has_rows) {
-      continue;
-    } else {
+  float sums[2 * TILES][2];
+  for (bool again = false;; again = true) {
 #pragma unroll
-      for (auto& tile : e) tile[0] = tile[1] = tile[2] = tile[3] = 0;
-      products<T, TILES>(e, queries + row * bytes + left_offset(lane, bytes),
-                         keys + right_offset(lane, bytes), bytes, steps);
-    }
+    for (auto& sum : sums) sum[0] = sum[1] = 0;
+    bool lost = false;
+    for (int first = 0; first < n; first += 64) {
+      const int row = first + 16 * warp;
+      const bool has_rows = first + (16 * warp + 64 - turn) % 64 < n;
+      float e[2 * TILES][4];
+      if constexpr (HOPPER) {
+        hopper_products<T>(e, queries + first * bytes, keys);
+        if (!has_rows) continue;
+      } else if (!has_rows) {
+        continue;
+      } else {
 #pragma unroll
-    for (int t = kFewest<TILES> / 8; t < 2 * TILES; ++t) {
-      if (8 * t + 2 * place >= n) e[t][0] = e[t][2] = -INFINITY;
-      if (8 * t + 2 * place + 1 >= n) e[t][1] = e[t][3] = -INFINITY;
+        for (auto& tile : e) tile[0] = tile[1] = tile[2] = tile[3] = 0;
+        products<T, TILES>(e, queries + row * bytes + left_offset(lane, bytes),
+                           keys + right_offset(lane, bytes), bytes, steps);
+      }
+#pragma unroll
+      for (int t = kFewest<TILES> / 8; t < 2 * TILES; ++t) {
+        if (8 * t + 2 * place >= n) e[t][0] = e[t][2] = -INFINITY;
+        if (8 * t + 2 * place + 1 >= n) e[t][1] = e[t][3] = -INFINITY;
+      }
+      lost |= vote<TILES>(e, sums, factor, start[row + lane / 4], start[row + lane / 4 + 8], again);
     }
-    vote<TILES>(e, sums, factor, start[row + lane / 4], start[row + lane / 4 + 8]);
+    if (!__syncthreads_or(lost) || again) break;
   }
   reduce_columns<Sum, TILES>([&](int i) { return sums[i / 2][i % 2]; }, parts[warp], lane);
   __syncthreads();
