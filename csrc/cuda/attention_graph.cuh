@@ -18,6 +18,18 @@ inline int attribute(cudaDeviceAttr which) {
   return value;
 }
 
+// Lets a kernel's blocks have all shared memory there is: the same in every call, since other
+// threads launch the same kernel.
+template <typename Kernel>
+cudaError_t allow_shared_memory(Kernel kernel) {
+  cudaFuncAttributes found;
+  const cudaError_t error = cudaFuncGetAttributes(&found, kernel);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int>(found.sharedSizeBytes));
+}
+
 // A product takes 32 bytes of a row; rows begin on other banks, for eight of them at a time.
 constexpr int kStepBytes = 32;
 
@@ -29,10 +41,18 @@ __host__ __device__ constexpr int row_bytes(int dim, int element_bytes) {
   return steps_of(dim, element_bytes) * kStepBytes + 16;
 }
 
+// One multiplication, of 32 bits each, where strides of 64 bits take six.
+template <typename T>
+__device__ __forceinline__ const T* row_of(const T* from, uint32_t stride, int row) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(from) +
+                                    uint64_t{static_cast<uint32_t>(row)} * stride);
+}
+
 // Copies rows of a head, those of `tokens`, to shared memory, one after the other; zeros where a
-// token is negative and beyond `dim`.
+// token is negative and beyond `dim`. A row is `stride` bytes from the next.
 template <typename T, int ROWS, int THREADS>
-__device__ void copy_dense(uint32_t to, const T* from, int stride, const int* tokens, int dim) {
+__device__ void copy_dense(uint32_t to, const T* from, uint32_t stride, const int* tokens,
+                           int dim) {
   constexpr int kVector = 16 / sizeof(T);
   const int pieces = 2 * steps_of(dim, sizeof(T)), bytes = row_bytes(dim, sizeof(T));
   const int down = THREADS / pieces, along = THREADS % pieces;
@@ -40,7 +60,7 @@ __device__ void copy_dense(uint32_t to, const T* from, int stride, const int* to
   while (row < ROWS) {
     const bool inside = tokens[row] >= 0 && piece * kVector < dim;
     copy_async(to + row * bytes + 16 * piece,
-               inside ? from + int64_t{tokens[row]} * stride + piece * kVector : from, inside);
+               inside ? row_of(from, stride, tokens[row]) + piece * kVector : from, inside);
     row += down;
     piece += along;
     if (piece >= pieces) {
@@ -52,28 +72,32 @@ __device__ void copy_dense(uint32_t to, const T* from, int stride, const int* to
 
 // The same of rows of 128 bytes, swizzled as wgmma reads them. A thread keeps its piece.
 template <typename T, int ROWS, int THREADS>
-__device__ __forceinline__ void copy_swizzled(uint32_t to, const T* from, int stride,
+__device__ __forceinline__ void copy_swizzled(uint32_t to, const T* from, uint32_t stride,
                                               const int* tokens) {
   constexpr int kPieces = kRowBytes / 16, kDown = THREADS / kPieces;
   static_assert(kDown % 8 == 0);  // so that swizzled pieces lie in one column
-  const int row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
-  to += swizzled(row, piece);
+  const int first = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
+  to += swizzled(first, piece);
   from += piece * (16 / sizeof(T));
+  constexpr int kRows = (ROWS + kDown - 1) / kDown;
+  int token[kRows];  // all read before the first copy, for which the next would wait
 #pragma unroll
-  for (int down = 0; down < ROWS; down += kDown) {
-    if (ROWS % kDown && row + down >= ROWS) break;
-    const int token = tokens[row + down];
-    copy_async(to + down * kRowBytes, from + int64_t{max(token, 0)} * stride, token >= 0);
-  }
+  for (int i = 0; i < kRows; ++i)
+    token[i] = (i + 1) * kDown <= ROWS || first + i * kDown < ROWS ? tokens[first + i * kDown] : -1;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i)
+    if ((i + 1) * kDown <= ROWS || first + i * kDown < ROWS)
+      copy_async(to + i * kDown * kRowBytes, row_of(from, stride, max(token[i], 0)), token[i] >= 0);
 }
 
 template <typename T, int ROWS, int THREADS, bool SWIZZLED>
 __device__ __forceinline__ void copy_rows(uint32_t to, const T* from, int64_t stride,
                                           const int* tokens, int dim) {
+  const uint32_t bytes = static_cast<uint32_t>(stride) * static_cast<uint32_t>(sizeof(T));
   if constexpr (SWIZZLED)
-    copy_swizzled<T, ROWS, THREADS>(to, from, static_cast<int>(stride), tokens);
+    copy_swizzled<T, ROWS, THREADS>(to, from, bytes, tokens);
   else
-    copy_dense<T, ROWS, THREADS>(to, from, static_cast<int>(stride), tokens, dim);
+    copy_dense<T, ROWS, THREADS>(to, from, bytes, tokens, dim);
 }
 
 // Which token is the i-th of a sample's graph, -1 beyond the last. An index that is no token is the
@@ -153,17 +177,55 @@ __device__ __forceinline__ void products(float (&e)[2 * TILES][4], uint32_t left
   }
 }
 
-// The same by a warp group for its 64 rows, of head dim 64 in 16 bits, swizzled.
-template <typename T, int TILES>
-__device__ __forceinline__ void hopper_products(float (&e)[TILES][4], uint32_t left,
-                                                uint32_t right) {
-  const uint64_t rows = descriptor(left), columns = descriptor(right);
-  begin_products();
+// The same by a warp group for its 64 rows, of head dim 64 in 16 bits, swizzled, started in two
+// parts: what follows the first is computed while the tensor cores are at the second.
+template <int TILES>
+constexpr int kFirstPart = TILES / 8 * 4;
+
+template <int FIRST, int TILES, int ALL>
+__device__ __forceinline__ auto& part_of(float (&e)[ALL][4]) {
+  return reinterpret_cast<float (&)[TILES][4]>(e[FIRST]);
+}
+
+template <typename T, int FIRST, int TILES, int ALL>
+__device__ __forceinline__ void start_part(float (&e)[ALL][4], uint32_t left, uint32_t right) {
+  const uint64_t rows = descriptor(left), columns = descriptor(right + 8 * FIRST * kRowBytes);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) start_product<T, TILES, 0>(e, rows + 2 * i, columns + 2 * i, i > 0);
+  for (int i = 0; i < 4; ++i)
+    start_product<T, TILES, 0>(part_of<FIRST, TILES>(e), rows + 2 * i, columns + 2 * i, i > 0);
   commit_products();
+}
+
+template <typename T, int TILES>
+__device__ __forceinline__ void start_products(float (&e)[TILES][4], uint32_t left,
+                                               uint32_t right) {
+  constexpr int kFirst = kFirstPart<TILES>;
+  begin_products();
+  start_part<T, 0, kFirst>(e, left, right);
+  start_part<T, kFirst, TILES - kFirst>(e, left, right);
+}
+
+template <int TILES>
+__device__ __forceinline__ void finish_products(float (&e)[TILES][4]) {
   wait_for_products<0>();
   hold(e);
+}
+
+// Calls `of(t)` for every tile, with HOPPER as their products come.
+template <bool HOPPER, int TILES, typename Of>
+__device__ __forceinline__ void each_tile(float (&e)[TILES][4], Of of) {
+  constexpr int kFirst = HOPPER ? kFirstPart<TILES> : TILES;
+  if constexpr (HOPPER) {
+    wait_for_products<1>();
+    hold(part_of<0, kFirst>(e));
+  }
+#pragma unroll
+  for (int t = 0; t < kFirst; ++t) of(t);
+  if constexpr (HOPPER) {
+    finish_products(part_of<kFirst, TILES - kFirst>(e));
+#pragma unroll
+    for (int t = kFirst; t < TILES; ++t) of(t);
+  }
 }
 
 // Whether a row's sum of powers of 2, none of them shifted, is far from overflow, and from where

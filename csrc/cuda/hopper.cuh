@@ -62,23 +62,14 @@ __device__ __forceinline__ void see_copies() {
 #define PCX_TILES6 PCX_TILES4, PCX_TILE(4), PCX_TILE(5)
 #define PCX_TILES8 PCX_TILES6, PCX_TILE(6), PCX_TILE(7)
 #define PCX_TILES12 PCX_TILES8, PCX_TILE(8), PCX_TILE(9), PCX_TILE(10), PCX_TILE(11)
-#define PCX_TILES16 PCX_TILES12, PCX_TILE(12), PCX_TILE(13), PCX_TILE(14), PCX_TILE(15)
-#define PCX_TILES20 PCX_TILES16, PCX_TILE(16), PCX_TILE(17), PCX_TILE(18), PCX_TILE(19)
-#define PCX_TILES24 PCX_TILES20, PCX_TILE(20), PCX_TILE(21), PCX_TILE(22), PCX_TILE(23)
-#define PCX_TILES26 PCX_TILES24, PCX_TILE(24), PCX_TILE(25)
+#define PCX_TILES14 PCX_TILES12, PCX_TILE(12), PCX_TILE(13)
 #define PCX_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define PCX_R16 PCX_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define PCX_R24 PCX_R16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define PCX_R32 PCX_R24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define PCX_R48 \
   PCX_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define PCX_R64 \
-  PCX_R48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define PCX_R80 \
-  PCX_R64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define PCX_R96 \
-  PCX_R80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define PCX_R104 PCX_R96 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define PCX_R56 PCX_R48 ", %48, %49, %50, %51, %52, %53, %54, %55"
 #define PCX_IN_REGISTERS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
 #define PCX_PRODUCTS(TYPE)                                                                  \
   if constexpr (Tiles == 2) {                                                               \
@@ -95,26 +86,20 @@ __device__ __forceinline__ void see_copies() {
     PCX_PRODUCT(TYPE, 64, PCX_R32, "{%32, %33, %34, %35}", 36, 37, "%38", PCX_IN_REGISTERS, \
                 PCX_TILES8);                                                                \
   }
-#define PCX_SHARED_PRODUCTS(TYPE)                                                       \
-  if constexpr (Tiles == 2) {                                                           \
-    PCX_PRODUCT(TYPE, 16, PCX_R8, "%8", 9, 10, "0, %11", "l"(a), PCX_TILES2);           \
-  } else if constexpr (Tiles == 4) {                                                    \
-    PCX_PRODUCT(TYPE, 32, PCX_R16, "%16", 17, 18, "0, %19", "l"(a), PCX_TILES4);        \
-  } else if constexpr (Tiles == 6) {                                                    \
-    PCX_PRODUCT(TYPE, 48, PCX_R24, "%24", 25, 26, "0, %27", "l"(a), PCX_TILES6);        \
-  } else if constexpr (Tiles == 8) {                                                    \
-    PCX_PRODUCT(TYPE, 64, PCX_R32, "%32", 33, 34, "0, %35", "l"(a), PCX_TILES8);        \
-  } else if constexpr (Tiles == 12) {                                                   \
-    PCX_PRODUCT(TYPE, 96, PCX_R48, "%48", 49, 50, "0, %51", "l"(a), PCX_TILES12);       \
-  } else if constexpr (Tiles == 16) {                                                   \
-    PCX_PRODUCT(TYPE, 128, PCX_R64, "%64", 65, 66, "0, %67", "l"(a), PCX_TILES16);      \
-  } else if constexpr (Tiles == 20) {                                                   \
-    PCX_PRODUCT(TYPE, 160, PCX_R80, "%80", 81, 82, "0, %83", "l"(a), PCX_TILES20);      \
-  } else if constexpr (Tiles == 24) {                                                   \
-    PCX_PRODUCT(TYPE, 192, PCX_R96, "%96", 97, 98, "0, %99", "l"(a), PCX_TILES24);      \
-  } else {                                                                              \
-    static_assert(Tiles == 26);                                                         \
-    PCX_PRODUCT(TYPE, 208, PCX_R104, "%104", 105, 106, "0, %107", "l"(a), PCX_TILES26); \
+#define PCX_SHARED_PRODUCTS(TYPE)                                                  \
+  if constexpr (Tiles == 2) {                                                      \
+    PCX_PRODUCT(TYPE, 16, PCX_R8, "%8", 9, 10, "0, %11", "l"(a), PCX_TILES2);      \
+  } else if constexpr (Tiles == 4) {                                               \
+    PCX_PRODUCT(TYPE, 32, PCX_R16, "%16", 17, 18, "0, %19", "l"(a), PCX_TILES4);   \
+  } else if constexpr (Tiles == 6) {                                               \
+    PCX_PRODUCT(TYPE, 48, PCX_R24, "%24", 25, 26, "0, %27", "l"(a), PCX_TILES6);   \
+  } else if constexpr (Tiles == 8) {                                               \
+    PCX_PRODUCT(TYPE, 64, PCX_R32, "%32", 33, 34, "0, %35", "l"(a), PCX_TILES8);   \
+  } else if constexpr (Tiles == 12) {                                              \
+    PCX_PRODUCT(TYPE, 96, PCX_R48, "%48", 49, 50, "0, %51", "l"(a), PCX_TILES12);  \
+  } else {                                                                         \
+    static_assert(Tiles == 14);                                                    \
+    PCX_PRODUCT(TYPE, 112, PCX_R56, "%56", 57, 58, "0, %59", "l"(a), PCX_TILES14); \
   }
 
 // Starts c [64, 8 Tiles] = a [64, 16] b [16, 8 Tiles], plus c where `add`. A row of b's tile in
@@ -150,19 +135,13 @@ __device__ __forceinline__ void start_product(float (&c)[Tiles][4], uint64_t a, 
 #undef PCX_TILES6
 #undef PCX_TILES8
 #undef PCX_TILES12
-#undef PCX_TILES16
-#undef PCX_TILES20
-#undef PCX_TILES24
-#undef PCX_TILES26
+#undef PCX_TILES14
 #undef PCX_R8
 #undef PCX_R16
 #undef PCX_R24
 #undef PCX_R32
 #undef PCX_R48
-#undef PCX_R64
-#undef PCX_R80
-#undef PCX_R96
-#undef PCX_R104
+#undef PCX_R56
 
 // A barrier in shared memory; its phases alternate between parities 0 and 1.
 __device__ __forceinline__ void make_barrier(uint32_t barrier, int arrivals) {

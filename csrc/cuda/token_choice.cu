@@ -229,8 +229,7 @@ __global__ void __launch_bounds__(kThreads, 4) dissimilar_kernel(const Dissimila
 template <typename T>
 cudaError_t launch(const Dissimilar& call, cudaStream_t stream) {
   const int bytes = choice_bytes(call.tokens, call.dim);
-  const cudaError_t error = cudaFuncSetAttribute(
-      dissimilar_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const cudaError_t error = allow_shared_memory(dissimilar_kernel<T>);
   if (error != cudaSuccess) return error;
   dissimilar_kernel<T><<<call.batch, kThreads, bytes, stream>>>(call);
   return cudaGetLastError();

@@ -24,6 +24,19 @@ __device__ __forceinline__ int weight_place(int i) {
   return i / 16 * 16 + i % 8 / 2 * 4 + i / 8 % 2 * 2 + i % 2;
 }
 
+// Loads of weights that are under way; more than 12 tiles leave no registers for them.
+template <int TILES>
+constexpr int kAhead = TILES > 12 ? 2 : 4;
+
+__device__ __forceinline__ float4 load_four(uint32_t address) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+
 // With HOPPER, products are those of warp groups, of head dim 64 in 16 bits; the warps beyond TILES
 // that make their number a multiple of four then have no rows.
 template <typename T, int TILES, int WARPS, int BLOCKS, bool HOPPER>
@@ -80,7 +93,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
     float e[2 * TILES][4];
     for (bool again = false;; again = true) {
       if constexpr (HOPPER) {
-        hopper_products<T>(e, keys + warp / 4 * 64 * bytes, queries);
+        start_products<T>(e, keys + warp / 4 * 64 * bytes, queries);
       } else {
 #pragma unroll
         for (auto& tile : e) tile[0] = tile[1] = tile[2] = tile[3] = 0;
@@ -88,6 +101,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
                            queries + right_offset(lane, bytes), bytes, steps);
       }
       if (again) {
+        if constexpr (HOPPER) finish_products(e);
         if (has_rows)
           reduce_columns<Max, TILES>(
               [&](int i) {
@@ -111,13 +125,14 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
           e[t][3] = power_of_2(fmaf(e[t][3], factor, shift1 - best.y));
         }
       } else if (has_rows) {
-#pragma unroll
-        for (int t = 0; t < 2 * TILES; ++t) {
+        each_tile<HOPPER>(e, [&](int t) {
           e[t][0] = power_of_2(fmaf(e[t][0], factor, shift0));
           e[t][1] = power_of_2(fmaf(e[t][1], factor, shift0));
           e[t][2] = power_of_2(fmaf(e[t][2], factor, shift1));
           e[t][3] = power_of_2(fmaf(e[t][3], factor, shift1));
-        }
+        });
+      } else if constexpr (HOPPER) {
+        finish_products(e);
       }
       if (has_rows)
         reduce_columns<Sum, TILES>([&](int i) { return e[i / 2][i % 2] + e[i / 2][2 + i % 2]; },
@@ -132,7 +147,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
           lost = !within_range(total);
         }
         inverse[thread] = 1 / total;
-        weights[0][weight_place(thread)] = start / total;
+        weights[0][weight_place(thread)] = start * inverse[thread];
         tokens[thread] = next_token;
       }
       if (!__syncthreads_or(lost) || again) break;
@@ -142,19 +157,26 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
 
     const float inverse0 = inverse[r0], inverse1 = inverse[r1];
     for (int step = 1; step <= call.iters; ++step) {
-      const float* from = weights[(step - 1) % 2];
+      const uint32_t from = shared_address(weights[(step - 1) % 2] + 4 * place);
       float s0[2] = {}, s1[2] = {};
+      if (has_rows) {
+        constexpr int kWay = kAhead<TILES>;
+        float4 ahead[kWay];
 #pragma unroll
-      for (int u = 0; u < TILES && has_rows; ++u) {
-        const float4 weight = *reinterpret_cast<const float4*>(from + 16 * u + 4 * place);
-        s0[0] += e[2 * u][0] * weight.x;
-        s1[0] += e[2 * u][2] * weight.x;
-        s0[1] += e[2 * u][1] * weight.y;
-        s1[1] += e[2 * u][3] * weight.y;
-        s0[0] += e[2 * u + 1][0] * weight.z;
-        s1[0] += e[2 * u + 1][2] * weight.z;
-        s0[1] += e[2 * u + 1][1] * weight.w;
-        s1[1] += e[2 * u + 1][3] * weight.w;
+        for (int u = 0; u < kWay; ++u) ahead[u] = load_four(from + 64 * u);
+#pragma unroll
+        for (int u = 0; u < TILES; ++u) {
+          const float4 weight = ahead[u % kWay];
+          if (u + kWay < TILES) ahead[u % kWay] = load_four(from + 64 * (u + kWay));
+          s0[0] += e[2 * u][0] * weight.x;
+          s1[0] += e[2 * u][2] * weight.x;
+          s0[1] += e[2 * u][1] * weight.y;
+          s1[1] += e[2 * u][3] * weight.y;
+          s0[0] += e[2 * u + 1][0] * weight.z;
+          s1[0] += e[2 * u + 1][2] * weight.z;
+          s0[1] += e[2 * u + 1][1] * weight.w;
+          s1[1] += e[2 * u + 1][3] * weight.w;
+        }
       }
       const float first = over_row<Sum>(s0[0] + s0[1]), second = over_row<Sum>(s1[0] + s1[1]);
       const bool last = step == call.iters;  // whose scores are wanted as they are
@@ -178,8 +200,7 @@ template <typename T, int TILES, int WARPS, int BLOCKS, bool HOPPER>
 cudaError_t launch_kernel(const Pagerank& call, cudaStream_t stream) {
   const auto kernel = pagerank_kernel<T, TILES, WARPS, BLOCKS, HOPPER>;
   const int bytes = 16 * (WARPS + TILES) * (HOPPER ? kRowBytes : row_bytes(call.dim, sizeof(T)));
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const cudaError_t error = allow_shared_memory(kernel);
   if (error != cudaSuccess) return error;
   int blocks = 0;
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32 * WARPS, bytes);
@@ -189,22 +210,23 @@ cudaError_t launch_kernel(const Pagerank& call, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <typename T, int TILES, int BLOCKS>
+// So many blocks as a processor has registers for.
+template <typename T, int TILES, int BLOCKS, int ON_HOPPER = BLOCKS>
 cudaError_t launch_tiles(const Pagerank& call, cudaStream_t stream) {
   // Thirteen tiles in sixteen warps would leave wgmma no registers beside the matrix.
   if constexpr (!std::is_same_v<T, float> && TILES <= 12)
     if (call.dim == 64 && attribute(cudaDevAttrComputeCapabilityMajor) == 9)
-      return launch_kernel<T, TILES, (TILES + 3) / 4 * 4, BLOCKS, true>(call, stream);
+      return launch_kernel<T, TILES, (TILES + 3) / 4 * 4, ON_HOPPER, true>(call, stream);
   return launch_kernel<T, TILES, TILES, BLOCKS, false>(call, stream);
 }
 
 template <typename T>
 cudaError_t launch(const Pagerank& call, cudaStream_t stream) {
-  switch (tiles_for(call.nodes)) {  // blocks a processor has registers for
+  switch (tiles_for(call.nodes)) {
     case 4:
       return launch_tiles<T, 4, 4>(call, stream);
     case 6:
-      return launch_tiles<T, 6, 2>(call, stream);
+      return launch_tiles<T, 6, 2, 3>(call, stream);
     case 8:
       return launch_tiles<T, 8, 2>(call, stream);
     case 10:

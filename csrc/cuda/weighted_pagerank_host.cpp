@@ -20,12 +20,15 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+constexpr int64_t kMostStride = INT_MAX / 4;  // elements, whose bytes a kernel counts in 32 bits
+
 bool fits(const Tensor& q, const Tensor& k, int64_t nodes, const OptionalTensor& among,
           double scale) {
   const auto type = pcx::element(q);
   const int64_t dim = q.size(3);
   if (!type || pcx::element(k) != type || nodes > pcx::kMostNodes || dim > 128 || dim % 8 ||
-      !(scale > 0) || !pcx::on_lines_of_16_bytes(q) || !pcx::on_lines_of_16_bytes(k) ||
+      !(scale > 0) || q.stride(2) > kMostStride || k.stride(2) > kMostStride ||
+      !pcx::on_lines_of_16_bytes(q) || !pcx::on_lines_of_16_bytes(k) ||
       (among && among->stride(1) != 1))
     return false;
   const int major = pcx::attribute(q, cudaDevAttrComputeCapabilityMajor);

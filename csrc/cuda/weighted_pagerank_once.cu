@@ -9,17 +9,28 @@
 namespace pcx {
 namespace {
 
-// A tile's logits, in place, times `factor`, become attention; sums of its columns, each row taken
-// `start` times, are added to `sums`. What is no key has a logit of -inf. Whether sums of rows
-// tell that maxima had to be taken off.
 template <int TILES>
+constexpr int kFewest = fewest_nodes(TILES);
+
+// A tile's logits, in place, times `factor`, become attention; sums of its columns, each row taken
+// `start` times, are added to `sums`. What is no key has no attention. Whether sums of rows tell
+// that maxima had to be taken off.
+template <bool HOPPER, int TILES>
 __device__ __forceinline__ bool vote(float (&e)[2 * TILES][4], float (&sums)[2 * TILES][2],
-                                     float factor, float start0, float start1, bool maxima) {
+                                     float factor, float start0, float start1, int n, bool maxima) {
+  const int place = threadIdx.x % 4;
   float top0 = 0, top1 = 0;
+  const auto mask = [&](int t) {
+    if (t < kFewest<TILES> / 8) return;
+    if (8 * t + 2 * place >= n) e[t][0] = e[t][2] = -INFINITY;
+    if (8 * t + 2 * place + 1 >= n) e[t][1] = e[t][3] = -INFINITY;
+  };
   if (maxima) {
+    if constexpr (HOPPER) finish_products(e);
     top0 = top1 = -INFINITY;
 #pragma unroll
     for (int t = 0; t < 2 * TILES; ++t) {
+      mask(t);
       top0 = fmaxf(top0, fmaxf(e[t][0], e[t][1]));
       top1 = fmaxf(top1, fmaxf(e[t][2], e[t][3]));
     }
@@ -27,8 +38,8 @@ __device__ __forceinline__ bool vote(float (&e)[2 * TILES][4], float (&sums)[2 *
     top1 = -factor * over_row<Max>(top1);
   }
   float z0[2] = {}, z1[2] = {};
-#pragma unroll
-  for (int t = 0; t < 2 * TILES; ++t) {
+  each_tile<HOPPER>(e, [&](int t) {
+    mask(t);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       e[t][j] = power_of_2(fmaf(e[t][j], factor, top0));
@@ -36,7 +47,7 @@ __device__ __forceinline__ bool vote(float (&e)[2 * TILES][4], float (&sums)[2 *
       z0[j] += e[t][j];
       z1[j] += e[t][2 + j];
     }
-  }
+  });
   const float total0 = over_row<Sum>(z0[0] + z0[1]), total1 = over_row<Sum>(z1[0] + z1[1]);
   const float weight0 = start0 / total0, weight1 = start1 / total1;
 #pragma unroll
@@ -46,9 +57,6 @@ __device__ __forceinline__ bool vote(float (&e)[2 * TILES][4], float (&sums)[2 *
   }
   return !within_range(total0) || !within_range(total1);
 }
-
-template <int TILES>
-constexpr int kFewest = fewest_nodes(TILES);
 
 // With HOPPER, products are a warp group's, of 64 queries and head dim 64. Which warp takes which
 // 16 of them turns with the block, since the last 64 are seldom whole.
@@ -61,7 +69,7 @@ __global__ void __launch_bounds__(128, BLOCKS) once_kernel(const Pagerank call) 
   extern __shared__ __align__(1024) char memory[];
   __shared__ float parts[4][kColumns], start[kRows], scores[kColumns];
   __shared__ int key_tokens[kColumns], query_tokens[kRows];
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, place = lane % 4;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int b = blockIdx.x / call.heads, h = blockIdx.x % call.heads, n = call.nodes;
   const int bytes = HOPPER ? kRowBytes : row_bytes(call.dim, sizeof(T));
   const int steps = steps_of(call.dim, sizeof(T));
@@ -96,8 +104,11 @@ __global__ void __launch_bounds__(128, BLOCKS) once_kernel(const Pagerank call) 
       const bool has_rows = first + (16 * warp + 64 - turn) % 64 < n;
       float e[2 * TILES][4];
       if constexpr (HOPPER) {
-        hopper_products<T>(e, queries + first * bytes, keys);
-        if (!has_rows) continue;
+        start_products<T>(e, queries + first * bytes, keys);
+        if (!has_rows) {
+          finish_products(e);
+          continue;
+        }
       } else if (!has_rows) {
         continue;
       } else {
@@ -106,12 +117,8 @@ __global__ void __launch_bounds__(128, BLOCKS) once_kernel(const Pagerank call) 
         products<T, TILES>(e, queries + row * bytes + left_offset(lane, bytes),
                            keys + right_offset(lane, bytes), bytes, steps);
       }
-#pragma unroll
-      for (int t = kFewest<TILES> / 8; t < 2 * TILES; ++t) {
-        if (8 * t + 2 * place >= n) e[t][0] = e[t][2] = -INFINITY;
-        if (8 * t + 2 * place + 1 >= n) e[t][1] = e[t][3] = -INFINITY;
-      }
-      lost |= vote<TILES>(e, sums, factor, start[row + lane / 4], start[row + lane / 4 + 8], again);
+      lost |= vote<HOPPER, TILES>(e, sums, factor, start[row + lane / 4], start[row + lane / 4 + 8],
+                                  n, again);
     }
     if (!__syncthreads_or(lost) || again) break;
   }
@@ -132,8 +139,7 @@ cudaError_t launch_kernel(const Pagerank& call, cudaStream_t stream) {
   const auto kernel = once_kernel<T, TILES, BLOCKS, HOPPER>;
   const int rows = (TILES + 3) / 4 * 64 + 16 * TILES;
   const int bytes = rows * (HOPPER ? kRowBytes : row_bytes(call.dim, sizeof(T)));
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const cudaError_t error = allow_shared_memory(kernel);
   if (error != cudaSuccess) return error;
   kernel<<<call.batch * call.heads, 128, bytes, stream>>>(call);
   return cudaGetLastError();
