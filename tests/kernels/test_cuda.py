@@ -17,7 +17,7 @@ LIMITS = {
     "prefix_attention_queries": (128, 72),
     "prefix_attention_keys": (128, 24),
     "weighted_pagerank": (168, 244),
-    "weighted_pagerank_once": (232, 124),
+    "weighted_pagerank_once": (235, 152),
     "token_choice": (64, 0),
 }
 HOPPER_ONLY = ("prefix_attention_forward", "prefix_attention_queries", "prefix_attention_keys")

@@ -122,7 +122,7 @@ def test_a_layer_as_on_the_cpu(ranking, iters, similar):
 def kernels_of(call):
     call()
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as seen:
+    with torch.profiler.profile(activities=activities, acc_events=True) as seen:
         call()
         torch.cuda.synchronize()
     return " ".join(event.key for event in seen.key_averages())
