@@ -5,7 +5,7 @@
 
 namespace pcx {
 
-constexpr int kSchemas = 10;  // as SCHEMAS in pcx/ops/registration.py
+constexpr int kSchemas = 11;  // as SCHEMAS in pcx/ops/registration.py
 
 void register_autograd();
 void register_cpu();

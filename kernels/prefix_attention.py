@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pcx.kernels.launch import on_device, rowwise
-from pcx.kernels.tiles import LOG2_E, parts, precision, set_strides, tile
+from pcx.kernels.tiles import LOG2_E, biased, parts, precision, set_strides, tile
 from pcx.ops.backends import capability, processors
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -49,20 +49,6 @@ def _store(
         inside = inside & (columns < DIM)[None, :]
     pointers = pointer + rows[:, None] * stride + columns[None, :]
     tl.store(pointers, values.to(pointer.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _biased(
-    scores, bias, rows, columns, stride_n, stride_s, N, S, BOOLEAN: tl.constexpr
-):  # scores in units of log2
-    inside = (rows < N)[:, None] & (columns < S)[None, :]
-    pointers = bias + rows[:, None] * stride_n + columns[None, :] * stride_s
-    if BOOLEAN:
-        attends = tl.load(pointers, mask=inside, other=1)
-        scores = tl.where(attends != 0, scores, float("-inf"))
-    else:
-        scores += tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * LOG2_E
-    return scores
 
 
 @triton.jit
@@ -107,7 +93,7 @@ def _attend(
         k1 = tile(keys, columns, stride_k, limit, DIM, D0, D1, MASKED)
         scores = tl.dot(q1, tl.trans(k1), acc=scores, input_precision=PRECISION)
     if BIAS > 0:
-        scores = _biased(
+        scores = biased(
             scores * factor, bias, rows, columns, stride_bn, stride_bs, N, limit, BIAS == 2
         )
     if MASKED:
@@ -333,7 +319,7 @@ def _slopes(
         scores = tl.dot(queries[1], tl.trans(k1), acc=scores, input_precision=PRECISION)
     scores *= factor
     if BIAS > 0:
-        scores = _biased(scores, bias, rows, columns, stride_bn, stride_bs, N, limit, BIAS == 2)
+        scores = biased(scores, bias, rows, columns, stride_bn, stride_bs, N, limit, BIAS == 2)
     weights = tl.exp2(scores - lse[:, None])
     if MASKED:
         weights = tl.where((columns < limit)[None, :], weights, 0.0)

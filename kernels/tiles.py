@@ -34,6 +34,19 @@ def tile(
     return values
 
 
+@triton.jit
+def biased(scores, bias, rows, columns, stride_n, stride_s, N, S, BOOLEAN: tl.constexpr):
+    """Scores, in units of log2, with a bias [N, S] added, or masked where it is BOOLEAN."""
+    inside = (rows < N)[:, None] & (columns < S)[None, :]
+    pointers = bias + rows[:, None] * stride_n + columns[None, :] * stride_s
+    if BOOLEAN:
+        attends = tl.load(pointers, mask=inside, other=1)
+        scores = tl.where(attends != 0, scores, float("-inf"))
+    else:
+        scores += tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+    return scores
+
+
 def parts(dim: int) -> dict[str, int]:
     """The head dim as a power of two and, padded to one, the rest: 80 = 64 + 16."""
     first = max(16, 1 << (dim.bit_length() - 1))

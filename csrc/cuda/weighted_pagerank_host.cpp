@@ -1,4 +1,4 @@
-// weighted_pagerank on CUDA: which calls the kernel takes. What it leaves is written out in torch.
+// weighted_pagerank on CUDA: which calls the kernels take. What they leave is Triton's.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -50,8 +50,8 @@ Tensor weighted_pagerank(const Tensor& q, const Tensor& k, const Tensor& init,
   if (bias || prefix_k || iters == 0 || init.numel() == 0 || !fits(q, k, nodes, among, scale)) {
     using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                              const OptionalTensor&, const OptionalTensor&, int64_t, double);
-    static const auto written_out = pcx::operation<Signature>("pcx::weighted_pagerank_written_out");
-    return written_out.call(q, k, init, bias, prefix_k, among, iters, scale);
+    static const auto in_triton = pcx::operation<Signature>("pcx::weighted_pagerank_triton");
+    return in_triton.call(q, k, init, bias, prefix_k, among, iters, scale);
   }
   const c10::cuda::CUDAGuard guard(q.device());
   const Tensor scores = at::empty(init.sizes(), q.options().dtype(at::kFloat));

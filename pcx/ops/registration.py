@@ -19,7 +19,7 @@ from torch import Tensor
 from pcx.ops import reference
 
 LIBRARY = torch.library.Library("pcx", "FRAGMENT")
-SCHEMAS = 10  # moves with every change of a schema below, as kSchemas in csrc/operations.h
+SCHEMAS = 11  # moves with every change of a schema below, as kSchemas in csrc/operations.h
 
 LIBRARY.define(
     "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
@@ -63,19 +63,20 @@ LIBRARY.define(
     "prompt_score(Tensor gradient, Tensor prompts, bool layer_norm, Tensor? weight, float eps) "
     "-> Tensor"
 )
-# The second of each is what backends leave to torch. The two of tokens are Zero-TPrune's, whose
-# stages implement them.
-for _written_out in ("", "_written_out"):
+# The second of each is what the CUDA kernels leave, to Triton and to torch. The two of tokens are
+# Zero-TPrune's, whose stages implement them.
+for _left in ("", "_triton"):
     LIBRARY.define(
-        f"weighted_pagerank{_written_out}(Tensor q, Tensor k, Tensor init, Tensor? bias, "
+        f"weighted_pagerank{_left}(Tensor q, Tensor k, Tensor init, Tensor? bias, "
         "Tensor? prefix_k, Tensor? among, int iters, float scale) -> Tensor"
     )
+for _left in ("", "_written_out"):
     LIBRARY.define(
-        f"important_tokens{_written_out}(Tensor scores, int keep, int protected, float low, "
+        f"important_tokens{_left}(Tensor scores, int keep, int protected, float low, "
         "float high, Tensor? among) -> Tensor"
     )
     LIBRARY.define(
-        f"dissimilar_tokens{_written_out}(Tensor votes, Tensor k, int drop, int protected, "
+        f"dissimilar_tokens{_left}(Tensor votes, Tensor k, int drop, int protected, "
         "float low, float high) -> Tensor"
     )
 
@@ -260,9 +261,22 @@ def _fake_pagerank(q, k, init, bias, prefix_k, among, iters, scale):
 
 
 @torch.library.impl(LIBRARY, "weighted_pagerank", "CompositeExplicitAutograd")
-@torch.library.impl(LIBRARY, "weighted_pagerank_written_out", "CompositeExplicitAutograd")
 def _pagerank(q, k, init, bias, prefix_k, among, iters, scale):
     return reference.weighted_pagerank(q, k, init, bias, prefix_k, among, iters, scale)
+
+
+@torch.library.impl(LIBRARY, "weighted_pagerank_triton", "CUDA")
+def _pagerank_on_cuda(q, k, init, bias, prefix_k, among, iters, scale):
+    from pcx.ops.backends import cannot
+
+    types = {x.dtype for x in (q, k, prefix_k) if x is not None}
+    if len(types) > 1 or cannot("triton", q, k, k, q, q, None, scale):
+        return reference.weighted_pagerank(q, k, init, bias, prefix_k, among, iters, scale)
+    from pcx.kernels import weighted_pagerank as kernel
+
+    if among is not None:
+        q, k = reference.tokens(q, among), reference.tokens(k, among)
+    return kernel.weighted_pagerank(q, k, init, bias, prefix_k, iters, scale)
 
 
 @torch.library.register_fake("pcx::important_tokens", lib=LIBRARY)
@@ -308,3 +322,4 @@ if not EXTENSION:
 if "cuda" not in EXTENSION:
     LIBRARY.impl("prefix_attention", _on_cuda, "CUDA")
     LIBRARY.impl("prefix_attention_backward", _backward_on_cuda, "CUDA")
+    LIBRARY.impl("weighted_pagerank", _pagerank_on_cuda, "CUDA")

@@ -18,9 +18,9 @@ def on_gpu(n, dtype, **arguments):
     return [t.cuda() for t in graph(n, dtype, **arguments)]
 
 
-def written_out(q, k, iters):
+def in_triton(q, k, iters):
     init = q.new_full((1, 1, 1), 1 / q.shape[2], dtype=torch.float32).expand(q.shape[:3])
-    return torch.ops.pcx.weighted_pagerank_written_out(
+    return torch.ops.pcx.weighted_pagerank_triton(
         q, k, init, None, None, None, iters, q.shape[-1] ** -0.5
     )
 
@@ -79,12 +79,34 @@ def test_more_heads_than_blocks_at_a_time():
         assert torch.equal(found, torch.cat(parts))
 
 
-def test_the_kernel_is_taken_where_it_fits():
-    """Its sums are in another order than those of the form written out."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "dim"), [(33, 24), (197, 64), (577, 64), (300, 80), (1370, 32)])
+@pytest.mark.parametrize("iters", [1, 30])
+def test_in_triton(n, dim, dtype, iters):
+    q, k = on_gpu(n, dtype, dim=dim)
+    found = in_triton(q, k, iters)
+    expected = by_definition(q, k, iters)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
+    assert (found.double().sum(-1) - 1).abs().max() < 1e-5
+    assert torch.equal(found, in_triton(q, k, iters))
+
+
+def test_the_kernels_are_taken_where_they_fit():
+    """Their sums are in another order than Triton's."""
     for n, same in ((197, False), (209, True)):
         q, k = on_gpu(n, torch.float32, dim=64)
         found = pcx.weighted_pagerank(q, k, iters=5)
-        assert torch.equal(found, written_out(q, k, 5)) == same
+        assert torch.equal(found, in_triton(q, k, 5)) == same
+
+
+def test_the_attention_matrix_is_never_there():
+    q, k = on_gpu(1370, torch.bfloat16, dim=64, batch=4)
+    pcx.weighted_pagerank(q, k, iters=2)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    pcx.weighted_pagerank(q, k, iters=5)
+    matrix = 4 * 3 * 1370**2 * 2
+    assert torch.cuda.max_memory_allocated() - before < matrix / 20
 
 
 def test_layouts_of_timm_a_head_start_and_zero_iterations():
@@ -100,11 +122,20 @@ def test_layouts_of_timm_a_head_start_and_zero_iterations():
             torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
 
 
-def test_biases_and_prefixes_are_written_out():
-    q, k = on_gpu(20, torch.float32)
-    prefix = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(2)).cuda()
-    mask = torch.arange(20, device="cuda") < 12
-    for arguments in ({"prefix_k": prefix}, {"bias": mask[None, None, None]}):
+@pytest.mark.parametrize("n", [20, 300])
+def test_biases_and_prefixes(n):
+    q, k = on_gpu(n, torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    prefix = torch.randn(3, 4, 16, generator=generator).cuda()
+    mask = torch.arange(n, device="cuda") < 0.6 * n
+    additive = torch.randn(2, 1, n, n, generator=generator).cuda()
+    index = torch.stack([torch.randperm(n, generator=generator)[: n // 2] for _ in range(2)]).cuda()
+    for arguments in (
+        {"prefix_k": prefix},
+        {"bias": mask[None, None, None]},
+        {"bias": additive, "prefix_k": prefix},
+        {"prefix_k": prefix, "among": index},
+    ):
         found = pcx.weighted_pagerank(q, k, iters=3, **arguments)
         at_home = {name: t.cpu() for name, t in arguments.items()}
         expected = pcx.weighted_pagerank(q.cpu(), k.cpu(), iters=3, **at_home)

@@ -1,0 +1,186 @@
+"""Weighted PageRank, s <- A^T s with A = softmax(q k^T scale + bias), for any number of tokens.
+
+A is never written: what its rows divide by is computed once, and every iteration computes A's tiles
+again. `_divide` goes over a tile of rows' keys; `_vote` over a tile of keys' rows, and adds up what
+they give. No atomics: the same bits on every run. Up to 208 tokens without bias or prefix
+csrc/cuda keeps A in registers instead.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pcx.kernels.launch import on_device, rowwise
+from pcx.kernels.tiles import LOG2_E, biased, parts, set_strides, tile
+
+RUNTIME = ["n", "m"]  # vary from call to call: one compiled form for all
+
+
+@triton.jit
+def _add_keys(
+    state,
+    queries,
+    keys,
+    stride,
+    limit,
+    start,
+    rows,
+    n,
+    bias,
+    sb_n,
+    sb_s,
+    factor,
+    DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BN: tl.constexpr,
+    BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Adds a tile of keys to what a tile of rows divides by: the sum over 2**top, and top."""
+    total, top = state
+    columns = start + tl.arange(0, BN)
+    k0 = tile(keys, columns, stride, limit, DIM, 0, D0, True)
+    logits = tl.dot(queries[0], tl.trans(k0), input_precision=PRECISION)  # [BM, BN]
+    if D1 > 0:
+        k1 = tile(keys, columns, stride, limit, DIM, D0, D1, True)
+        logits = tl.dot(queries[1], tl.trans(k1), acc=logits, input_precision=PRECISION)
+    logits *= factor
+    if BIAS:
+        logits = biased(logits, bias, rows, columns, sb_n, sb_s, n, limit, False)
+    logits = tl.where((columns < limit)[None, :], logits, float("-inf"))
+    new = tl.maximum(top, tl.max(logits, 1))
+    base = tl.where(new == float("-inf"), 0.0, new)  # rows that attend to nothing so far
+    total = total * tl.exp2(top - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
+    return total, new
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _divide(
+    q, k, prefix, bias, divisors, factor,
+    sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sp_b, sp_h, sp_n, sb_b, sb_h, sb_n, sb_s, H, n, m,
+    DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PREFIX: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """log2 of what each row of A divides by, infinity where it attends to nothing."""
+    tiles = tl.cdiv(n, BM)
+    head = tl.program_id(0) // tiles
+    rows = tl.program_id(0) % tiles * BM + tl.arange(0, BM)
+    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    q += b * sq_b + h * sq_h
+    k += b * sk_b + h * sk_h
+    prefix += b * sp_b + h * sp_h
+    bias += b * sb_b + h * sb_h
+    q0 = tile(q, rows, sq_n, n, DIM, 0, D0, True)
+    q1 = q0
+    if D1 > 0:
+        q1 = tile(q, rows, sq_n, n, DIM, D0, D1, True)
+    total = tl.zeros([BM], tl.float32)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    if PREFIX:
+        for start in tl.range(0, m, BN):
+            total, top = _add_keys(
+                (total, top), (q0, q1), prefix, sp_n, m, start, rows, n, bias, 0, 0, factor,
+                DIM, D0, D1, BN, False, PRECISION,
+            )  # fmt: skip
+    for start in tl.range(0, n, BN):
+        total, top = _add_keys(
+            (total, top), (q0, q1), k, sk_n, n, start, rows, n, bias, sb_n, sb_s, factor,
+            DIM, D0, D1, BN, BIAS, PRECISION,
+        )  # fmt: skip
+    nothing = total == 0.0
+    found = tl.where(nothing, float("inf"), top + tl.log2(tl.where(nothing, 1.0, total)))
+    tl.store(divisors + head.to(tl.int64) * n + rows, found, mask=rows < n)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def _vote(
+    q, k, bias, divisors, scores, out, factor,
+    sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sb_b, sb_h, sb_n, sb_s, H, n,
+    DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A^T scores for a tile of tokens, BN of them."""
+    tiles = tl.cdiv(n, BN)
+    head = tl.program_id(0) // tiles
+    columns = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
+    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    q += b * sq_b + h * sq_h
+    k += b * sk_b + h * sk_h
+    bias += b * sb_b + h * sb_h
+    divisors += head.to(tl.int64) * n
+    scores += head.to(tl.int64) * n
+    k0 = tile(k, columns, sk_n, n, DIM, 0, D0, True)
+    k1 = k0
+    if D1 > 0:
+        k1 = tile(k, columns, sk_n, n, DIM, D0, D1, True)
+    votes = tl.zeros([BM, BN], tl.float32)
+    for start in tl.range(0, n, BM):
+        rows = start + tl.arange(0, BM)
+        q0 = tile(q, rows, sq_n, n, DIM, 0, D0, True)
+        logits = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+        if D1 > 0:
+            q1 = tile(q, rows, sq_n, n, DIM, D0, D1, True)
+            logits = tl.dot(q1, tl.trans(k1), acc=logits, input_precision=PRECISION)
+        logits *= factor
+        if BIAS:
+            logits = biased(logits, bias, rows, columns, sb_n, sb_s, n, n, False)
+        divisor = tl.load(divisors + rows, mask=rows < n, other=float("inf"))
+        score = tl.load(scores + rows, mask=rows < n, other=0.0)
+        votes += tl.exp2(logits - divisor[:, None]) * score[:, None]
+    tl.store(out + head.to(tl.int64) * n + columns, tl.sum(votes, 0), mask=columns < n)
+
+
+def weighted_pagerank(
+    q: Tensor,
+    k: Tensor,
+    init: Tensor,
+    bias: Tensor | None,
+    prefix_k: Tensor | None,
+    iters: int,
+    scale: float,
+) -> Tensor:
+    """[B, H, n] float32, as `pcx.ops.reference` says; q and k are of the graph's tokens alone, and
+    of one type with the prefix."""
+    batch, heads, n, dim = q.shape
+    scores = init.float().contiguous()
+    if not scores.numel() or not iters:
+        return scores.clone() if scores is init else scores
+    q, k = rowwise(q), rowwise(k)
+    m = 0 if prefix_k is None else prefix_k.shape[1]
+    prefix = rowwise(prefix_k) if prefix_k is not None else k
+    added = divisors = torch.empty_like(scores)
+    sb: tuple[int, ...] = (0, 0, 0, 0)
+    if bias is not None:
+        added, sb = bias.float(), bias.float().stride()
+    factor = scale * LOG2_E.value
+    single = q.dtype == torch.float32
+    # As large as registers allow.
+    rows, columns = 64, 64 >> (single + (dim > 64 or bias is not None))
+    options = {
+        **parts(dim),
+        "BIAS": bias is not None,
+        "PRECISION": "tf32x3" if single else "ieee",
+        "num_warps": 4,
+        "num_stages": 2,
+        "enable_fp_fusion": True,
+    }
+    strides = (*q.stride()[:3], *k.stride()[:3])
+    with on_device(q):
+        _divide[(batch * heads * triton.cdiv(n, rows),)](
+            q, k, prefix, added, divisors, factor, *strides, *set_strides(prefix), *sb, heads, n, m,
+            BM=rows, BN=columns, PREFIX=m > 0, **options,
+        )  # fmt: skip
+        for _ in range(iters):
+            voted = torch.empty_like(scores)
+            _vote[(batch * heads * triton.cdiv(n, columns),)](
+                q, k, added, divisors, scores, voted, factor, *strides, *sb, heads, n,
+                BM=rows, BN=columns, **options,
+            )  # fmt: skip
+            # The prefix takes of the scores, as do rows that attend to nothing; else the sum is 1
+            # but for rounding.
+            scores = voted / voted.sum(-1, keepdim=True)
+    return scores
