@@ -2,7 +2,7 @@
 
 `results/zero_tprune_<gpu>.csv` has DeiT-S, random weights, batches of 512 images, bfloat16,
 compiled and eager, each in a CUDA graph: whole ("plain"), pruned by Zero-TPrune with the settings
-of `pcx.token_pruning.zero_tprune` ("a", "b", "c" and the paper's Table 1), and by random dropping,
+of `pcx.token_pruning` ("a", "b", "c" and the paper's Table 1), and by random dropping,
 of the same shapes after every layer and without the similarity stage. Each is timed in turns with
 the whole model; "against_plain" is the median of the turns' ratios. Rows already there are not
 measured again.
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import pcx
-from pcx.token_pruning.zero_tprune import TABLE_1, VARIANTS
+from pcx.token_pruning import TABLE_1, VARIANTS
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gpu_timing import graph_of, quantiles, table

@@ -5,9 +5,11 @@ from pcx.token_pruning.finetune import Teacher, finetune, three_term_loss
 from pcx.token_pruning.search import SearchResult, search
 from pcx.token_pruning.soft import SoftPruning, soft_prune
 from pcx.token_pruning.tome import Merging, tome
-from pcx.token_pruning.zero_tprune import Pruning
+from pcx.token_pruning.zero_tprune import TABLE_1, VARIANTS, Pruning, zero_tprune
 
 __all__ = [
+    "TABLE_1",
+    "VARIANTS",
     "Merging",
     "Pruning",
     "Sampling",
@@ -20,4 +22,5 @@ __all__ = [
     "soft_prune",
     "three_term_loss",
     "tome",
+    "zero_tprune",
 ]

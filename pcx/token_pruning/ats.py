@@ -29,7 +29,7 @@ from pcx.token_pruning.stand_in import (
 
 
 @dataclass(frozen=True)
-class Step:
+class SamplingStep:
     """What is sampled after one layer."""
 
     layer: int  # counted from 1
@@ -43,7 +43,9 @@ class Sampling(SetUp):
         steps: how many are sampled after which layer, in their order.
     """
 
-    def __init__(self, steps: Sequence[Step], layers: Sequence[_SampledForward], anatomy: Anatomy):
+    def __init__(
+        self, steps: Sequence[SamplingStep], layers: Sequence[_SampledForward], anatomy: Anatomy
+    ):
         super().__init__(layers, anatomy)
         self.steps = tuple(steps)
         self._sampling = tuple(layer for layer in layers if layer.tokens is not None)
@@ -221,7 +223,7 @@ class _SampledForward(StandIn):
         return torch.cat([prefix, sample(scores, tokens) + self.protected], 1)
 
 
-def _steps(layers: Any, tokens: Any, depth: int, patches: int | None) -> list[Step]:
+def _steps(layers: Any, tokens: Any, depth: int, patches: int | None) -> list[SamplingStep]:
     if not (
         isinstance(layers, Sequence)
         and layers
@@ -235,7 +237,7 @@ def _steps(layers: Any, tokens: Any, depth: int, patches: int | None) -> list[St
     counts = list(tokens) if isinstance(tokens, Sequence) else [tokens] * len(layers)
     if len(counts) != len(layers):
         raise ValueError(f"tokens: {len(counts)} values for {len(layers)} layers")
-    steps = [Step(*each) for each in zip(layers, counts, strict=True)]
+    steps = [SamplingStep(*each) for each in zip(layers, counts, strict=True)]
     for step in steps:
         whole = isinstance(step.tokens, int) and not isinstance(step.tokens, bool)
         if not whole or step.tokens < 1 or (patches is not None and step.tokens > patches):

@@ -23,7 +23,7 @@ from pcx import seam
 from pcx.anatomy import Anatomy
 from pcx.ops import reference
 from pcx.prompted_block import PromptedBlock
-from pcx.token_pruning import stages, zero_tprune
+from pcx.token_pruning import stages
 from pcx.token_pruning.stand_in import (
     Carried,
     SetUp,
@@ -35,7 +35,7 @@ from pcx.token_pruning.stand_in import (
     patches_of,
     seen,
 )
-from pcx.token_pruning.zero_tprune import Step
+from pcx.token_pruning.zero_tprune import Step, check_counts, check_layers, steps_of
 
 TEMPERATURE = 0.1
 
@@ -77,8 +77,8 @@ def soft_prune(
     stages.check_variances(variances)
     anatomy = anatomy_of(model)
     blocks = blocks_of(model, anatomy)
-    steps = zero_tprune.steps_of(layers, keep, iters, 0)
-    zero_tprune.check_layers(blocks, anatomy, steps, needs_cls=cls_boost)
+    steps = steps_of(layers, keep, iters, 0)
+    check_layers(blocks, anatomy, steps, needs_cls=cls_boost)
     if anatomy.read_tokens is None:
         raise ValueError(
             f"model: the head of {anatomy.family} reads image tokens, of which soft pruning drops "
@@ -86,7 +86,7 @@ def soft_prune(
         )
     patches = patches_of(model)
     if patches is not None:
-        zero_tprune.check_counts(steps, patches, "none")
+        check_counts(steps, patches, "none")
     first, last = steps[0].layer, len(blocks)
     clear(model, blocks, range(first, last + 1))
     making = _Making(anatomy.prefix_tokens, temperature, cls_boost, variances)

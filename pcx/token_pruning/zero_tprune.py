@@ -141,7 +141,7 @@ def zero_tprune(
             not supported, or it has no [CLS] to boost.
 
     Example:
-        >>> pruning = pcx.zero_tprune(model, **pcx.token_pruning.zero_tprune.TABLE_1)
+        >>> pruning = pcx.zero_tprune(model, **pcx.token_pruning.TABLE_1)
         >>> logits = model(images)
         >>> pruning.remove()
     """

@@ -10,8 +10,7 @@ from families import build, images
 
 import pcx
 from pcx.seam import MissedCall
-from pcx.token_pruning import stages
-from pcx.token_pruning.zero_tprune import TABLE_1, VARIANTS
+from pcx.token_pruning import TABLE_1, VARIANTS, stages
 
 PRUNABLE = ["vit", "vit-avg", "vit-map", "vit-post-norm", "vit-qk-norm", "deit", "deit-distilled",
             "deit3", "dinov2-reg", "clip", "siglip"]  # fmt: skip
