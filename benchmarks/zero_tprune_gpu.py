@@ -2,14 +2,14 @@
 
 `results/zero_tprune_<gpu>.csv` has DeiT-S, random weights, batches of 512 images, bfloat16,
 compiled and eager, each in a CUDA graph: whole ("plain"), pruned by Zero-TPrune with the settings
-of `pcx.token_pruning` ("a", "b", "c" and the paper's Table 1), and by random dropping,
-of the same shapes after every layer and without the similarity stage. Each is timed in turns with
-the whole model; "against_plain" is the median of the turns' ratios. Rows already there are not
-measured again.
+of `pcx.token_pruning` ("a", "b", "c" and the paper's Table 1), and by random dropping, of the same
+shapes after every layer and without the similarity stage. Each is timed in turns with the whole
+model; "against_plain" is the median of the turns' ratios. Rows already there are not measured
+again.
 
-No pruning touches the patch embedding, whose convolution of three channels is a ninth of the whole
-model's time. All forms have it as a matrix product, which it equals ("embedding": product); "a" is
-there with timm's convolution too, channels last and with cuDNN's benchmark.
+No pruning touches the patch embedding. Its convolution of three channels takes a tenth of the whole
+model's time more than a matrix product, which it equals, so all forms have it as a product
+("embedding"); "a" is there with timm's convolution too, channels last and with cuDNN's benchmark.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from gpu_timing import graph_of, quantiles, table
 RESULTS = Path(__file__).parent / "results"
 MODEL, BATCH, PATCHES = "deit_small_patch16_224", 512, 196
 SETTINGS = {**VARIANTS, "table 1": TABLE_1}
-CASES = [  # what must hold first
+CASES = [  # compiled ones first
     (setting, mode, embedding)
     for mode in ("compiled", "eager")
     for embedding, settings in {"product": SETTINGS, "convolution": ["a"]}.items()

@@ -155,7 +155,7 @@ def weighted_pagerank(
     added = divisors = torch.empty_like(scores)
     sb: tuple[int, ...] = (0, 0, 0, 0)
     if bias is not None:
-        added, sb = bias.float(), bias.float().stride()
+        added, sb = bias, bias.stride()
     factor = scale * LOG2_E.value
     single = q.dtype == torch.float32
     # As large as registers allow.

@@ -118,8 +118,8 @@ __device__ __forceinline__ void multiply_add_tf32(float (&c)[4], const uint32_t 
 }
 
 // x as the sum of two TF32 numbers: the nearest, by whole numbers, and what is left, of which
-// products take as many bits. (cvt.rna asks for infinities and takes twice as long. A NaN, and what
-// is infinite, leave a NaN.)
+// products take as many bits and drop the rest. (cvt.rna asks for infinities and takes twice as
+// long. A NaN, and what is infinite, leave a NaN.)
 template <int N>
 __device__ __forceinline__ void split(const uint32_t (&x)[N], uint32_t (&high)[N],
                                       uint32_t (&low)[N]) {
@@ -131,7 +131,7 @@ __device__ __forceinline__ void split(const uint32_t (&x)[N], uint32_t (&high)[N
 }
 
 // Two products of 16 rows by 8: b holds both rights. Of float, each is three of TF32 parts, which
-// is float to rounding.
+// is float to about 2^-20.
 template <typename T>
 __device__ __forceinline__ void multiply_add_both(float (&first)[4], float (&second)[4],
                                                   const uint32_t (&a)[4], const uint32_t (&b)[4]) {
@@ -229,7 +229,8 @@ __device__ __forceinline__ void each_tile(float (&e)[TILES][4], Of of) {
 }
 
 // Whether a row's sum of powers of 2, none of them shifted, is far from overflow, and from where
-// what is small beside it is lost. False for a NaN.
+// what is small beside it is lost. False for a NaN. (Near the upper end, weights of tokens that
+// score less than 1e-8 lose digits.)
 __device__ __forceinline__ bool within_range(float sum) { return sum > 1e-18f && sum < 1e30f; }
 
 struct Sum {

@@ -10,7 +10,7 @@
 // queries and keys are copied while a head iterates.
 //
 // 16 bits go through the tensor cores as they are; float32 as three products of TF32 parts, which
-// is float32 to rounding. All sums have a fixed order.
+// is float32 to about 2^-20. All sums have a fixed order.
 
 #include <algorithm>
 
@@ -24,7 +24,7 @@ __device__ __forceinline__ int weight_place(int i) {
   return i / 16 * 16 + i % 8 / 2 * 4 + i / 8 % 2 * 2 + i % 2;
 }
 
-// Loads of weights that are under way; more than 12 tiles leave no registers for them.
+// Tiles whose weights are asked for ahead; more than 12 tiles leave few registers for them.
 template <int TILES>
 constexpr int kAhead = TILES > 12 ? 2 : 4;
 

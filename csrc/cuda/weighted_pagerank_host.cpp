@@ -1,4 +1,5 @@
-// weighted_pagerank on CUDA: which calls the kernels take. What they leave is Triton's.
+// weighted_pagerank on CUDA: which calls the kernels take. What they leave is Triton's, or torch's
+// where that cannot take it either.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

@@ -72,6 +72,21 @@ def _triton_cannot(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     return None
 
 
+def pagerank_in_triton(q: Tensor, k: Tensor, bias: Tensor | None, prefix_k: Tensor | None) -> bool:
+    """Whether Triton's kernels take checked arguments of `weighted_pagerank` on CUDA."""
+    rows = [x for x in (q, k, prefix_k) if x is not None]
+    reach = [(x.shape[-2] - 1) * x.stride(-2) for x in rows]  # of 32-bit offsets
+    if bias is not None:
+        reach.append((bias.shape[-1] - 1) * (bias.stride(-2) + bias.stride(-1)))
+    return (
+        TRITON
+        and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and all(x.dtype == q.dtype for x in rows)
+        and q.shape[-1] <= 128
+        and max(reach) < 2**31
+    )
+
+
 def cpu_cannot(q: Tensor, k: Tensor) -> str | None:
     if q.device.type != "cpu":
         return f"it needs CPU tensors, q is on {q.device.type}"

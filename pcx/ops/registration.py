@@ -63,8 +63,8 @@ LIBRARY.define(
     "prompt_score(Tensor gradient, Tensor prompts, bool layer_norm, Tensor? weight, float eps) "
     "-> Tensor"
 )
-# The second of each is what the CUDA kernels leave, to Triton and to torch. The two of tokens are
-# Zero-TPrune's, whose stages implement them.
+# The second of each is what the CUDA kernels leave: PageRank's to Triton, and what that cannot take
+# to torch. The two of tokens are Zero-TPrune's, whose stages implement them.
 for _left in ("", "_triton"):
     LIBRARY.define(
         f"weighted_pagerank{_left}(Tensor q, Tensor k, Tensor init, Tensor? bias, "
@@ -267,10 +267,9 @@ def _pagerank(q, k, init, bias, prefix_k, among, iters, scale):
 
 @torch.library.impl(LIBRARY, "weighted_pagerank_triton", "CUDA")
 def _pagerank_on_cuda(q, k, init, bias, prefix_k, among, iters, scale):
-    from pcx.ops.backends import cannot
+    from pcx.ops.backends import pagerank_in_triton
 
-    types = {x.dtype for x in (q, k, prefix_k) if x is not None}
-    if len(types) > 1 or cannot("triton", q, k, k, q, q, None, scale):
+    if not pagerank_in_triton(q, k, bias, prefix_k):
         return reference.weighted_pagerank(q, k, init, bias, prefix_k, among, iters, scale)
     from pcx.kernels import weighted_pagerank as kernel
 

@@ -35,9 +35,9 @@ TABLE_1: dict[str, Any] = {
 
 # Settings of our own that come to the multiply-adds of the paper's variants on DeiT-S, 34.7, 45.1
 # and 12.7% fewer (Table 2), whose settings it does not give: after a third and two thirds of the
-# layers, one ratio for both, and 5 iterations, the paper's for layers in the middle (Sec. 4.2). Two
-# rankings cost less than three, and hold as much accuracy on the embedded backbone; "a" comes to
-# 121 patches at once, whose attention kernels take in one tile of 128 queries.
+# layers, one ratio for both, and 5 iterations, the paper's for layers in the middle (Sec. 4.2). On
+# the embedded backbone such places lose least (benchmarks/results/zero_tprune_scenes.csv). "a"
+# comes to 121 patches at once, whose attention kernels take in one tile of 128 queries.
 VARIANTS: dict[str, dict[str, Any]] = {
     name: {"layers": (4, 8), "keep": keep, "iters": 5, "similar": 10}
     for name, keep in {"a": 0.653, "b": 0.493, "c": 0.927}.items()

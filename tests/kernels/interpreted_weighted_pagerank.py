@@ -75,13 +75,24 @@ def test_a_row_that_attends_to_nothing():
     check(q, k, iters=3, bias=bias)
 
 
-def test_large_logits_neither_overflow_nor_vanish():
-    q, k = graph(40, 24, torch.float32, peaked=100.0)
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # of columns that are not stored
+@pytest.mark.parametrize("shift", [None, -40, 40])
+def test_large_logits_neither_overflow_nor_vanish(shift):
+    q, k = graph(40, 24, torch.float32, peaked=100.0 if shift is None else 1.0)
+    if shift is not None:
+        q[..., 0], k[..., 0] = 40, shift
     init = torch.full((2, 2, 40), 1 / 40)
     found = kernel.weighted_pagerank(q, k, init, None, None, 1, 0.2)
     wide = (q.double(), k.double(), init.double())
     expected = reference.weighted_pagerank(*wide, None, None, None, 1, 0.2)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-9)
+
+
+def test_a_negative_scale():
+    q, k = graph(40, 24, torch.float32)
+    init = torch.full((2, 2, 40), 1 / 40)
+    found = kernel.weighted_pagerank(q, k, init, None, None, 2, -0.2)
+    assert torch.equal(found, kernel.weighted_pagerank(-q, k, init, None, None, 2, 0.2))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

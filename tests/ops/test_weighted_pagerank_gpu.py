@@ -1,4 +1,4 @@
-"""weighted_pagerank's CUDA kernel, against the definition in float64."""
+"""weighted_pagerank's kernels in CUDA C++ and Triton, against the definition in float64."""
 
 import pytest
 import torch
@@ -144,16 +144,47 @@ def test_biases_and_prefixes(n):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("peaked", [30.0, 300.0])
+@pytest.mark.parametrize("n", [50, 90, 150, 197, 300])
 @pytest.mark.parametrize("iters", [1, 2])
-def test_large_logits_neither_overflow_nor_vanish(peaked, dtype, iters):
-    q, k = on_gpu(197, dtype, dim=64, peaked=peaked)
+def test_large_logits_do_not_overflow(n, dtype, peaked, iters):
+    q, k = on_gpu(n, dtype, dim=64, peaked=peaked)
     found = pcx.weighted_pagerank(q, k, iters=iters)
     expected = by_definition(q, k, iters)
     torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-9)
 
 
-def test_a_negative_scale_and_numbers_that_are_none():
-    q, k = on_gpu(70, torch.bfloat16, dim=64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [-40, 40])
+@pytest.mark.parametrize("n", [50, 90, 150, 197, 300])
+@pytest.mark.parametrize("iters", [1, 3])
+def test_logits_far_from_zero_neither_vanish_nor_overflow(n, dtype, shift, iters):
+    """By as much for all keys, which changes nothing; powers of 2 as they are would be 2**-288."""
+    q, k = on_gpu(n, dtype, dim=64, peaked=1.0)
+    q[..., 0], k[..., 0] = 40, shift
+    found = pcx.weighted_pagerank(q, k, iters=iters)
+    expected = by_definition(q, k, iters)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("n", [90, 150, 197])
+@pytest.mark.parametrize("iters", [1, 3])
+def test_heads_that_are_done_again_leave_others_alone(n, iters):
+    """A block takes several heads; every third has logits that overflow at first."""
+    q, k = on_gpu(n, torch.bfloat16, dim=64, batch=200)
+    q[:, ::3] *= 100
+    found = pcx.weighted_pagerank(q, k, iters=iters)
+    parts = [
+        pcx.weighted_pagerank(q[i : i + 10, [h]], k[i : i + 10, [h]], iters=iters)
+        for i in range(0, 200, 10)
+        for h in range(3)
+    ]
+    parts = torch.cat(parts, 1).unflatten(1, (20, 3)).transpose(0, 1).flatten(0, 1)
+    assert torch.equal(found, parts)
+
+
+@pytest.mark.parametrize("n", [70, 300])
+def test_a_negative_scale_and_numbers_that_are_none(n):
+    q, k = on_gpu(n, torch.bfloat16, dim=64)
     for iters in (1, 3):
         found = pcx.weighted_pagerank(q, k, iters=iters, scale=-0.125)
         expected = by_definition(-q, k, iters)
@@ -162,11 +193,12 @@ def test_a_negative_scale_and_numbers_that_are_none():
         spoilt[1, 2, 5, 7] = torch.nan
         found = pcx.weighted_pagerank(spoilt, k, iters=iters)
         assert found[1, 2].isnan().all()
-        assert found.isnan().sum() == 70
+        assert found.isnan().sum() == n
 
 
-def test_repeats_bit_by_bit_in_and_out_of_a_cuda_graph():
-    q, k = on_gpu(197, torch.bfloat16, dim=64, batch=64)
+@pytest.mark.parametrize("n", [197, 300])
+def test_repeats_bit_by_bit_in_and_out_of_a_cuda_graph(n):
+    q, k = on_gpu(n, torch.bfloat16, dim=64, batch=64)
     expected = pcx.weighted_pagerank(q, k, iters=30)
     assert torch.equal(expected, pcx.weighted_pagerank(q, k, iters=30))
     recorded = torch.cuda.CUDAGraph()
@@ -177,11 +209,12 @@ def test_repeats_bit_by_bit_in_and_out_of_a_cuda_graph():
     assert torch.equal(found, expected)
 
 
-def test_all_is_written_and_no_samples():
+@pytest.mark.parametrize("n", [197, 300])
+def test_all_is_written_and_no_samples(n):
     torch.use_deterministic_algorithms(True)  # then new memory holds NaN
     try:
-        q, k = on_gpu(197, torch.bfloat16, dim=64)
+        q, k = on_gpu(n, torch.bfloat16, dim=64)
         assert pcx.weighted_pagerank(q, k, iters=3).isfinite().all()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert pcx.weighted_pagerank(q[:0], k[:0], iters=3).shape == (0, 3, 197)
+    assert pcx.weighted_pagerank(q[:0], k[:0], iters=3).shape == (0, 3, n)

@@ -68,7 +68,7 @@ def test_from_a_cuda_graph(way, prompted):
     for batch, logits in zip((first, second), expected, strict=True):
         given.copy_(batch)
         recorded.replay()
-        torch.testing.assert_close(found, logits)
+        torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")  # inductor's own
@@ -76,6 +76,7 @@ def test_from_a_cuda_graph(way, prompted):
 @torch.no_grad()
 def test_compiled_into_one_graph(way):
     _, model, x = built(way, "plain")
+    torch.compiler.reset()
     expected = model(x.cuda())
     found = torch.compile(model, fullgraph=True)(x.cuda())
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
@@ -86,4 +87,4 @@ def test_gradients_under_soft_masks():
     for each, batch in ((at_home, x), (model, x.cuda())):
         each(batch).square().mean().backward()
     for a, b in zip(model.prompts, at_home.prompts, strict=True):
-        torch.testing.assert_close(a.grad.cpu(), b.grad, rtol=1e-3, atol=1e-5)
+        assert (a.grad.cpu() - b.grad).norm() < 1e-3 * b.grad.norm()
