@@ -178,43 +178,44 @@ __device__ __forceinline__ void products(float (&e)[2 * TILES][4], uint32_t left
 }
 
 // The same by a warp group for its 64 rows, of head dim 64 in 16 bits, swizzled, started in two
-// parts: what follows the first is computed while the tensor cores are at the second.
-template <int TILES>
-constexpr int kFirstPart = TILES / 8 * 4;
+// parts: what follows the first is computed while the tensor cores are at the second. EIGHTS: of
+// eight columns, as in hopper.cuh.
+template <int EIGHTS>
+constexpr int kFirstPart = EIGHTS / 8 * 4;
 
-template <int FIRST, int TILES, int ALL>
+template <int FIRST, int EIGHTS, int ALL>
 __device__ __forceinline__ auto& part_of(float (&e)[ALL][4]) {
-  return reinterpret_cast<float (&)[TILES][4]>(e[FIRST]);
+  return reinterpret_cast<float (&)[EIGHTS][4]>(e[FIRST]);
 }
 
-template <typename T, int FIRST, int TILES, int ALL>
+template <typename T, int FIRST, int EIGHTS, int ALL>
 __device__ __forceinline__ void start_part(float (&e)[ALL][4], uint32_t left, uint32_t right) {
   const uint64_t rows = descriptor(left), columns = descriptor(right + 8 * FIRST * kRowBytes);
 #pragma unroll
   for (int i = 0; i < 4; ++i)
-    start_product<T, TILES, 0>(part_of<FIRST, TILES>(e), rows + 2 * i, columns + 2 * i, i > 0);
+    start_product<T, EIGHTS, 0>(part_of<FIRST, EIGHTS>(e), rows + 2 * i, columns + 2 * i, i > 0);
   commit_products();
 }
 
-template <typename T, int TILES>
-__device__ __forceinline__ void start_products(float (&e)[TILES][4], uint32_t left,
+template <typename T, int EIGHTS>
+__device__ __forceinline__ void start_products(float (&e)[EIGHTS][4], uint32_t left,
                                                uint32_t right) {
-  constexpr int kFirst = kFirstPart<TILES>;
+  constexpr int kFirst = kFirstPart<EIGHTS>;
   begin_products();
   start_part<T, 0, kFirst>(e, left, right);
-  start_part<T, kFirst, TILES - kFirst>(e, left, right);
+  start_part<T, kFirst, EIGHTS - kFirst>(e, left, right);
 }
 
-template <int TILES>
-__device__ __forceinline__ void finish_products(float (&e)[TILES][4]) {
+template <int EIGHTS>
+__device__ __forceinline__ void finish_products(float (&e)[EIGHTS][4]) {
   wait_for_products<0>();
   hold(e);
 }
 
 // Calls `of(t)` for every tile, with HOPPER as their products come.
-template <bool HOPPER, int TILES, typename Of>
-__device__ __forceinline__ void each_tile(float (&e)[TILES][4], Of of) {
-  constexpr int kFirst = HOPPER ? kFirstPart<TILES> : TILES;
+template <bool HOPPER, int EIGHTS, typename Of>
+__device__ __forceinline__ void each_tile(float (&e)[EIGHTS][4], Of of) {
+  constexpr int kFirst = HOPPER ? kFirstPart<EIGHTS> : EIGHTS;
   if constexpr (HOPPER) {
     wait_for_products<1>();
     hold(part_of<0, kFirst>(e));
@@ -222,9 +223,9 @@ __device__ __forceinline__ void each_tile(float (&e)[TILES][4], Of of) {
 #pragma unroll
   for (int t = 0; t < kFirst; ++t) of(t);
   if constexpr (HOPPER) {
-    finish_products(part_of<kFirst, TILES - kFirst>(e));
+    finish_products(part_of<kFirst, EIGHTS - kFirst>(e));
 #pragma unroll
-    for (int t = kFirst; t < TILES; ++t) of(t);
+    for (int t = kFirst; t < EIGHTS; ++t) of(t);
   }
 }
 
