@@ -78,7 +78,17 @@ def token_cost(model: VPT, *, threshold: float = 20.0) -> dict:
         {"relative_tokens": percent, mean over layers; "worth_condensing": bool;
         "concat_flops", "folded_flops": percent over the backbone without prompts}. A path that the
         kind does not have is None.
+
+    Raises:
+        ValueError: image tokens are dropped or merged on the way.
     """
+    from pcx.token_pruning.stand_in import found_on  # which counts with this module
+
+    if found_on(model):
+        raise ValueError(
+            "model: its image tokens, which prompts are compared with, are dropped or merged on "
+            "the way; remove that first, or count with pcx.multiply_adds"
+        )
     size = input_size(model)
     tokens = _tokens(model, size)
     mean = sum(model.counts) / len(model.counts)

@@ -117,6 +117,16 @@ def test_token_cost_does_not_depend_on_the_path_at_hand(backbone):
     assert next(model.parameters()).device.type == "cpu"
 
 
+def test_token_cost_of_all_image_tokens_alone(backbone):
+    model = pcx.VPT(backbone, 4, read_only=False)
+    expected = pcx.token_cost(model)
+    pruning = pcx.zero_tprune(model, layers=(1,), keep=0.5, iters=1)
+    with pytest.raises(ValueError, match="model: its image tokens, .* remove that first"):
+        pcx.token_cost(model)
+    pruning.remove()
+    assert pcx.token_cost(model) == expected
+
+
 def test_token_cost_is_the_papers_ratio_and_the_counted_operations():
     backbone = timm.create_model("vit_base_patch16_224", num_classes=10, depth=2)
     model = pcx.VPT(backbone, 100, read_only=False)
