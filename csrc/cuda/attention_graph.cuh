@@ -80,13 +80,13 @@ __device__ __forceinline__ void copy_swizzled(uint32_t to, const T* from, uint32
   to += swizzled(first, piece);
   from += piece * (16 / sizeof(T));
   constexpr int kRows = (ROWS + kDown - 1) / kDown;
+  const auto has = [&](int i) { return (i + 1) * kDown <= ROWS || first + i * kDown < ROWS; };
   int token[kRows];  // all read before the first copy, for which the next would wait
 #pragma unroll
-  for (int i = 0; i < kRows; ++i)
-    token[i] = (i + 1) * kDown <= ROWS || first + i * kDown < ROWS ? tokens[first + i * kDown] : -1;
+  for (int i = 0; i < kRows; ++i) token[i] = has(i) ? tokens[first + i * kDown] : -1;
 #pragma unroll
   for (int i = 0; i < kRows; ++i)
-    if ((i + 1) * kDown <= ROWS || first + i * kDown < ROWS)
+    if (has(i))
       copy_async(to + i * kDown * kRowBytes, row_of(from, stride, max(token[i], 0)), token[i] >= 0);
 }
 

@@ -91,6 +91,12 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
     __syncthreads();
 
     float e[2 * TILES][4];
+    const auto exponentiate = [&](int t, float2 best) {  // a tile's logits, in place
+      e[t][0] = power_of_2(fmaf(e[t][0], factor, shift0 - best.x));
+      e[t][1] = power_of_2(fmaf(e[t][1], factor, shift0 - best.y));
+      e[t][2] = power_of_2(fmaf(e[t][2], factor, shift1 - best.x));
+      e[t][3] = power_of_2(fmaf(e[t][3], factor, shift1 - best.y));
+    };
     for (bool again = false;; again = true) {
       if constexpr (HOPPER) {
         start_products<T>(e, keys + warp / 4 * 64 * bytes, queries);
@@ -117,20 +123,10 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
         }
         __syncthreads();
 #pragma unroll
-        for (int t = 0; t < 2 * TILES; ++t) {
-          const float2 best = *reinterpret_cast<const float2*>(top + 8 * t + 2 * place);
-          e[t][0] = power_of_2(fmaf(e[t][0], factor, shift0 - best.x));
-          e[t][1] = power_of_2(fmaf(e[t][1], factor, shift0 - best.y));
-          e[t][2] = power_of_2(fmaf(e[t][2], factor, shift1 - best.x));
-          e[t][3] = power_of_2(fmaf(e[t][3], factor, shift1 - best.y));
-        }
+        for (int t = 0; t < 2 * TILES; ++t)
+          exponentiate(t, *reinterpret_cast<const float2*>(top + 8 * t + 2 * place));
       } else if (has_rows) {
-        each_tile<HOPPER>(e, [&](int t) {
-          e[t][0] = power_of_2(fmaf(e[t][0], factor, shift0));
-          e[t][1] = power_of_2(fmaf(e[t][1], factor, shift0));
-          e[t][2] = power_of_2(fmaf(e[t][2], factor, shift1));
-          e[t][3] = power_of_2(fmaf(e[t][3], factor, shift1));
-        });
+        each_tile<HOPPER>(e, [&](int t) { exponentiate(t, {0, 0}); });
       } else if constexpr (HOPPER) {
         finish_products(e);
       }
