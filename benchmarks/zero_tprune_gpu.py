@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
+from functools import cache
 from pathlib import Path
 
 import timm
@@ -102,6 +103,7 @@ def check_embedding() -> None:
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
 
 
+@cache  # once for a setting
 def check(setting: str) -> None:
     """What the kernels keep is what the stages written out keep, on a few images in float32, but
     for scores that are equal up to rounding, and what follows from these."""
@@ -130,6 +132,13 @@ def replay_of(model: nn.Module, mode: str, images: Tensor):
             return called(images)
 
     return graph_of([run]).replay
+
+
+@cache  # the same for all settings
+def whole_for(mode: str, embedding: str):
+    """(model, images, replay) of the model that is not pruned."""
+    model, images = deit(embedding), images_for(embedding)
+    return model, images, replay_of(model, mode, images)
 
 
 def rows_of(setting: str, mode: str, embedding: str, models: dict, replays: dict):
@@ -180,9 +189,9 @@ def main() -> None:
             if (setting, mode, embedding) in done:
                 continue
             check(setting)
-            images = images_for(embedding)
-            models, replays = {}, {}
-            for form in ("plain", "random", "pagerank"):
+            whole, images, plain = whole_for(mode, embedding)
+            models, replays = {"plain": whole}, {"plain": plain}
+            for form in ("random", "pagerank"):
                 models[form] = build(setting, form, embedding)
                 replays[form] = replay_of(models[form], mode, images)
             for row in rows_of(setting, mode, embedding, models, replays):

@@ -20,37 +20,43 @@ RUNTIME = ["n", "m"]  # vary from call to call: one compiled form for all
 
 
 @triton.jit
-def _add_keys(
-    state,
-    queries,
-    keys,
-    stride,
-    limit,
-    start,
-    rows,
-    n,
-    bias,
-    sb_n,
-    sb_s,
-    factor,
-    DIM: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BN: tl.constexpr,
-    BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Adds a tile of keys to what a tile of rows divides by: the sum over 2**top, and top."""
-    total, top = state
-    columns = start + tl.arange(0, BN)
-    k0 = tile(keys, columns, stride, limit, DIM, 0, D0, True)
-    logits = tl.dot(queries[0], tl.trans(k0), input_precision=PRECISION)  # [BM, BN]
+def _rows(pointer, rows, stride, limit, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Rows of a head, as their D0 columns and, where there are such, the D1 after."""
+    first = tile(pointer, rows, stride, limit, DIM, 0, D0, True)
+    second = first
     if D1 > 0:
-        k1 = tile(keys, columns, stride, limit, DIM, D0, D1, True)
-        logits = tl.dot(queries[1], tl.trans(k1), acc=logits, input_precision=PRECISION)
+        second = tile(pointer, rows, stride, limit, DIM, D0, D1, True)
+    return first, second
+
+
+@triton.jit
+def _logits(
+    queries, keys, rows, columns, n, limit, bias, sb_n, sb_s, factor,
+    D1: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[BM, BN] in units of log2, of n rows and `limit` columns."""
+    logits = tl.dot(queries[0], tl.trans(keys[0]), input_precision=PRECISION)
+    if D1 > 0:
+        logits = tl.dot(queries[1], tl.trans(keys[1]), acc=logits, input_precision=PRECISION)
     logits *= factor
     if BIAS:
         logits = biased(logits, bias, rows, columns, sb_n, sb_s, n, limit, False)
+    return logits
+
+
+@triton.jit
+def _add_keys(
+    state, queries, pointer, stride, limit, start, rows, n, bias, sb_n, sb_s, factor,
+    DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile of keys to what a tile of rows divides by: the sum over 2**top, and top."""
+    total, top = state
+    columns = start + tl.arange(0, BN)
+    keys = _rows(pointer, columns, stride, limit, DIM, D0, D1)
+    logits = _logits(
+        queries, keys, rows, columns, n, limit, bias, sb_n, sb_s, factor, D1, BIAS, PRECISION
+    )
     logits = tl.where((columns < limit)[None, :], logits, float("-inf"))
     new = tl.maximum(top, tl.max(logits, 1))
     base = tl.where(new == float("-inf"), 0.0, new)  # rows that attend to nothing so far
@@ -74,21 +80,18 @@ def _divide(
     k += b * sk_b + h * sk_h
     prefix += b * sp_b + h * sp_h
     bias += b * sb_b + h * sb_h
-    q0 = tile(q, rows, sq_n, n, DIM, 0, D0, True)
-    q1 = q0
-    if D1 > 0:
-        q1 = tile(q, rows, sq_n, n, DIM, D0, D1, True)
+    queries = _rows(q, rows, sq_n, n, DIM, D0, D1)
     total = tl.zeros([BM], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
     if PREFIX:
         for start in tl.range(0, m, BN):
             total, top = _add_keys(
-                (total, top), (q0, q1), prefix, sp_n, m, start, rows, n, bias, 0, 0, factor,
+                (total, top), queries, prefix, sp_n, m, start, rows, n, bias, 0, 0, factor,
                 DIM, D0, D1, BN, False, PRECISION,
             )  # fmt: skip
     for start in tl.range(0, n, BN):
         total, top = _add_keys(
-            (total, top), (q0, q1), k, sk_n, n, start, rows, n, bias, sb_n, sb_s, factor,
+            (total, top), queries, k, sk_n, n, start, rows, n, bias, sb_n, sb_s, factor,
             DIM, D0, D1, BN, BIAS, PRECISION,
         )  # fmt: skip
     nothing = total == 0.0
@@ -113,21 +116,14 @@ def _vote(
     bias += b * sb_b + h * sb_h
     divisors += head.to(tl.int64) * n
     scores += head.to(tl.int64) * n
-    k0 = tile(k, columns, sk_n, n, DIM, 0, D0, True)
-    k1 = k0
-    if D1 > 0:
-        k1 = tile(k, columns, sk_n, n, DIM, D0, D1, True)
+    keys = _rows(k, columns, sk_n, n, DIM, D0, D1)
     votes = tl.zeros([BM, BN], tl.float32)
     for start in tl.range(0, n, BM):
         rows = start + tl.arange(0, BM)
-        q0 = tile(q, rows, sq_n, n, DIM, 0, D0, True)
-        logits = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
-        if D1 > 0:
-            q1 = tile(q, rows, sq_n, n, DIM, D0, D1, True)
-            logits = tl.dot(q1, tl.trans(k1), acc=logits, input_precision=PRECISION)
-        logits *= factor
-        if BIAS:
-            logits = biased(logits, bias, rows, columns, sb_n, sb_s, n, n, False)
+        queries = _rows(q, rows, sq_n, n, DIM, D0, D1)
+        logits = _logits(
+            queries, keys, rows, columns, n, n, bias, sb_n, sb_s, factor, D1, BIAS, PRECISION
+        )
         divisor = tl.load(divisors + rows, mask=rows < n, other=float("inf"))
         score = tl.load(scores + rows, mask=rows < n, other=0.0)
         votes += tl.exp2(logits - divisor[:, None]) * score[:, None]

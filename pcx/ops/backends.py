@@ -11,6 +11,9 @@ from torch import Tensor
 from pcx.ops import registration
 
 TRITON = importlib.util.find_spec("triton") is not None
+# What Triton's kernels over heads' rows compute: types, head dims, and offsets of 32 bits.
+TYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST_DIM, MOST_OFFSET = 128, 2**31 - 1
 
 
 def cannot(
@@ -56,14 +59,14 @@ def _triton_cannot(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
         return f"it needs CUDA tensors, q is on {q.device.type}"
     if not TRITON:
         return "triton is not installed"
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if q.dtype not in TYPES:
         return f"it computes bfloat16, float16 and float32, q has {q.dtype}"
     if q.shape[-1] != v.shape[-1]:
         return f"it needs d = dv, got {q.shape[-1]} and {v.shape[-1]}"
-    if q.shape[-1] > 128:
-        return f"it needs d <= 128, got {q.shape[-1]}"
+    if q.shape[-1] > MOST_DIM:
+        return f"it needs d <= {MOST_DIM}, got {q.shape[-1]}"
     for name, tensor in {"q": q, "k": k, "v": v}.items():
-        if any((tensor.shape[i] - 1) * tensor.stride(i) >= 2**31 for i in (-3, -2)):
+        if any((tensor.shape[i] - 1) * tensor.stride(i) > MOST_OFFSET for i in (-3, -2)):
             return f"the heads or tokens of {name} lie 2**31 elements apart"
     if not scale >= torch.finfo(torch.float32).tiny:
         return f"it needs scale > 0, got {scale}"
@@ -75,15 +78,15 @@ def _triton_cannot(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
 def pagerank_in_triton(q: Tensor, k: Tensor, bias: Tensor | None, prefix_k: Tensor | None) -> bool:
     """Whether Triton's kernels take checked arguments of `weighted_pagerank` on CUDA."""
     rows = [x for x in (q, k, prefix_k) if x is not None]
-    reach = [(x.shape[-2] - 1) * x.stride(-2) for x in rows]  # of 32-bit offsets
+    reach = [(x.shape[-2] - 1) * x.stride(-2) for x in rows]
     if bias is not None:
         reach.append((bias.shape[-1] - 1) * (bias.stride(-2) + bias.stride(-1)))
     return (
         TRITON
-        and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and q.dtype in TYPES
         and all(x.dtype == q.dtype for x in rows)
-        and q.shape[-1] <= 128
-        and max(reach) < 2**31
+        and q.shape[-1] <= MOST_DIM
+        and max(reach) <= MOST_OFFSET
     )
 
 
