@@ -170,13 +170,15 @@ def weighted_pagerank(
             q, k, prefix, added, divisors, factor, *strides, *set_strides(prefix), *sb, heads, n, m,
             BM=rows, BN=columns, PREFIX=m > 0, **options,
         )  # fmt: skip
-        for _ in range(iters):
+        for step in range(1, iters + 1):
             voted = torch.empty_like(scores)
             _vote[(batch * heads * triton.cdiv(n, columns),)](
                 q, k, added, divisors, scores, voted, factor, *strides, *sb, heads, n,
                 BM=rows, BN=columns, **options,
             )  # fmt: skip
-            # The prefix takes of the scores, as do rows that attend to nothing; else the sum is 1
-            # but for rounding.
-            scores = voted / voted.sum(-1, keepdim=True)
+            scores = voted
+            # A prefix takes of the scores, as do rows that a bias lets attend to nothing; else the
+            # sum is 1 but for rounding.
+            if step == iters or m or bias is not None:
+                scores = scores / scores.sum(-1, keepdim=True)
     return scores
