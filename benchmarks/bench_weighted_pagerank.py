@@ -27,7 +27,7 @@ from gpu_timing import graphed, table
 RESULTS = Path(__file__).parent / "results"
 ON_GPU = torch.cuda.is_available()
 BATCH, HEADS, DIM = (64, 6, 64) if ON_GPU else (4, 3, 64)
-TOKENS, ITERATIONS = (197, 50, 145, 577) if ON_GPU else (197, 50, 145), (30, 5, 1)
+TOKENS, ITERATIONS = (197, 50, 145, 257, 577) if ON_GPU else (197, 50, 145), (30, 5, 1)
 FIELDS = "form tokens iters batch heads dim dtype us_median us_q1 us_q3 gpu torch"
 
 

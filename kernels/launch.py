@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pcx.ops.backends import capability
+
 
 def rowwise(x: Tensor) -> Tensor:
     """With dense rows, from an address that Triton takes for aligned in every call."""
@@ -19,3 +21,8 @@ def rowwise(x: Tensor) -> Tensor:
 def on_device(x: Tensor) -> Any:
     """Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def before_hopper(x: Tensor) -> bool:
+    """Products there are mma.sync's, which leave a tile fewer registers than wgmma's."""
+    return x.is_cuda and capability(x.device) < (9, 0)

@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcx.kernels.launch import on_device, rowwise
+from pcx.kernels.launch import before_hopper, on_device, rowwise
 from pcx.kernels.tiles import LOG2_E, biased, parts, precision, set_strides, tile
-from pcx.ops.backends import capability, processors
+from pcx.ops.backends import processors
 
 LN_2 = tl.constexpr(0.6931471805599453)
 # Vary from call to call: one compiled form for all.
@@ -1038,16 +1038,12 @@ _TILES = {
 _BEFORE_HOPPER = {("16 bits", "own"): (32, 64, 4, 3)}
 
 
-def _before_hopper(q: Tensor) -> bool:
-    return q.is_cuda and capability(q.device) < (9, 0)
-
-
 def _configuration(kernel: str, q: Tensor, keys: int) -> tuple[int, int, int, int]:
     group = "16 bits" if q.shape[-1] in (16, 32, 64) else "16 bits, two parts or d > 64"
     if q.dtype == torch.float32:
         group = "float32"
     bm, bn, warps, stages = _TILES[group][kernel]
-    if (group, kernel) in _BEFORE_HOPPER and _before_hopper(q):
+    if (group, kernel) in _BEFORE_HOPPER and before_hopper(q):
         bm, bn, warps, stages = _BEFORE_HOPPER[group, kernel]
     if kernel in ("forward", "query") and q.shape[2] <= 16:  # queries of [CLS] only
         bm = 16

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcx.kernels.launch import on_device, rowwise
+from pcx.kernels.launch import before_hopper, on_device, rowwise
 from pcx.kernels.tiles import LOG2_E, biased, parts, set_strides, tile
 
 RUNTIME = ["n", "m"]  # vary from call to call: one compiled form for all
@@ -155,13 +155,14 @@ def weighted_pagerank(
     factor = scale * LOG2_E.value
     single = q.dtype == torch.float32
     # As large as registers allow.
-    rows, columns = 64, 64 >> (single + (dim > 64 or bias is not None))
+    wide = dim > 64 or bias is not None
+    rows, columns = 64, 64 >> (wide + (single and before_hopper(q)))
     options = {
         **parts(dim),
         "BIAS": bias is not None,
         "PRECISION": "tf32x3" if single else "ieee",
         "num_warps": 4,
-        "num_stages": 2,
+        "num_stages": 2 if single else 3,
         "enable_fp_fusion": True,
     }
     strides = (*q.stride()[:3], *k.stride()[:3])

@@ -24,19 +24,6 @@ __device__ __forceinline__ int weight_place(int i) {
   return i / 16 * 16 + i % 8 / 2 * 4 + i / 8 % 2 * 2 + i % 2;
 }
 
-// Tiles whose weights are asked for ahead; more than 12 tiles leave few registers for them.
-template <int TILES>
-constexpr int kAhead = TILES > 12 ? 2 : 4;
-
-__device__ __forceinline__ float4 load_four(uint32_t address) {
-  float4 x;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];\n"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "r"(address)
-               : "memory");
-  return x;
-}
-
 // With HOPPER, products are those of warp groups, of head dim 64 in 16 bits; the warps beyond TILES
 // that make their number a multiple of four then have no rows.
 template <typename T, int TILES, int WARPS, int BLOCKS, bool HOPPER>
@@ -151,19 +138,15 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
     if (next < heads) copy_head(next);
     start = next_start;
 
-    const float inverse0 = inverse[r0], inverse1 = inverse[r1];
+    float inverse0 = inverse[r0], inverse1 = inverse[r1];
+    float *from = weights[0], *to = weights[1];
     for (int step = 1; step <= call.iters; ++step) {
-      const uint32_t from = shared_address(weights[(step - 1) % 2] + 4 * place);
+      const float4* given = reinterpret_cast<const float4*>(from) + place;
       float s0[2] = {}, s1[2] = {};
       if (has_rows) {
-        constexpr int kWay = kAhead<TILES>;
-        float4 ahead[kWay];
-#pragma unroll
-        for (int u = 0; u < kWay; ++u) ahead[u] = load_four(from + 64 * u);
 #pragma unroll
         for (int u = 0; u < TILES; ++u) {
-          const float4 weight = ahead[u % kWay];
-          if (u + kWay < TILES) ahead[u % kWay] = load_four(from + 64 * (u + kWay));
+          const float4 weight = given[4 * u];
           s0[0] += e[2 * u][0] * weight.x;
           s1[0] += e[2 * u][2] * weight.x;
           s0[1] += e[2 * u][1] * weight.y;
@@ -175,16 +158,19 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
         }
       }
       const float first = over_row<Sum>(s0[0] + s0[1]), second = over_row<Sum>(s1[0] + s1[1]);
-      const bool last = step == call.iters;  // whose scores are wanted as they are
+      if (step == call.iters) inverse0 = inverse1 = 1;  // the last scores are wanted as they are
       if (place == 0) {
-        weights[step % 2][weight_place(r0)] = last ? first : first * inverse0;
-        weights[step % 2][weight_place(r1)] = last ? second : second * inverse1;
+        to[weight_place(r0)] = first * inverse0;
+        to[weight_place(r1)] = second * inverse1;
       }
       __syncthreads();
+      float* const other = from;
+      from = to;
+      to = other;
     }
 
     // The sum is 1 but for rounding, which every iteration carries on.
-    const float* scores = weights[call.iters % 2];
+    const float* scores = from;
     float total = 0;
     for (int i = lane; i < kRows; i += 32) total += scores[i];
     total = over_warp(total);

@@ -59,7 +59,7 @@ __device__ __forceinline__ bool vote(float (&e)[2 * TILES][4], float (&sums)[2 *
 }
 
 // With HOPPER, products are a warp group's, of 64 queries and head dim 64. Which warp takes which
-// 16 of them turns with the block, since the last 64 are seldom whole.
+// 16 of them turns with the block, since the last 64 are seldom whole; sums keep the queries' order.
 template <typename T, int TILES, int BLOCKS, bool HOPPER>
 __global__ void __launch_bounds__(128, BLOCKS) once_kernel(const Pagerank call) {
 #ifndef __CUDA_ARCH_FEAT_SM90_ALL
@@ -76,9 +76,9 @@ __global__ void __launch_bounds__(128, BLOCKS) once_kernel(const Pagerank call) 
   const uint32_t queries = shared_address(memory), keys = queries + kRows * bytes;
 
   const float* init = call.init + b * call.init_strides[0] + h * call.init_strides[1];
-  const int turn = 16 * (blockIdx.x % 4);
+  const int turn = blockIdx.x % 4, part = (warp + 4 - turn) % 4;  // of 64 queries, by 16
   for (int i = thread; i < kRows; i += kThreads) {
-    const int row = i / 64 * 64 + (i + turn) % 64, token = token_at(call, b, i);
+    const int row = i / 64 * 64 + (i + 16 * turn) % 64, token = token_at(call, b, i);
     query_tokens[row] = token;
     if (i < kColumns) key_tokens[i] = token;
     start[row] = i < n ? init[i * call.init_strides[2]] : 0;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(128, BLOCKS) once_kernel(const Pagerank call) 
     bool lost = false;
     for (int first = 0; first < n; first += 64) {
       const int row = first + 16 * warp;
-      const bool has_rows = first + (16 * warp + 64 - turn) % 64 < n;
+      const bool has_rows = first + 16 * part < n;
       float e[2 * TILES][4];
       if constexpr (HOPPER) {
         start_products<T>(e, queries + first * bytes, keys);
@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(128, BLOCKS) once_kernel(const Pagerank call) 
     }
     if (!__syncthreads_or(lost) || again) break;
   }
-  reduce_columns<Sum, TILES>([&](int i) { return sums[i / 2][i % 2]; }, parts[warp], lane);
+  reduce_columns<Sum, TILES>([&](int i) { return sums[i / 2][i % 2]; }, parts[part], lane);
   __syncthreads();
   for (int i = thread; i < kColumns; i += kThreads)
     scores[i] = i < n ? parts[0][i] + parts[1][i] + parts[2][i] + parts[3][i] : 0;
