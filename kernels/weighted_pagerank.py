@@ -2,8 +2,8 @@
 
 A is never written: what its rows divide by is computed once, and every iteration computes A's tiles
 again. `_divide` goes over a tile of rows' keys; `_vote` over a tile of keys' rows, and adds up what
-they give. No atomics: the same bits on every run. Up to 208 tokens without bias or prefix
-csrc/cuda keeps A in registers instead.
+they give. No atomics: the same bits on every run. Where the registers of a block hold A, or of two
+on Hopper, csrc/cuda keeps it there instead, without bias or prefix.
 """
 
 from __future__ import annotations

@@ -212,20 +212,25 @@ __device__ __forceinline__ void finish_products(float (&e)[EIGHTS][4]) {
   hold(e);
 }
 
-// Calls `of(t)` for every tile, with HOPPER as their products come.
+// Calls `of(t)` for every tile, with HOPPER as their products come. Warps that have no rows pass
+// false: all warps of a group wait for its products, in the same place.
 template <bool HOPPER, int EIGHTS, typename Of>
-__device__ __forceinline__ void each_tile(float (&e)[EIGHTS][4], Of of) {
+__device__ __forceinline__ void each_tile(float (&e)[EIGHTS][4], bool has_rows, Of of) {
   constexpr int kFirst = HOPPER ? kFirstPart<EIGHTS> : EIGHTS;
   if constexpr (HOPPER) {
     wait_for_products<1>();
     hold(part_of<0, kFirst>(e));
   }
+  if (has_rows) {
 #pragma unroll
-  for (int t = 0; t < kFirst; ++t) of(t);
+    for (int t = 0; t < kFirst; ++t) of(t);
+  }
   if constexpr (HOPPER) {
     finish_products(part_of<kFirst, EIGHTS - kFirst>(e));
+    if (has_rows) {
 #pragma unroll
-    for (int t = kFirst; t < EIGHTS; ++t) of(t);
+      for (int t = kFirst; t < EIGHTS; ++t) of(t);
+    }
   }
 }
 

@@ -1,4 +1,4 @@
-// Warp-group products and barriers in shared memory (sm_90a).
+// Warp-group products, barriers in shared memory, and shared memory of a cluster (sm_90a).
 
 #pragma once
 
@@ -63,6 +63,8 @@ __device__ __forceinline__ void see_copies() {
 #define PCX_TILES8 PCX_TILES6, PCX_TILE(6), PCX_TILE(7)
 #define PCX_TILES12 PCX_TILES8, PCX_TILE(8), PCX_TILE(9), PCX_TILE(10), PCX_TILE(11)
 #define PCX_TILES14 PCX_TILES12, PCX_TILE(12), PCX_TILE(13)
+#define PCX_TILES16 PCX_TILES14, PCX_TILE(14), PCX_TILE(15)
+#define PCX_TILES18 PCX_TILES16, PCX_TILE(16), PCX_TILE(17)
 #define PCX_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define PCX_R16 PCX_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define PCX_R24 PCX_R16 ", %16, %17, %18, %19, %20, %21, %22, %23"
@@ -70,6 +72,8 @@ __device__ __forceinline__ void see_copies() {
 #define PCX_R48 \
   PCX_R32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define PCX_R56 PCX_R48 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define PCX_R64 PCX_R56 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define PCX_R72 PCX_R64 ", %64, %65, %66, %67, %68, %69, %70, %71"
 #define PCX_IN_REGISTERS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
 #define PCX_PRODUCTS(TYPE)                                                                  \
   if constexpr (Tiles == 2) {                                                               \
@@ -97,9 +101,13 @@ __device__ __forceinline__ void see_copies() {
     PCX_PRODUCT(TYPE, 64, PCX_R32, "%32", 33, 34, "0, %35", "l"(a), PCX_TILES8);   \
   } else if constexpr (Tiles == 12) {                                              \
     PCX_PRODUCT(TYPE, 96, PCX_R48, "%48", 49, 50, "0, %51", "l"(a), PCX_TILES12);  \
-  } else {                                                                         \
-    static_assert(Tiles == 14);                                                    \
+  } else if constexpr (Tiles == 14) {                                              \
     PCX_PRODUCT(TYPE, 112, PCX_R56, "%56", 57, 58, "0, %59", "l"(a), PCX_TILES14); \
+  } else if constexpr (Tiles == 16) {                                              \
+    PCX_PRODUCT(TYPE, 128, PCX_R64, "%64", 65, 66, "0, %67", "l"(a), PCX_TILES16); \
+  } else {                                                                         \
+    static_assert(Tiles == 18);                                                    \
+    PCX_PRODUCT(TYPE, 144, PCX_R72, "%72", 73, 74, "0, %75", "l"(a), PCX_TILES18); \
   }
 
 // Starts c [64, 8 Tiles] = a [64, 16] b [16, 8 Tiles], plus c where `add`. A row of b's tile in
@@ -136,12 +144,16 @@ __device__ __forceinline__ void start_product(float (&c)[Tiles][4], uint64_t a, 
 #undef PCX_TILES8
 #undef PCX_TILES12
 #undef PCX_TILES14
+#undef PCX_TILES16
+#undef PCX_TILES18
 #undef PCX_R8
 #undef PCX_R16
 #undef PCX_R24
 #undef PCX_R32
 #undef PCX_R48
 #undef PCX_R56
+#undef PCX_R64
+#undef PCX_R72
 
 // A barrier in shared memory; its phases alternate between parities 0 and 1.
 __device__ __forceinline__ void make_barrier(uint32_t barrier, int arrivals) {
@@ -171,16 +183,53 @@ __device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");
 }
 
+// Arrives, once, for bytes that are sent beside it.
+__device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes)
+               : "memory");
+}
+
 // By a whole warp. A phase told by its parity: a waiter must not be two phases behind, nor one
-// ahead.
+// ahead. With ACROSS it sees what other blocks of the cluster sent, not only its own.
+template <bool ACROSS = false>
 __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra over;\nbra again;\nover:\n}\n" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
+#define PCX_WAIT(HOW)                                                            \
+  asm volatile("{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity" HOW       \
+               ".shared::cta.b64 done, [%0], %1;\n@done bra over;\nbra again;\n" \
+               "over:\n}\n" ::"r"(barrier),                                      \
+               "r"(parity)                                                       \
+               : "memory")
+  if constexpr (ACROSS)
+    PCX_WAIT(".acquire.cluster");
+  else
+    PCX_WAIT("");
+#undef PCX_WAIT
   __syncwarp();
+}
+
+// The same place in shared memory of another block of the cluster.
+__device__ __forceinline__ uint32_t address_in(int block, uint32_t address) {
+  uint32_t there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(there) : "r"(address), "r"(block));
+  return there;
+}
+
+__device__ __forceinline__ void store_there(uint32_t to, float x) {
+  asm volatile("st.shared::cluster.f32 [%0], %1;\n" ::"r"(to), "f"(x) : "memory");
+}
+
+// The same, counted by a barrier beside it.
+__device__ __forceinline__ void send(uint32_t to, uint32_t barrier, float x) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];\n" ::"r"(to),
+      "f"(x), "r"(barrier)
+      : "memory");
+}
+
+// Waits for all threads of the cluster, and for what they stored there.
+__device__ __forceinline__ void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::
+                   : "memory");
 }
 
 }  // namespace pcx

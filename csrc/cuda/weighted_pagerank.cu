@@ -1,6 +1,7 @@
 // Weighted PageRank, s <- A^T s with A = softmax(q k^T scale), for several iterations: a block
 // takes one head of a sample after another, and a head's whole matrix stays in registers from the
-// products to the last iteration. One iteration alone is weighted_pagerank_once.cu's.
+// products to the last iteration. One iteration alone is weighted_pagerank_once.cu's. Graphs that
+// are too large for a block are shared by two of a cluster, on Hopper.
 //
 // A warp holds 16 rows of A^T, so 16 tokens whose scores it alone makes: an iteration reads the
 // scores from shared memory, sums over a row within four lanes, and writes 16 new ones. Rows of A
@@ -25,32 +26,39 @@ __device__ __forceinline__ int weight_place(int i) {
 }
 
 // With HOPPER, products are those of warp groups, of head dim 64 in 16 bits; the warps beyond TILES
-// that make their number a multiple of four then have no rows.
-template <typename T, int TILES, int WARPS, int BLOCKS, bool HOPPER>
+// that make their number a multiple of four then have no rows. So many blocks of a cluster as
+// SHARES says share a head: each has some rows of A^T, and all scores.
+template <typename T, int TILES, int WARPS, int BLOCKS, bool HOPPER, int SHARES>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Pagerank call) {
 #ifndef __CUDA_ARCH_FEAT_SM90_ALL
-  if constexpr (HOPPER) return;
+  if constexpr (HOPPER || SHARES > 1) return;
 #endif
-  constexpr int kRows = 16 * WARPS, kColumns = 16 * TILES, kThreads = 32 * WARPS;
+  constexpr int kTiles = (TILES + SHARES - 1) / SHARES, kOwn = 16 * kTiles;  // of rows, a block's
+  constexpr int kRows = SHARES * kOwn, kColumns = 16 * TILES, kThreads = 32 * WARPS;
+  constexpr int kKeys = 16 * WARPS, kTokens = kRows - kOwn + kKeys;  // with warps that have no rows
+  static_assert(kColumns <= kRows && kRows <= kTokens && kTokens <= kThreads);
   extern __shared__ __align__(1024) char memory[];
   __shared__ __align__(16) float weights[2][kRows];
-  __shared__ float parts[TILES][kColumns], top[kColumns], inverse[kRows];
-  __shared__ int tokens[kRows];
+  __shared__ float parts[kTiles][kColumns], top[kColumns], inverse[kRows];
+  __shared__ float maxima[SHARES][kColumns], sums[SHARES][kColumns];
+  __shared__ int tokens[kTokens];
+  __shared__ uint64_t come[2];  // barriers of weights that other blocks send
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, place = lane % 4;
   const int n = call.nodes, heads = call.batch * call.heads;
   const int bytes = HOPPER ? kRowBytes : row_bytes(call.dim, sizeof(T));
   const int steps = steps_of(call.dim, sizeof(T));
-  const uint32_t keys = shared_address(memory), queries = keys + kRows * bytes;
-  const int r0 = 16 * warp + lane / 4, r1 = r0 + 8;  // this lane's rows of A^T
+  const uint32_t keys = shared_address(memory), queries = keys + kKeys * bytes;
+  const int share = blockIdx.x % SHARES, own = share * kOwn;
+  const int r0 = own + 16 * warp + lane / 4, r1 = r0 + 8;  // this lane's rows of A^T
   const float factor = call.scale * kLog2E;
   const float shift0 = r0 < n ? 0 : -INFINITY, shift1 = r1 < n ? 0 : -INFINITY;
-  const bool has_rows = !HOPPER || warp < TILES;
+  const bool has_rows = !HOPPER || warp < kTiles;
 
   const auto copy_head = [&](int head) {
     const int b = head / call.heads, h = head % call.heads;
     const T* q = static_cast<const T*>(call.q) + b * call.q_strides[0] + h * call.q_strides[1];
     const T* k = static_cast<const T*>(call.k) + b * call.k_strides[0] + h * call.k_strides[1];
-    copy_rows<T, kRows, kThreads, HOPPER>(keys, k, call.k_strides[2], tokens, call.dim);
+    copy_rows<T, kKeys, kThreads, HOPPER>(keys, k, call.k_strides[2], tokens + own, call.dim);
     copy_rows<T, kColumns, kThreads, HOPPER>(queries, q, call.q_strides[2], tokens, call.dim);
     commit_copies();
   };
@@ -60,13 +68,38 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
                                    head % call.heads * call.init_strides[1] +
                                    thread * call.init_strides[2]];
   };
-  if (thread < kRows) tokens[thread] = token_at(call, blockIdx.x / call.heads, thread);
-  float start = start_of(blockIdx.x);
-  __syncthreads();
-  copy_head(blockIdx.x);
+  // Of this thread's column: over what the warps have of it in `parts`, then over the shares.
+  const auto over_head = [&](auto op, float (&of_shares)[SHARES][kColumns]) {
+    using Op = decltype(op);
+    __syncthreads();
+    float found = Op::kEmpty;
+    if (thread < kColumns)
+      for (int w = 0; w < kTiles; ++w) found = Op::of(found, parts[w][thread]);
+    if constexpr (SHARES > 1) {
+      if (thread < kColumns)
+        for (int s = 0; s < SHARES; ++s)
+          store_there(address_in(s, shared_address(&of_shares[share][thread])), found);
+      sync_cluster();
+      found = Op::kEmpty;
+      if (thread < kColumns)
+        for (int s = 0; s < SHARES; ++s) found = Op::of(found, of_shares[s][thread]);
+    }
+    return found;
+  };
+  int head = blockIdx.x / SHARES;
+  if (thread < kTokens) tokens[thread] = token_at(call, head / call.heads, thread);
+  float start = start_of(head);
+  uint32_t parities = 0;  // of the barriers
+  if constexpr (SHARES > 1) {
+    if (thread < 2) make_barrier(shared_address(come + thread), 1);
+    sync_cluster();  // nothing is sent to a block that does not run yet
+  } else {
+    __syncthreads();
+  }
+  copy_head(head);
 
-  for (int head = blockIdx.x; head < heads; head += gridDim.x) {
-    const int next = head + gridDim.x;
+  for (; head < heads; head += gridDim.x / SHARES) {
+    const int next = head + gridDim.x / SHARES;
     int next_token = -1;
     float next_start = 0;
     if (next < heads) {
@@ -78,11 +111,11 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
     __syncthreads();
 
     float e[2 * TILES][4];
-    const auto exponentiate = [&](int t, float2 best) {  // a tile's logits, in place
-      e[t][0] = power_of_2(fmaf(e[t][0], factor, shift0 - best.x));
-      e[t][1] = power_of_2(fmaf(e[t][1], factor, shift0 - best.y));
-      e[t][2] = power_of_2(fmaf(e[t][2], factor, shift1 - best.x));
-      e[t][3] = power_of_2(fmaf(e[t][3], factor, shift1 - best.y));
+    const auto exponentiate = [&](float (&x)[4], float2 best) {  // a tile's logits, in place
+      x[0] = power_of_2(fmaf(x[0], factor, shift0 - best.x));
+      x[1] = power_of_2(fmaf(x[1], factor, shift0 - best.y));
+      x[2] = power_of_2(fmaf(x[2], factor, shift1 - best.x));
+      x[3] = power_of_2(fmaf(x[3], factor, shift1 - best.y));
     };
     for (bool again = false;; again = true) {
       if constexpr (HOPPER) {
@@ -102,43 +135,31 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
                              fmaf(e[i / 2][2 + i % 2], factor, shift1));
               },
               parts[warp], lane);
-        __syncthreads();
-        if (thread < kColumns) {
-          float found = parts[0][thread];
-          for (int w = 1; w < TILES; ++w) found = fmaxf(found, parts[w][thread]);
-          top[thread] = found;
-        }
+        const float found = over_head(Max(), maxima);
+        if (thread < kColumns) top[thread] = found;
         __syncthreads();
 #pragma unroll
         for (int t = 0; t < 2 * TILES; ++t)
-          exponentiate(t, *reinterpret_cast<const float2*>(top + 8 * t + 2 * place));
-      } else if (has_rows) {
-        each_tile<HOPPER>(e, [&](int t) { exponentiate(t, {0, 0}); });
-      } else if constexpr (HOPPER) {
-        finish_products(e);
+          exponentiate(e[t], *reinterpret_cast<const float2*>(top + 8 * t + 2 * place));
+      } else {
+        each_tile<HOPPER>(e, has_rows, [&](int t) { exponentiate(e[t], {0, 0}); });
       }
       if (has_rows)
         reduce_columns<Sum, TILES>([&](int i) { return e[i / 2][i % 2] + e[i / 2][2 + i % 2]; },
                                    parts[warp], lane);
-      __syncthreads();
-      bool lost = false;
+      const float total = over_head(Sum(), sums);
+      const bool lost = thread < n && !within_range(total);
       if (thread < kRows) {
-        float total = INFINITY;  // what is no token weighs nothing
-        if (thread < n) {
-          total = parts[0][thread];
-          for (int w = 1; w < TILES; ++w) total += parts[w][thread];
-          lost = !within_range(total);
-        }
-        inverse[thread] = 1 / total;
+        inverse[thread] = thread < n ? 1 / total : 0;  // what is no token weighs nothing
         weights[0][weight_place(thread)] = start * inverse[thread];
-        tokens[thread] = next_token;
       }
+      if (thread < kTokens) tokens[thread] = next_token;
       if (!__syncthreads_or(lost) || again) break;
     }
     if (next < heads) copy_head(next);
     start = next_start;
 
-    float inverse0 = inverse[r0], inverse1 = inverse[r1];
+    float inverse0 = has_rows ? inverse[r0] : 0, inverse1 = has_rows ? inverse[r1] : 0;
     float *from = weights[0], *to = weights[1];
     for (int step = 1; step <= call.iters; ++step) {
       const float4* given = reinterpret_cast<const float4*>(from) + place;
@@ -159,11 +180,24 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
       }
       const float first = over_row<Sum>(s0[0] + s0[1]), second = over_row<Sum>(s1[0] + s1[1]);
       if (step == call.iters) inverse0 = inverse1 = 1;  // the last scores are wanted as they are
-      if (place == 0) {
-        to[weight_place(r0)] = first * inverse0;
-        to[weight_place(r1)] = second * inverse1;
+      if constexpr (SHARES > 1) {
+        // All of it has come only after all blocks have read what it takes the place of.
+        const uint32_t barrier = shared_address(come + step % 2);
+        if (thread == 0) expect_bytes(barrier, sizeof(weights[0]));
+        if (has_rows && place < SHARES) {
+          const uint32_t there = address_in(place, barrier);
+          send(address_in(place, shared_address(to + weight_place(r0))), there, first * inverse0);
+          send(address_in(place, shared_address(to + weight_place(r1))), there, second * inverse1);
+        }
+        wait<true>(barrier, parities >> step % 2 & 1);
+        parities ^= 1u << step % 2;
+      } else {
+        if (has_rows && place == 0) {
+          to[weight_place(r0)] = first * inverse0;
+          to[weight_place(r1)] = second * inverse1;
+        }
+        __syncthreads();
       }
-      __syncthreads();
       float* const other = from;
       from = to;
       to = other;
@@ -174,22 +208,35 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
     float total = 0;
     for (int i = lane; i < kRows; i += 32) total += scores[i];
     total = over_warp(total);
-    if (thread < n) call.scores[int64_t{head} * n + thread] = scores[weight_place(thread)] / total;
+    if (thread < n && thread / kOwn == share)
+      call.scores[int64_t{head} * n + thread] = scores[weight_place(thread)] / total;
   }
 }
 
-template <typename T, int TILES, int WARPS, int BLOCKS, bool HOPPER>
+template <typename T, int TILES, int WARPS, int BLOCKS, bool HOPPER, int SHARES = 1>
 cudaError_t launch_kernel(const Pagerank& call, cudaStream_t stream) {
-  const auto kernel = pagerank_kernel<T, TILES, WARPS, BLOCKS, HOPPER>;
+  const auto kernel = pagerank_kernel<T, TILES, WARPS, BLOCKS, HOPPER, SHARES>;
   const int bytes = 16 * (WARPS + TILES) * (HOPPER ? kRowBytes : row_bytes(call.dim, sizeof(T)));
-  const cudaError_t error = allow_shared_memory(kernel);
+  cudaError_t error = allow_shared_memory(kernel);
   if (error != cudaSuccess) return error;
-  int blocks = 0;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, 32 * WARPS, bytes);
-  const int resident = blocks * attribute(cudaDevAttrMultiProcessorCount);
-  const int grid = std::min(call.batch * call.heads, resident);
-  kernel<<<grid, 32 * WARPS, bytes, stream>>>(call);
-  return cudaGetLastError();
+  cudaLaunchAttribute cluster = {.id = cudaLaunchAttributeClusterDimension};
+  cluster.val.clusterDim = {SHARES, 1, 1};
+  cudaLaunchConfig_t config = {.gridDim = SHARES,
+                               .blockDim = 32 * WARPS,
+                               .dynamicSmemBytes = static_cast<size_t>(bytes),
+                               .stream = stream,
+                               .attrs = &cluster,
+                               .numAttrs = SHARES > 1 ? 1u : 0u};
+  int resident = 0;  // heads at a time
+  if constexpr (SHARES > 1) {
+    error = cudaOccupancyMaxActiveClusters(&resident, kernel, &config);
+  } else {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, 32 * WARPS, bytes);
+    resident *= attribute(cudaDevAttrMultiProcessorCount);
+  }
+  if (error != cudaSuccess) return error;
+  config.gridDim.x = SHARES * std::min(call.batch * call.heads, resident);
+  return cudaLaunchKernelEx(&config, kernel, call);
 }
 
 // So many blocks as a processor has registers for.
@@ -200,6 +247,14 @@ cudaError_t launch_tiles(const Pagerank& call, cudaStream_t stream) {
     if (call.dim == 64 && attribute(cudaDevAttrComputeCapabilityMajor) == 9)
       return launch_kernel<T, TILES, (TILES + 3) / 4 * 4, ON_HOPPER, true>(call, stream);
   return launch_kernel<T, TILES, TILES, BLOCKS, false>(call, stream);
+}
+
+// Seventeen tiles are more than a block has registers for; two blocks of a cluster share them.
+template <typename T>
+cudaError_t launch_shared(const Pagerank& call, cudaStream_t stream) {
+  if constexpr (!std::is_same_v<T, float>)
+    if (call.dim == 64) return launch_kernel<T, 17, 12, 1, true, 2>(call, stream);
+  return launch_kernel<T, 17, 9, 1, false, 2>(call, stream);
 }
 
 template <typename T>
@@ -215,8 +270,10 @@ cudaError_t launch(const Pagerank& call, cudaStream_t stream) {
       return launch_tiles<T, 10, 1>(call, stream);
     case 12:
       return launch_tiles<T, 12, 1>(call, stream);
-    default:
+    case 13:
       return launch_tiles<T, 13, 1>(call, stream);
+    default:
+      return launch_shared<T>(call, stream);
   }
 }
 
@@ -224,10 +281,11 @@ cudaError_t launch(const Pagerank& call, cudaStream_t stream) {
 
 int shared_bytes(int nodes, int dim, Element type) {
   const int tiles = tiles_for(nodes), columns = 16 * tiles, rows = (tiles + 3) / 4 * 64;
+  const int own = nodes > kMostInOneBlock ? (tiles + 1) / 2 * 16 : columns;
   const int bytes = row_bytes(dim, type == Element::kFloat ? 4 : 2);
   // What is not asked for but declared is rounded up to a kilobyte.
   const auto declared = [](int numbers) { return (4 * numbers + 1023) / 1024 * 1024; };
-  const int several = 2 * columns * bytes + declared((tiles + 5) * columns);
+  const int several = (own + columns) * bytes + declared((tiles + 5) * columns);
   const int once = (rows + columns) * bytes + declared(6 * columns + 2 * rows);
   return type == Element::kFloat ? several : std::max(several, once);
 }

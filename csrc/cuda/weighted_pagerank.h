@@ -10,7 +10,9 @@
 
 namespace pcx {
 
-constexpr int kMostNodes = 208;  // whose attention matrix lies in the registers of one block
+// Nodes whose attention matrix the registers of one block hold, and of two, which a cluster of
+// Hopper's has; one iteration in 16 bits holds only some rows of it at a time.
+constexpr int kMostInOneBlock = 208, kMostNodes = 272;
 
 struct Pagerank {
   const void *q, *k;     // [B, H, N, d]; rows dense, on multiples of 16 bytes
@@ -31,7 +33,8 @@ constexpr int tiles_for(int nodes) {
          : nodes <= 128 ? 8
          : nodes <= 160 ? 10
          : nodes <= 192 ? 12
-                        : 13;
+         : nodes <= 208 ? 13
+                        : 17;
 }
 
 // The fewest nodes that so many tiles are taken for.

@@ -23,8 +23,12 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kMostStride = INT_MAX / 4;  // elements, whose bytes a kernel counts in 32 bits
 
+bool once(const Tensor& q, int64_t iters) {
+  return iters == 1 && pcx::element(q) != pcx::Element::kFloat;
+}
+
 bool fits(const Tensor& q, const Tensor& k, int64_t nodes, const OptionalTensor& among,
-          double scale) {
+          int64_t iters, double scale) {
   const auto type = pcx::element(q);
   const int64_t dim = q.size(3);
   if (!type || pcx::element(k) != type || nodes > pcx::kMostNodes || dim > 128 || dim % 8 ||
@@ -33,7 +37,8 @@ bool fits(const Tensor& q, const Tensor& k, int64_t nodes, const OptionalTensor&
       (among && among->stride(1) != 1))
     return false;
   const int major = pcx::attribute(q, cudaDevAttrComputeCapabilityMajor);
-  return (major == 8 || major == 9) &&
+  const bool matrix_stays = nodes <= pcx::kMostInOneBlock || major == 9 || once(q, iters);
+  return (major == 8 || major == 9) && matrix_stays &&
          pcx::shared_bytes(static_cast<int>(nodes), static_cast<int>(dim), *type) <=
              pcx::attribute(q, cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
@@ -48,7 +53,8 @@ Tensor weighted_pagerank(const Tensor& q, const Tensor& k, const Tensor& init,
                   (!among || (among->device() == q.device() && among->size(0) == q.size(0) &&
                               among->scalar_type() == at::kLong)),
               "weighted_pagerank: k, init, among or iters does not fit q");
-  if (bias || prefix_k || iters == 0 || init.numel() == 0 || !fits(q, k, nodes, among, scale)) {
+  if (bias || prefix_k || iters == 0 || init.numel() == 0 ||
+      !fits(q, k, nodes, among, iters, scale)) {
     using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
                              const OptionalTensor&, const OptionalTensor&, int64_t, double);
     static const auto in_triton = pcx::operation<Signature>("pcx::weighted_pagerank_triton");
@@ -75,8 +81,7 @@ Tensor weighted_pagerank(const Tensor& q, const Tensor& k, const Tensor& init,
       .scale = static_cast<float>(scale),
   };
   const pcx::Element type = *pcx::element(q);
-  const bool once = iters == 1 && type != pcx::Element::kFloat;
-  const auto launch = once ? pcx::launch_pagerank_once : pcx::launch_pagerank;
+  const auto launch = once(q, iters) ? pcx::launch_pagerank_once : pcx::launch_pagerank;
   C10_CUDA_CHECK(launch(call, type, c10::cuda::getCurrentCUDAStream()));
   return scores;
 }

@@ -14,10 +14,11 @@ constexpr int kFewest = fewest_nodes(TILES);
 
 // A tile's logits, in place, times `factor`, become attention; sums of its columns, each row taken
 // `start` times, are added to `sums`. What is no key has no attention. Whether sums of rows tell
-// that maxima had to be taken off.
+// that maxima had to be taken off. Warps that have no rows only wait for their group's products.
 template <bool HOPPER, int TILES>
 __device__ __forceinline__ bool vote(float (&e)[2 * TILES][4], float (&sums)[2 * TILES][2],
-                                     float factor, float start0, float start1, int n, bool maxima) {
+                                     float factor, float start0, float start1, int n, bool has_rows,
+                                     bool maxima) {
   const int place = threadIdx.x % 4;
   float top0 = 0, top1 = 0;
   const auto mask = [&](int t) {
@@ -27,18 +28,20 @@ __device__ __forceinline__ bool vote(float (&e)[2 * TILES][4], float (&sums)[2 *
   };
   if (maxima) {
     if constexpr (HOPPER) finish_products(e);
-    top0 = top1 = -INFINITY;
+    if (has_rows) {
+      top0 = top1 = -INFINITY;
 #pragma unroll
-    for (int t = 0; t < 2 * TILES; ++t) {
-      mask(t);
-      top0 = fmaxf(top0, fmaxf(e[t][0], e[t][1]));
-      top1 = fmaxf(top1, fmaxf(e[t][2], e[t][3]));
+      for (int t = 0; t < 2 * TILES; ++t) {
+        mask(t);
+        top0 = fmaxf(top0, fmaxf(e[t][0], e[t][1]));
+        top1 = fmaxf(top1, fmaxf(e[t][2], e[t][3]));
+      }
+      top0 = -factor * over_row<Max>(top0);
+      top1 = -factor * over_row<Max>(top1);
     }
-    top0 = -factor * over_row<Max>(top0);
-    top1 = -factor * over_row<Max>(top1);
   }
   float z0[2] = {}, z1[2] = {};
-  each_tile<HOPPER>(e, [&](int t) {
+  each_tile<HOPPER>(e, has_rows, [&](int t) {
     mask(t);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -48,6 +51,7 @@ __device__ __forceinline__ bool vote(float (&e)[2 * TILES][4], float (&sums)[2 *
       z1[j] += e[t][2 + j];
     }
   });
+  if (!has_rows) return false;
   const float total0 = over_row<Sum>(z0[0] + z0[1]), total1 = over_row<Sum>(z1[0] + z1[1]);
   const float weight0 = start0 / total0, weight1 = start1 / total1;
 #pragma unroll
@@ -59,7 +63,8 @@ __device__ __forceinline__ bool vote(float (&e)[2 * TILES][4], float (&sums)[2 *
 }
 
 // With HOPPER, products are a warp group's, of 64 queries and head dim 64. Which warp takes which
-// 16 of them turns with the block, since the last 64 are seldom whole; sums keep the queries' order.
+// 16 of them turns with the block, since the last 64 are seldom whole; sums keep the queries'
+// order.
 template <typename T, int TILES, int BLOCKS, bool HOPPER>
 __global__ void __launch_bounds__(128, BLOCKS) once_kernel(const Pagerank call) {
 #ifndef __CUDA_ARCH_FEAT_SM90_ALL
@@ -105,10 +110,6 @@ __global__ void __launch_bounds__(128, BLOCKS) once_kernel(const Pagerank call) 
       float e[2 * TILES][4];
       if constexpr (HOPPER) {
         start_products<T>(e, queries + first * bytes, keys);
-        if (!has_rows) {
-          finish_products(e);
-          continue;
-        }
       } else if (!has_rows) {
         continue;
       } else {
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(128, BLOCKS) once_kernel(const Pagerank call) 
                            keys + right_offset(lane, bytes), bytes, steps);
       }
       lost |= vote<HOPPER, TILES>(e, sums, factor, start[row + lane / 4], start[row + lane / 4 + 8],
-                                  n, again);
+                                  n, has_rows, again);
     }
     if (!__syncthreads_or(lost) || again) break;
   }
@@ -165,8 +166,10 @@ cudaError_t launch(const Pagerank& call, cudaStream_t stream) {
       return launch_tiles<T, 10, 2>(call, stream);
     case 12:
       return launch_tiles<T, 12, 2>(call, stream);
-    default:
+    case 13:
       return launch_tiles<T, 13, 3>(call, stream);
+    default:
+      return launch_tiles<T, 17, 2>(call, stream);
   }
 }
 

@@ -26,7 +26,10 @@ def in_triton(q, k, iters):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("n", [1, 7, 50, 64, 65, 96, 97, 128, 129, 145, 160, 161, 197, 208, 577])
+@pytest.mark.parametrize(
+    "n",
+    [1, 7, 50, 64, 65, 96, 97, 128, 129, 145, 160, 161, 197, 208, 209, 240, 257, 272, 273, 577],
+)
 @pytest.mark.parametrize("iters", [1, 5, 30, 50])
 def test_equals_the_definition(n, dtype, iters):
     q, k = on_gpu(n, dtype, dim=64)
@@ -39,16 +42,19 @@ def test_equals_the_definition(n, dtype, iters):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [8, 16, 24, 32, 40, 72, 80, 96, 128, 6, 136])
+@pytest.mark.parametrize("n", [70, 257])
 @pytest.mark.parametrize("iters", [1, 5])
-def test_head_dims(dim, dtype, iters):
-    q, k = on_gpu(70, dtype, dim=dim)
+def test_head_dims(n, dim, dtype, iters):
+    q, k = on_gpu(n, dtype, dim=dim)
     found = pcx.weighted_pagerank(q, k, iters=iters)
     expected = by_definition(q, k, iters)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("n", "left"), [(197, 187), (150, 140), (90, 64), (20, 1), (577, 208)])
+@pytest.mark.parametrize(
+    ("n", "left"), [(197, 187), (150, 140), (90, 64), (20, 1), (577, 208), (577, 257)]
+)
 @pytest.mark.parametrize("iters", [1, 5])
 def test_among_some_tokens(n, left, dtype, iters):
     q, k = on_gpu(n, dtype, dim=64)
@@ -63,16 +69,21 @@ def test_among_some_tokens(n, left, dtype, iters):
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
 
 
-def test_more_heads_than_blocks_at_a_time():
+@pytest.mark.parametrize("n", [130, 257])
+@pytest.mark.parametrize("iters", [1, 4, 5])
+def test_more_heads_than_blocks_at_a_time(n, iters):
     """A block then takes several, whose rows it copies ahead."""
-    q, k = on_gpu(130, torch.bfloat16, dim=64, batch=200)
+    q, k = on_gpu(n, torch.bfloat16, dim=64, batch=200)
     assert q.shape[0] * q.shape[1] > 4 * torch.cuda.get_device_properties(0).multi_processor_count
-    index = torch.arange(5, 125, device="cuda").expand(200, -1)
+    index = torch.arange(5, n - 5, device="cuda").expand(200, -1)
     for arguments in ({}, {"among": index}):
-        found = pcx.weighted_pagerank(q, k, iters=4, **arguments)
+        found = pcx.weighted_pagerank(q, k, iters=iters, **arguments)
         parts = [
             pcx.weighted_pagerank(
-                q[i : i + 10], k[i : i + 10], iters=4, **{n: x[:10] for n, x in arguments.items()}
+                q[i : i + 10],
+                k[i : i + 10],
+                iters=iters,
+                **{name: x[:10] for name, x in arguments.items()},
             )
             for i in range(0, 200, 10)
         ]
@@ -93,7 +104,8 @@ def test_in_triton(n, dim, dtype, iters):
 
 def test_the_kernels_are_taken_where_they_fit():
     """Their sums are in another order than Triton's."""
-    for n, same in ((197, False), (209, True)):
+    clusters = torch.cuda.get_device_capability()[0] == 9
+    for n, same in ((197, False), (209, not clusters), (272, not clusters), (273, True)):
         q, k = on_gpu(n, torch.float32, dim=64)
         found = pcx.weighted_pagerank(q, k, iters=5)
         assert torch.equal(found, in_triton(q, k, 5)) == same
@@ -144,7 +156,7 @@ def test_biases_and_prefixes(n):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("peaked", [30.0, 300.0])
-@pytest.mark.parametrize("n", [50, 90, 150, 197, 300])
+@pytest.mark.parametrize("n", [50, 90, 150, 197, 257, 300])
 @pytest.mark.parametrize("iters", [1, 2])
 def test_large_logits_do_not_overflow(n, dtype, peaked, iters):
     q, k = on_gpu(n, dtype, dim=64, peaked=peaked)
@@ -155,7 +167,7 @@ def test_large_logits_do_not_overflow(n, dtype, peaked, iters):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shift", [-40, 40])
-@pytest.mark.parametrize("n", [50, 90, 150, 197, 300])
+@pytest.mark.parametrize("n", [50, 90, 150, 197, 257, 300])
 @pytest.mark.parametrize("iters", [1, 3])
 def test_logits_far_from_zero_neither_vanish_nor_overflow(n, dtype, shift, iters):
     """By as much for all keys, which changes nothing; powers of 2 as they are would be 2**-288."""
@@ -166,7 +178,7 @@ def test_logits_far_from_zero_neither_vanish_nor_overflow(n, dtype, shift, iters
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("n", [90, 150, 197])
+@pytest.mark.parametrize("n", [90, 150, 197, 257])
 @pytest.mark.parametrize("iters", [1, 3])
 def test_heads_that_are_done_again_leave_others_alone(n, iters):
     """A block takes several heads; every third has logits that overflow at first."""
@@ -182,7 +194,7 @@ def test_heads_that_are_done_again_leave_others_alone(n, iters):
     assert torch.equal(found, parts)
 
 
-@pytest.mark.parametrize("n", [70, 300])
+@pytest.mark.parametrize("n", [70, 257, 300])
 def test_a_negative_scale_and_numbers_that_are_none(n):
     q, k = on_gpu(n, torch.bfloat16, dim=64)
     for iters in (1, 3):
@@ -196,7 +208,7 @@ def test_a_negative_scale_and_numbers_that_are_none(n):
         assert found.isnan().sum() == n
 
 
-@pytest.mark.parametrize("n", [197, 300])
+@pytest.mark.parametrize("n", [197, 257, 300])
 def test_repeats_bit_by_bit_in_and_out_of_a_cuda_graph(n):
     q, k = on_gpu(n, torch.bfloat16, dim=64, batch=64)
     expected = pcx.weighted_pagerank(q, k, iters=30)
@@ -209,7 +221,7 @@ def test_repeats_bit_by_bit_in_and_out_of_a_cuda_graph(n):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("n", [197, 300])
+@pytest.mark.parametrize("n", [197, 257, 300])
 def test_all_is_written_and_no_samples(n):
     torch.use_deterministic_algorithms(True)  # then new memory holds NaN
     try:
