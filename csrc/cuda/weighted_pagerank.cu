@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
   __shared__ float parts[kTiles][kColumns], top[kColumns], inverse[kRows];
   __shared__ float maxima[SHARES][kColumns], sums[SHARES][kColumns];
   __shared__ int tokens[kTokens];
-  __shared__ uint64_t come[2];  // barriers of weights that other blocks send
+  __shared__ uint64_t arrived[2];  // barriers, of weights that blocks send
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, place = lane % 4;
   const int n = call.nodes, heads = call.batch * call.heads;
   const int bytes = HOPPER ? kRowBytes : row_bytes(call.dim, sizeof(T));
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
   float start = start_of(head);
   uint32_t parities = 0;  // of the barriers
   if constexpr (SHARES > 1) {
-    if (thread < 2) make_barrier(shared_address(come + thread), 1);
+    if (thread < 2) make_barrier(shared_address(arrived + thread), 1);
     sync_cluster();  // nothing is sent to a block that does not run yet
   } else {
     __syncthreads();
@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
       if (step == call.iters) inverse0 = inverse1 = 1;  // the last scores are wanted as they are
       if constexpr (SHARES > 1) {
         // All of it has come only after all blocks have read what it takes the place of.
-        const uint32_t barrier = shared_address(come + step % 2);
+        const uint32_t barrier = shared_address(arrived + step % 2);
         if (thread == 0) expect_bytes(barrier, sizeof(weights[0]));
         if (has_rows && place < SHARES) {
           const uint32_t there = address_in(place, barrier);
