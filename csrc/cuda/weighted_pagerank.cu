@@ -158,6 +158,9 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
     }
     if (next < heads) copy_head(next);
     start = next_start;
+    // A warp that has nothing to send would not hold a phase up, and could miss two.
+    if constexpr (SHARES > 1)
+      if (!has_rows) continue;
 
     float inverse0 = has_rows ? inverse[r0] : 0, inverse1 = has_rows ? inverse[r1] : 0;
     float *from = weights[0], *to = weights[1];
@@ -184,7 +187,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
         // All of it has come only after all blocks have read what it takes the place of.
         const uint32_t barrier = shared_address(arrived + step % 2);
         if (thread == 0) expect_bytes(barrier, sizeof(weights[0]));
-        if (has_rows && place < SHARES) {
+        if (place < SHARES) {
           const uint32_t there = address_in(place, barrier);
           send(address_in(place, shared_address(to + weight_place(r0))), there, first * inverse0);
           send(address_in(place, shared_address(to + weight_place(r1))), there, second * inverse1);
