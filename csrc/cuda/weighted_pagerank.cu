@@ -25,6 +25,28 @@ __device__ __forceinline__ int weight_place(int i) {
   return i / 16 * 16 + i % 8 / 2 * 4 + i / 8 % 2 * 2 + i % 2;
 }
 
+// Of this thread's column: over what the warps have of it in `parts`, then over the blocks that
+// share a head.
+template <typename Op, int WARPS, int SHARES, int COLUMNS>
+__device__ __forceinline__ float over_head(const float (&parts)[WARPS][COLUMNS],
+                                           float (&of_shares)[SHARES][COLUMNS]) {
+  const int thread = threadIdx.x;
+  __syncthreads();
+  float found = Op::kEmpty;
+  if (thread < COLUMNS)
+    for (int w = 0; w < WARPS; ++w) found = Op::of(found, parts[w][thread]);
+  if constexpr (SHARES > 1) {
+    if (thread < COLUMNS)
+      for (int s = 0; s < SHARES; ++s)
+        store_there(address_in(s, shared_address(&of_shares[blockIdx.x % SHARES][thread])), found);
+    sync_cluster();
+    found = Op::kEmpty;
+    if (thread < COLUMNS)
+      for (int s = 0; s < SHARES; ++s) found = Op::of(found, of_shares[s][thread]);
+  }
+  return found;
+}
+
 // With HOPPER, products are those of warp groups, of head dim 64 in 16 bits; the warps beyond TILES
 // that make their number a multiple of four then have no rows. So many blocks of a cluster as
 // SHARES says share a head: each has some rows of A^T, and all scores.
@@ -67,24 +89,6 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
                        : call.init[head / call.heads * call.init_strides[0] +
                                    head % call.heads * call.init_strides[1] +
                                    thread * call.init_strides[2]];
-  };
-  // Of this thread's column: over what the warps have of it in `parts`, then over the shares.
-  const auto over_head = [&](auto op, float (&of_shares)[SHARES][kColumns]) {
-    using Op = decltype(op);
-    __syncthreads();
-    float found = Op::kEmpty;
-    if (thread < kColumns)
-      for (int w = 0; w < kTiles; ++w) found = Op::of(found, parts[w][thread]);
-    if constexpr (SHARES > 1) {
-      if (thread < kColumns)
-        for (int s = 0; s < SHARES; ++s)
-          store_there(address_in(s, shared_address(&of_shares[share][thread])), found);
-      sync_cluster();
-      found = Op::kEmpty;
-      if (thread < kColumns)
-        for (int s = 0; s < SHARES; ++s) found = Op::of(found, of_shares[s][thread]);
-    }
-    return found;
   };
   int head = blockIdx.x / SHARES;
   if (thread < kTokens) tokens[thread] = token_at(call, head / call.heads, thread);
@@ -135,7 +139,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
                              fmaf(e[i / 2][2 + i % 2], factor, shift1));
               },
               parts[warp], lane);
-        const float found = over_head(Max(), maxima);
+        const float found = over_head<Max>(parts, maxima);
         if (thread < kColumns) top[thread] = found;
         __syncthreads();
 #pragma unroll
@@ -147,7 +151,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
       if (has_rows)
         reduce_columns<Sum, TILES>([&](int i) { return e[i / 2][i % 2] + e[i / 2][2 + i % 2]; },
                                    parts[warp], lane);
-      const float total = over_head(Sum(), sums);
+      const float total = over_head<Sum>(parts, sums);
       const bool lost = thread < n && !within_range(total);
       if (thread < kRows) {
         inverse[thread] = thread < n ? 1 / total : 0;  // what is no token weighs nothing
