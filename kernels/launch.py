@@ -23,6 +23,7 @@ def on_device(x: Tensor) -> Any:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def before_hopper(x: Tensor) -> bool:
-    """Products there are mma.sync's, which leave a tile fewer registers than wgmma's."""
-    return x.is_cuda and capability(x.device) < (9, 0)
+def products_of_warps(x: Tensor) -> bool:
+    """Tensor cores there have mma.sync alone, which leaves a tile fewer registers than wgmma and
+    tcgen05 do: all GPUs but Hopper and datacentre Blackwell."""
+    return x.is_cuda and capability(x.device)[0] not in (9, 10)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcx.kernels.launch import before_hopper, on_device, rowwise
+from pcx.kernels.launch import on_device, products_of_warps, rowwise
 from pcx.kernels.tiles import LOG2_E, biased, parts, precision, set_strides, tile
 from pcx.ops.backends import processors
 
@@ -1035,7 +1035,7 @@ _TILES = {
 
 
 # Where the tiles above spill with Triton 3.8.
-_BEFORE_HOPPER = {("16 bits", "own"): (32, 64, 4, 3)}
+_BY_WARPS = {("16 bits", "own"): (32, 64, 4, 3)}
 
 
 def _configuration(kernel: str, q: Tensor, keys: int) -> tuple[int, int, int, int]:
@@ -1043,8 +1043,8 @@ def _configuration(kernel: str, q: Tensor, keys: int) -> tuple[int, int, int, in
     if q.dtype == torch.float32:
         group = "float32"
     bm, bn, warps, stages = _TILES[group][kernel]
-    if (group, kernel) in _BEFORE_HOPPER and before_hopper(q):
-        bm, bn, warps, stages = _BEFORE_HOPPER[group, kernel]
+    if (group, kernel) in _BY_WARPS and products_of_warps(q):
+        bm, bn, warps, stages = _BY_WARPS[group, kernel]
     if kernel in ("forward", "query") and q.shape[2] <= 16:  # queries of [CLS] only
         bm = 16
     if kernel == "prefix" and keys <= bn // 2:

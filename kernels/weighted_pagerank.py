@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pcx.kernels.launch import before_hopper, on_device, rowwise
+from pcx.kernels.launch import on_device, products_of_warps, rowwise
 from pcx.kernels.tiles import LOG2_E, biased, parts, set_strides, tile
 
 RUNTIME = ["n", "m"]  # vary from call to call: one compiled form for all
@@ -156,7 +156,7 @@ def weighted_pagerank(
     single = q.dtype == torch.float32
     # As large as registers allow.
     wide = dim > 64 or bias is not None
-    rows, columns = 64, 64 >> (wide + (single and before_hopper(q)))
+    rows, columns = 64, 64 >> (wide + (single and products_of_warps(q)))
     options = {
         **parts(dim),
         "BIAS": bias is not None,

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 # Registers that a thread may use, of 65536 for all, and bytes that it may spill: what it reads once
 # for each head of a sample or, in one iteration of PageRank, each 64 queries; not for each stage.
-# PageRank's 13 tiles without wgmma, and its 17, read some again in every iteration.
+# PageRank's 10 and 13 tiles without wgmma, and its 17, read some again in every iteration.
 LIMITS = {
     "prefix_attention_forward": (128, 68),
     "prefix_attention_queries": (128, 72),

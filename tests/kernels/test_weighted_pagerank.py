@@ -11,14 +11,14 @@ def test_in_the_interpreter():
     assert interpret("interpreted_weighted_pagerank.py") >= 34
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 120])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dim", [32, 64, 80, 128])
 @pytest.mark.parametrize("more", [False, True])
 def test_compiles_without_spilling(monkeypatch, capability, dtype, dim, more):
     from pcx.kernels import weighted_pagerank as kernel
 
-    monkeypatch.setattr(kernel, "before_hopper", lambda q: capability < 90)
+    monkeypatch.setattr(kernel, "products_of_warps", lambda q: capability != 90)
     recorders = [Recorder(kernel._divide), Recorder(kernel._vote)]
     monkeypatch.setattr(kernel, "_divide", recorders[0])
     monkeypatch.setattr(kernel, "_vote", recorders[1])

@@ -41,7 +41,7 @@ def test_equals_the_definition(n, dtype, iters):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dim", [8, 16, 24, 32, 40, 72, 80, 96, 128, 6, 136])
+@pytest.mark.parametrize("dim", [8, 16, 24, 32, 40, 72, 80, 96, 120, 128, 6, 136])
 @pytest.mark.parametrize("n", [70, 257])
 @pytest.mark.parametrize("iters", [1, 5])
 def test_head_dims(n, dim, dtype, iters):
@@ -69,21 +69,25 @@ def test_among_some_tokens(n, left, dtype, iters):
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [32, 64])
 @pytest.mark.parametrize("n", [130, 257])
 @pytest.mark.parametrize("iters", [1, 4, 5])
-def test_more_heads_than_blocks_at_a_time(n, iters):
-    """A block then takes several, whose rows it copies ahead."""
-    q, k = on_gpu(n, torch.bfloat16, dim=64, batch=200)
+def test_more_heads_than_blocks_at_a_time(n, dim, dtype, iters):
+    """A block then takes several, whose tokens, start and rows it reads ahead."""
+    q, k = on_gpu(n, dtype, dim=dim, batch=200)
     assert q.shape[0] * q.shape[1] > 4 * torch.cuda.get_device_properties(0).multi_processor_count
-    index = torch.arange(5, n - 5, device="cuda").expand(200, -1)
-    for arguments in ({}, {"among": index}):
+    generator = torch.Generator().manual_seed(n)
+    some = torch.rand(200, n, generator=generator).argsort(1)[:, : n - 10].cuda()
+    for left, arguments in ((n, {}), (n - 10, {"among": some})):
+        arguments["init"] = torch.rand(200, 3, left, generator=generator).cuda() + 0.1
         found = pcx.weighted_pagerank(q, k, iters=iters, **arguments)
         parts = [
             pcx.weighted_pagerank(
                 q[i : i + 10],
                 k[i : i + 10],
                 iters=iters,
-                **{name: x[:10] for name, x in arguments.items()},
+                **{name: x[i : i + 10] for name, x in arguments.items()},
             )
             for i in range(0, 200, 10)
         ]
@@ -105,10 +109,17 @@ def test_in_triton(n, dim, dtype, iters):
 def test_the_kernels_are_taken_where_they_fit():
     """Their sums are in another order than Triton's."""
     clusters = torch.cuda.get_device_capability()[0] == 9
-    for n, same in ((197, False), (209, not clusters), (272, not clusters), (273, True)):
-        q, k = on_gpu(n, torch.float32, dim=64)
-        found = pcx.weighted_pagerank(q, k, iters=5)
-        assert torch.equal(found, in_triton(q, k, 5)) == same
+    for n, dtype, iters, same in (
+        (197, torch.float32, 5, False),
+        (209, torch.float32, 5, not clusters),
+        (272, torch.bfloat16, 5, not clusters),
+        (272, torch.bfloat16, 1, False),
+        (273, torch.float32, 5, True),
+        (273, torch.bfloat16, 1, True),
+    ):
+        q, k = on_gpu(n, dtype, dim=64)
+        found = pcx.weighted_pagerank(q, k, iters=iters)
+        assert torch.equal(found, in_triton(q, k, iters)) == same
 
 
 def test_the_attention_matrix_is_never_there():
@@ -121,11 +132,12 @@ def test_the_attention_matrix_is_never_there():
     assert torch.cuda.max_memory_allocated() - before < matrix / 20
 
 
-def test_layouts_of_timm_a_head_start_and_zero_iterations():
-    qkv = torch.randn(3, 197, 3, 6, 64, generator=torch.Generator().manual_seed(0)).cuda()
+@pytest.mark.parametrize("n", [197, 257])
+def test_layouts_of_timm_a_head_start_and_zero_iterations(n):
+    qkv = torch.randn(3, n, 3, 6, 64, generator=torch.Generator().manual_seed(0)).cuda()
     q, k, _ = (3 * qkv).bfloat16().permute(2, 0, 3, 1, 4).unbind(0)
-    init = torch.ones(1, 1, 197, device="cuda")
-    init[..., 0] = 197**0.5
+    init = torch.ones(1, 1, n, device="cuda")
+    init[..., 0] = n**0.5
     shifted = torch.nn.functional.pad(q, (1, 0))[..., 1:]  # rows at odd addresses
     for iters in (0, 4):
         expected = by_definition(q, k, iters, init.double())
