@@ -20,6 +20,15 @@ RUNTIME = ["n", "m"]  # vary from call to call: one compiled form for all
 
 
 @triton.jit
+def _place(n, H, TILE: tl.constexpr):
+    """Which head of all a program has, of which sample and which there, and its tile of tokens."""
+    tiles = tl.cdiv(n, TILE)
+    head = tl.program_id(0) // tiles
+    tokens = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
+    return head.to(tl.int64), (head // H).to(tl.int64), (head % H).to(tl.int64), tokens
+
+
+@triton.jit
 def _rows(pointer, rows, stride, limit, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
     """Rows of a head, as their D0 columns and, where there are such, the D1 after."""
     first = tile(pointer, rows, stride, limit, DIM, 0, D0, True)
@@ -72,10 +81,7 @@ def _divide(
     PREFIX: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """log2 of what each row of A divides by, infinity where it attends to nothing."""
-    tiles = tl.cdiv(n, BM)
-    head = tl.program_id(0) // tiles
-    rows = tl.program_id(0) % tiles * BM + tl.arange(0, BM)
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    head, b, h, rows = _place(n, H, BM)
     q += b * sq_b + h * sq_h
     k += b * sk_b + h * sk_h
     prefix += b * sp_b + h * sp_h
@@ -96,7 +102,7 @@ def _divide(
         )  # fmt: skip
     nothing = total == 0.0
     found = tl.where(nothing, float("inf"), top + tl.log2(tl.where(nothing, 1.0, total)))
-    tl.store(divisors + head.to(tl.int64) * n + rows, found, mask=rows < n)
+    tl.store(divisors + head * n + rows, found, mask=rows < n)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -107,15 +113,12 @@ def _vote(
     BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A^T scores for a tile of tokens, BN of them."""
-    tiles = tl.cdiv(n, BN)
-    head = tl.program_id(0) // tiles
-    columns = tl.program_id(0) % tiles * BN + tl.arange(0, BN)
-    b, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
+    head, b, h, columns = _place(n, H, BN)
     q += b * sq_b + h * sq_h
     k += b * sk_b + h * sk_h
     bias += b * sb_b + h * sb_h
-    divisors += head.to(tl.int64) * n
-    scores += head.to(tl.int64) * n
+    divisors += head * n
+    scores += head * n
     keys = _rows(k, columns, sk_n, n, DIM, D0, D1)
     votes = tl.zeros([BM, BN], tl.float32)
     for start in tl.range(0, n, BM):
@@ -127,7 +130,7 @@ def _vote(
         divisor = tl.load(divisors + rows, mask=rows < n, other=float("inf"))
         score = tl.load(scores + rows, mask=rows < n, other=0.0)
         votes += tl.exp2(logits - divisor[:, None]) * score[:, None]
-    tl.store(out + head.to(tl.int64) * n + columns, tl.sum(votes, 0), mask=columns < n)
+    tl.store(out + head * n + columns, tl.sum(votes, 0), mask=columns < n)
 
 
 def weighted_pagerank(
