@@ -77,6 +77,7 @@ def images_for(embedding: str) -> Tensor:
     return images
 
 
+@cache  # asked by the form dropped at random and by the rows
 def left_by(setting: str) -> list[int]:
     """How many patches are left after each pruning layer, those at first in front."""
     left = [PATCHES]
