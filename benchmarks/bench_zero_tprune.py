@@ -22,7 +22,7 @@ import torch
 
 import pcx
 from pcx.backbones import scenes_vit
-from pcx.backbones.pretrain import HELD_OUT_SEED, normalise
+from pcx.experiments.pretrain import HELD_OUT_SEED, normalise
 from pcx.tasks.scenes import NUM_CLASSES, scenes
 from pcx.token_pruning import ats, tome
 from pcx.token_pruning.stages import RANKINGS

@@ -9,7 +9,7 @@ from pathlib import Path
 import timm
 import torch
 
-from pcx.demo import METHODS, demo
+from pcx.experiments.demo import METHODS, demo
 
 SEEDS = (0, 1, 2)
 FILE = Path(__file__).parent / "results" / "demo_cpu.csv"

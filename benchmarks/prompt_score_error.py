@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 import pcx
 from pcx.backbones import scenes_vit
-from pcx.data import data_config
+from pcx.backbones.inputs import data_config
 from pcx.tasks import load_task
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -20,7 +20,7 @@ from machine import cpu_name
 
 import pcx
 from pcx.backbones import scenes_vit
-from pcx.data import data_config
+from pcx.backbones.inputs import data_config
 from pcx.tasks import Task, load_task
 from pcx.token_pruning import finetune
 

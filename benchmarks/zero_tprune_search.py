@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pcx
 from pcx.backbones import scenes_vit
-from pcx.backbones.pretrain import HELD_OUT_SEED, normalise
+from pcx.experiments.pretrain import HELD_OUT_SEED, normalise
 from pcx.tasks.scenes import NUM_CLASSES, scenes
 
 FILE = Path(__file__).parent / "results" / "zero_tprune_search.csv"

@@ -1,16 +1,18 @@
 """pcx: Visual Prompt Tuning of vision transformers, exact and fast, and Prompt Condensation."""
 
-from pcx.condense import Condensation, condense
-from pcx.cost import multiply_adds, token_cost
-from pcx.evaluate import evaluate
-from pcx.fit import NonFiniteLoss, fit
-from pcx.freeze import ensemble, freeze
-from pcx.ops import prefix_attention, weighted_pagerank
-from pcx.save import load, save
-from pcx.score import score
-from pcx.select import select
-from pcx.token_pruning.zero_tprune import zero_tprune
-from pcx.vpt import VPT
+from pcx.analysis.cost import multiply_adds, token_cost
+from pcx.checkpoints.saving import load, save
+from pcx.condensation.condensing import Condensation, condense
+from pcx.condensation.scoring import score
+from pcx.condensation.selection import select
+from pcx.deployment.freezing import freeze
+from pcx.deployment.multi_task import ensemble
+from pcx.models.vpt.model import VPT
+from pcx.ops.prefix_attention import prefix_attention
+from pcx.ops.weighted_pagerank import weighted_pagerank
+from pcx.token_pruning.dropping import zero_tprune
+from pcx.training.evaluation import evaluate
+from pcx.training.fitting import NonFiniteLoss, fit
 
 __version__ = "0.1.0"
 

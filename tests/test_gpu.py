@@ -6,7 +6,7 @@ from families import FAMILIES, build, images
 from torch.utils.data import DataLoader, TensorDataset
 
 import pcx
-from pcx.replay import Replayed
+from pcx.training.execution import Replayed
 
 pytestmark = [
     pytest.mark.gpu,

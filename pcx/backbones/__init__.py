@@ -17,7 +17,7 @@ WEIGHTS = "scenes_vit.safetensors"
 def scenes_vit(num_classes: int = 0, *, pretrained: bool = True) -> VisionTransformer:
     """The embedded ViT: 64x64 images, patch 8, width 96, 6 blocks, 3 heads, 0.7 M parameters.
 
-    Trained by `python -m pcx.backbones.pretrain` on the upstream task of `pcx.tasks.scenes`; the
+    Trained by `python -m pcx.experiments.pretrain` on the upstream task of `pcx.tasks.scenes`; the
     training log with its accuracy lies beside the weights (`scenes_vit.csv`).
 
     Args:

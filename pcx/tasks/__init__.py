@@ -53,7 +53,7 @@ def load_task(name: str, config: dict, *, root: str | os.PathLike | None = None)
             "vtab:<name>", "fgvc:<name>" (on disk under root), or any name that
             `timm.data.create_dataset` understands, such as "torch/cifar10", "hfds/..." or "" for a
             folder of folders.
-        config: the backbone's, from `pcx.data.data_config(model)`.
+        config: the backbone's, from `pcx.backbones.inputs.data_config(model)`.
         root: folder of data sets on disk; "data" by default.
 
     Raises:

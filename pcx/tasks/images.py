@@ -20,7 +20,7 @@ class MemoryImages(Dataset):
     Args:
         images: [N, 3, h, w] uint8.
         labels: [N] int64.
-        config: of the backbone, see `pcx.data.data_config`.
+        config: of the backbone, see `pcx.backbones.inputs.data_config`.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, config: dict):

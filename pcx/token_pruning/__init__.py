@@ -1,11 +1,11 @@
 """Fewer image tokens: without training, or trained for."""
 
-from pcx.token_pruning.ats import Sampling, ats
-from pcx.token_pruning.finetune import Teacher, finetune, three_term_loss
-from pcx.token_pruning.search import SearchResult, search
-from pcx.token_pruning.soft import SoftPruning, soft_prune
-from pcx.token_pruning.tome import Merging, tome
-from pcx.token_pruning.zero_tprune import TABLE_1, VARIANTS, Pruning, zero_tprune
+from pcx.token_pruning.budget_search import SearchResult, search
+from pcx.token_pruning.distillation import Teacher, finetune, three_term_loss
+from pcx.token_pruning.dropping import TABLE_1, VARIANTS, Pruning, zero_tprune
+from pcx.token_pruning.merging import Merging, tome
+from pcx.token_pruning.sampling import Sampling, ats
+from pcx.token_pruning.soft_masks import SoftPruning, soft_prune
 
 __all__ = [
     "TABLE_1",

@@ -7,11 +7,12 @@ import torch
 from PIL import Image
 
 from pcx.backbones import scenes_vit
-from pcx.data import data_config, plain_loader
+from pcx.backbones.inputs import data_config
 from pcx.tasks import load_task
 from pcx.tasks.render import SHAPES, Objects, render
 from pcx.tasks.scenes import COLOURS, scenes
 from pcx.tasks.sprites import sprites
+from pcx.training.loaders import plain_loader
 
 CONFIG = {
     "input_size": (3, 32, 32),

@@ -1,0 +1,144 @@
+"""What a model computes, what prompts cost, and whether condensing them is worth it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pcx.backbones.inputs import input_size
+from pcx.models.vpt.model import VPT
+
+BATCH = 64
+WHOLE = "Global"  # the counter's name of it
+EMBEDDINGS = ("patch_embed", "patch_embeddings", "embeds")  # timm's, Hugging Face's, NaFlexViT's
+
+
+def multiply_adds(model: nn.Module, *, patch_embedding: bool = True) -> float:
+    """Multiply-adds of one image: half the operations that torch's counter sees.
+
+    Those of matrix products, convolutions and attention, of one image of a batch of 64 of the
+    model's own image size; what is computed once for the whole batch, such as prompts' keys and
+    values, counts for 1/64. What ranking the tokens of a pruned model takes is left out, as in the
+    paper (Zero-TPrune, Table 1). Counted on shapes alone, in eval mode, on a copy without weights.
+
+    Args:
+        model: a timm vision transformer, Hugging Face's ...ForImageClassification or a pcx.VPT,
+            pruned or not; not changed.
+        patch_embedding: with that of turning patches into tokens. The Zero-TPrune paper's figures
+            are without (DeiT-S: 4.55 G, and 3.08 G for its Table 1).
+
+    Raises:
+        ValueError: the patch embedding is to be left out and was not found.
+
+    Example:
+        >>> whole = pcx.multiply_adds(model)
+        >>> pruning = pcx.zero_tprune(model, layers=(3, 6, 9), keep=0.7, iters=5)
+        >>> share = pcx.multiply_adds(model) / whole
+    """
+    counts = multiply_adds_by_module(model)
+    total = counts[WHOLE]
+    if not patch_embedding:
+        names = [n for n in counts if n.rpartition(".")[2] in EMBEDDINGS]
+        if len(names) != 1:
+            raise ValueError(
+                f"patch_embedding: False, but {type(model).__name__} computes {len(names)} modules "
+                f"of the names {EMBEDDINGS}, expected one; count it with True"
+            )
+        total -= counts[names[0]]
+    return total
+
+
+def multiply_adds_by_module(model: nn.Module) -> dict[str, float]:
+    """`multiply_adds` of every module that computes any, by name, and of the `WHOLE`.
+
+    The names begin with the model's class: "VisionTransformer.blocks.0.attn".
+    """
+    counts = _operations(_hollow(model), input_size(model))
+    return {name: operations / 2 / BATCH for name, operations in counts.items()}
+
+
+def token_cost(model: VPT, *, threshold: float = 20.0) -> dict:
+    """The paper's rule of when to condense, beside the real cost (Prompt Condensation, Sec. 6.3).
+
+    The rule compares prompts with the image's own tokens, 100 m / N percent (100 prompts on 197
+    tokens: 50.8%), and condenses from `threshold` percent. In the folded form prompts cost far
+    less than that; the operations counted here (torch's counter, per image of a batch of 64,
+    which shares the prompts' keys and values) say how much.
+
+    Args:
+        model: a VPT.
+        threshold: the rule's K, percent.
+
+    Returns:
+        {"relative_tokens": percent, mean over layers; "worth_condensing": bool;
+        "concat_flops", "folded_flops": percent over the backbone without prompts}. A path that the
+        kind does not have is None.
+
+    Raises:
+        ValueError: image tokens are dropped or merged on the way.
+    """
+    from pcx.token_pruning.stand_in import found_on  # which counts with this module
+
+    if found_on(model):
+        raise ValueError(
+            "model: its image tokens, which prompts are compared with, are dropped or merged on "
+            "the way; remove that first, or count with pcx.multiply_adds"
+        )
+    size = input_size(model)
+    tokens = _tokens(model, size)
+    mean = sum(model.counts) / len(model.counts)
+    if model.kind == "shallow":
+        mean = model.counts[0]
+    relative = 100 * mean / tokens
+    plain = _flops(model.keep([[]] * len(model.prompts)), size, model.path)
+    costs: dict[str, float | None] = {}
+    for path in ("concat", "folded"):
+        try:
+            costs[f"{path}_flops"] = 100 * (_flops(model, size, path) / plain - 1)
+        except ValueError:
+            costs[f"{path}_flops"] = None
+    return {"relative_tokens": relative, "worth_condensing": relative >= threshold, **costs}
+
+
+def _flops(model: VPT, size: tuple[int, int, int], path: str) -> int:
+    hollow = _hollow(model)
+    hollow.path = path
+    for layer in hollow.layers:  # every token, on both paths and without prompts
+        layer.read_tokens = None
+    return _operations(hollow, size)[WHOLE]
+
+
+def _hollow(model: nn.Module) -> Any:
+    """A copy in eval mode whose weights have shapes alone."""
+    shapes = {id(t): _on_meta(t) for t in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, shapes).eval()
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.detach().to("meta"), requires_grad=False)
+    return tensor.to("meta")
+
+
+@torch.no_grad()
+def _operations(hollow: nn.Module, size: tuple[int, int, int]) -> dict[str, int]:
+    """Of a batch, by the names of modules, and of the `WHOLE`.
+
+    The counter knows neither every backend's attention nor pcx's own operations; on shapes alone
+    all of attention is matrix products.
+    """
+    dtype = next(p.dtype for p in hollow.parameters() if p.is_floating_point())
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        hollow(torch.empty(BATCH, *size, device="meta", dtype=dtype))
+    return {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+
+
+def _tokens(model: VPT, size: tuple[int, int, int]) -> int:
+    pixels = 3 * size[1] * size[2]
+    return pixels // model.anatomy.patch_elements + model.anatomy.prefix_tokens

@@ -1,0 +1,65 @@
+"""Figures of a condensation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from pcx.condensation.condensing import Condensation
+
+
+def kept_per_layer(before: Sequence[int], after: Sequence[int], file: Path) -> None:
+    """Prompts kept in each layer (Prompt Condensation, Fig. 7)."""
+    figure, axes = _figure("layer", "prompts")
+    layers = range(1, len(before) + 1)
+    axes.bar(layers, before, color="0.85", label="before")
+    axes.bar(layers, after, color="C0", label="kept")
+    axes.set_xticks(list(layers))
+    axes.legend()
+    _write(figure, file)
+
+
+def score_distribution(condensation: Condensation, file: Path) -> None:
+    """Every prompt's score, highest first, and where the cut lies."""
+    figure, axes = _figure("prompt, by rank over all layers", f"score ({condensation.method})")
+    flat = torch.cat(list(condensation.scores))
+    layer = torch.cat([torch.full((len(s),), i) for i, s in enumerate(condensation.scores)])
+    order = flat.argsort(descending=True)
+    drawn = axes.scatter(range(len(flat)), flat[order], c=layer[order] + 1, s=10, cmap="viridis")
+    figure.colorbar(drawn, label="layer")
+    if condensation.scope == "global":
+        cut = sum(map(len, condensation.kept)) - 0.5
+        axes.axvline(cut, color="0.5", linestyle="--", label=f"kept: {condensation.keep}")
+        axes.legend()
+    axes.set_yscale("log")
+    _write(figure, file)
+
+
+def accuracy_by_keep(result: dict, file: Path) -> None:
+    """Accuracy against the share of prompts kept (Prompt Condensation, Fig. 4)."""
+    figure, axes = _figure("prompts kept, %", "test accuracy, %")
+    rows = result["accuracy_by_keep"]
+    error = result["standard_error"]["vpt"]
+    for key, label in (("finetuned", "fine-tuned"), ("not_finetuned", "not fine-tuned")):
+        points = [(100 * r["keep"], r[key]) for r in rows if key in r]
+        axes.errorbar(*zip(*points, strict=True), yerr=error, marker="o", capsize=3, label=label)
+    axes.axhline(result["accuracy"]["linear"], color="0.5", linestyle=":", label="linear probe")
+    axes.legend()
+    _write(figure, file)
+
+
+def _figure(x: str, y: str):
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _write(figure: Figure, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)

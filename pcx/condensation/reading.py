@@ -1,0 +1,176 @@
+"""Reading a data set for scores: batches, losses, sums over processes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, DataLoaderShard
+from accelerate.utils import send_to_device
+from rich.progress import Progress
+from torch import Tensor
+from torch.func import functional_call
+from torch.utils.data import DistributedSampler, IterableDataset
+
+from pcx.models.vpt.model import VPT
+from pcx.training.batches import images_and_labels
+from pcx.training.loaders import rebuilt
+from pcx.training.objectives import Criterion, check_labels, label_range, per_sample_loss
+
+FLOAT16_LOSS_SCALE = 1024.0  # of the sum over a batch; gradients would vanish without
+
+
+Scores = list[Tensor]
+
+
+class Reader:
+    """Yields this process's share of the batches on the model's device and counts its samples."""
+
+    def __init__(
+        self,
+        model: VPT,
+        loader: Any,
+        criterion: Criterion | None,
+        amp: torch.dtype | None,
+        progress: bool,
+    ):
+        self.model, self.criterion, self.amp = model, criterion, amp
+        self.device = model.prompts[0].device
+        self.loss_scale = FLOAT16_LOSS_SCALE if amp == torch.float16 else 1.0
+        self.rank, self.processes = _processes()
+        self.loader = _share(loader, self.rank, self.processes)
+        self.samples = self.number = 0  # samples read here in this pass, and batches
+        self.total = 0  # read by all processes
+        self.classes: int | None = None  # of the logits seen so far
+        self.labels = (0, 0)  # lowest and highest of this batch
+        self.bar = Progress(disable=not progress or self.rank > 0, transient=True)
+
+    def batches(
+        self, note: str, steps: int = 1, done: tuple[int, int] = (0, 0)
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Those behind the (batches, samples) that are done; the consumer calls `step` after each
+        of a batch's `steps` but the last."""
+        try:
+            total = len(self.loader) * steps
+        except TypeError:  # of an iterable data set
+            total = None
+        self.samples = self.number = 0
+        with self.bar:
+            task = self.bar.add_task(note, total=total, completed=done[0] * steps)
+            for batch in self.loader:
+                self.number += 1
+                images, labels = images_and_labels(batch)
+                if not isinstance(labels, Tensor) or not labels.dim():
+                    raise ValueError("loader: it yields single samples; give it a batch_size")
+                if self.number > done[0] and len(labels):
+                    self._look_at(labels)
+                    yield send_to_device((images, labels), self.device)
+                    self.step()
+                self.samples += len(labels)
+                if self.number == done[0]:
+                    self._check_done(done)
+            if self.number < done[0]:
+                self._check_done(done)
+            self.bar.remove_task(task)
+
+    def _look_at(self, labels: Tensor) -> None:
+        """Before they go to a GPU, which would have to be waited for, and where wrong ones end all.
+
+        What else could be wrong with them `per_sample_loss` says.
+        """
+        if self.criterion is None and labels.dim() == 1 and not labels.is_floating_point():
+            self.labels = label_range(labels.long())
+            if self.classes is not None:
+                check_labels(self.labels, self.classes)
+
+    def _check_done(self, done: tuple[int, int]) -> None:
+        if (self.number, self.samples) != done:
+            raise ValueError(
+                f"resume: {done[1]} samples in {done[0]} batches are done, where the loader gives "
+                f"{self.samples} in {self.number}; give the same one, or another checkpoint_dir"
+            )
+
+    def step(self) -> None:
+        for task in self.bar.task_ids:
+            self.bar.advance(task)
+
+    def autocast(self) -> AbstractContextManager:
+        if self.amp is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.amp)
+
+    def losses(
+        self, prompts: dict[str, Tensor], images: Tensor, labels: Tensor, *, precise: bool = False
+    ) -> Tensor:
+        """The loss of each sample with some prompts swapped for others, [B], to be checked."""
+        with nullcontext() if precise else self.autocast():
+            if prompts:
+                logits = functional_call(self.model, prompts, (images,))
+            else:
+                logits = self.model(images)
+        self.classes = logits.shape[-1]
+        check_labels(self.labels, self.classes)
+        return per_sample_loss(logits, labels, self.criterion, check=False)
+
+    def check(self, losses: Tensor) -> Tensor:
+        """Waits for the losses of the batch at hand and gives them back."""
+        bad = (~losses.detach().isfinite()).nonzero()
+        if len(bad):
+            of = f" of process {self.rank}" if self.processes > 1 else ""
+            raise ValueError(
+                f"loader: the loss of sample {self.samples + int(bad[0])}{of} is not finite"
+            )
+        return losses
+
+    def means(self, totals: list[Tensor]) -> Scores:
+        """Over the samples of all processes, from this one's sums [m_l] float64."""
+        sums = torch.cat([*totals, totals[0].new_tensor([self.samples])])
+        if self.processes > 1:
+            torch.distributed.all_reduce(sums)
+        self.total = int(sums[-1])
+        if not self.total:
+            raise ValueError("loader: it yielded no sample (an iterator can be read only once)")
+        if not sums.isfinite().all():
+            raise ValueError(
+                "model: its gradients overflow in float16; give float32 weights, or amp='bf16'"
+            )
+        return [s.cpu() for s in (sums[:-1] / self.total).split([len(t) for t in totals])]
+
+
+def _processes() -> tuple[int, int]:
+    """This process's rank, and how many there are."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed:
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _share(loader: Any, rank: int, processes: int) -> Any:
+    """Every `processes`-th batch, the others not even read where the loader lets them be."""
+    if processes == 1:
+        return loader
+    batches = getattr(loader, "batch_sampler", None)
+    divided = (BatchSamplerShard, DataLoaderShard, DataLoaderDispatcher, DistributedSampler)
+    if any(isinstance(x, divided) for x in (loader, batches, getattr(loader, "sampler", None))):
+        raise ValueError(
+            "loader: it is divided among processes already; give the one that reads everything"
+        )
+    if batches is None or isinstance(loader.dataset, IterableDataset):
+        return _Every(loader, rank, processes)
+    return rebuilt(loader, loader.dataset, batch_sampler=_Every(batches, rank, processes))
+
+
+class _Every:
+    """Every `step`-th of what `items` gives, each time that it is iterated."""
+
+    def __init__(self, items: Any, first: int, step: int):
+        self.items, self.first, self.step = items, first, step
+
+    def __iter__(self) -> Iterator:
+        return itertools.islice(self.items, self.first, None, self.step)
+
+    def __len__(self) -> int:
+        return len(range(self.first, len(self.items), self.step))

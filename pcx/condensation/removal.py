@@ -1,0 +1,135 @@
+"""Scores by really leaving a prompt out, or setting it to zero."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pcx.checkpoints.files import written_whole
+from pcx.checkpoints.fingerprint import fingerprint
+from pcx.condensation.reading import Reader, Scores
+from pcx.models.vpt.model import VPT
+from pcx.training.objectives import criterion_name
+
+
+def _zeros(reader: Reader) -> list[Tensor]:
+    return [torch.zeros(m, dtype=torch.float64, device=reader.device) for m in reader.model.counts]
+
+
+class Sums:
+    """Sums over the batches so far, kept in a file where there is a folder for it."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        name: str,
+        data: str,
+        folder: str | os.PathLike | None,
+        resume: bool,
+    ):
+        self.totals, self.batches, self.samples = _zeros(reader), 0, 0
+        self.file: Path | None = None
+        if folder is None:
+            return
+        share = f"-{reader.rank}of{reader.processes}" if reader.processes > 1 else ""
+        self.file = Path(folder) / f"{name}{share}.pt"
+        self.run = {
+            "data": data,
+            "model": fingerprint(reader.model.state_dict().items()),
+            "criterion": criterion_name(reader.criterion),
+        }
+        if resume and self.file.exists():
+            self._load(self.file, reader.device)
+
+    def _load(self, file: Path, device: torch.device) -> None:
+        try:
+            state = torch.load(file, map_location=device, weights_only=True)
+            other = [key for key in self.run if state["run"][key] != self.run[key]]
+            totals, self.batches, self.samples = (
+                state[key] for key in ("totals", "batches", "samples")
+            )
+        except Exception as error:
+            raise ValueError(
+                f"checkpoint_dir: {file} is no file of pcx.score ({error!r})"
+            ) from error
+        if other:
+            raise ValueError(
+                f"resume: {file} is of another {' and '.join(other)}; give the same, or "
+                "another checkpoint_dir"
+            )
+        self.totals = totals
+
+    def save(self, batches: int, samples: int) -> None:
+        if self.file is None:
+            return
+        state = {
+            "run": self.run,
+            "totals": self.totals,
+            "batches": batches,
+            "samples": samples,
+        }
+        with written_whole(self.file) as part:
+            torch.save(state, part)
+
+
+@torch.no_grad()
+def score_by_removal(reader: Reader, name: str, sums: Sums) -> Scores:
+    """Leaves out (or zeroes) one prompt at a time; layers below it are not computed again."""
+    model = reader.model
+    change = _without_row if name == "exact" else _with_zero_row
+    steps = 1 + sum(model.counts)
+    for images, labels in reader.batches(name, steps, (sums.batches, sums.samples)):
+        with _replayed(model) as replay:
+            whole = reader.check(reader.losses({}, images, labels, precise=True))
+            for layer, count in enumerate(model.counts):
+                replay(layer)
+                for i in range(count):
+                    reader.step()
+                    prompts = change(model.prompts[layer].detach(), i)
+                    changed = {f"prompts.{layer}": prompts}
+                    losses = reader.losses(changed, images, labels, precise=True)
+                    difference = reader.check(losses) - whole
+                    sums.totals[layer][i] += difference.abs().double().sum()
+        sums.save(reader.number, reader.samples + len(labels))
+    return reader.means(sums.totals)
+
+
+@contextmanager
+def _replayed(model: VPT) -> Iterator[Callable[[int], None]]:
+    """Keeps what each layer gives in the first forward; yields a function after which the layers
+    below a given one give that again without computing it."""
+    outputs: dict[int, Any] = {}
+
+    def keep(i: int, module: nn.Module, arguments: Any, output: Any) -> None:
+        outputs.setdefault(i, output)
+
+    hooks = [layer.register_forward_hook(partial(keep, i)) for i, layer in enumerate(model.layers)]
+
+    def replay(first: int) -> None:
+        for i, layer in enumerate(model.layers):
+            layer.replay = outputs[i] if i < first else None
+
+    try:
+        yield replay
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer in model.layers:
+            layer.replay = None
+
+
+def _without_row(prompts: Tensor, i: int) -> Tensor:
+    return torch.cat([prompts[..., :i, :], prompts[..., i + 1 :, :]], dim=-2)
+
+
+def _with_zero_row(prompts: Tensor, i: int) -> Tensor:
+    changed = prompts.clone()
+    changed[..., i, :] = 0
+    return changed

@@ -1,0 +1,197 @@
+"""How much each prompt matters, from gradients, attention or its real removal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import overload
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from pcx.backbones.inputs import data_config
+from pcx.condensation.per_sample import score_in_one_pass
+from pcx.condensation.reading import Reader, Scores
+from pcx.condensation.removal import Sums, score_by_removal
+from pcx.condensation.score_methods import METHODS, ONE_PASS, REMOVAL
+from pcx.models.vpt.model import VPT
+from pcx.training.loaders import plain_loader
+from pcx.training.objectives import Criterion
+from pcx.training.precision import AMP, weights_cast
+
+
+@overload
+def score(
+    model: VPT,
+    loader,
+    *,
+    method: str = "taylor",
+    criterion: Criterion | None = None,
+    amp: str = "no",
+    cuda_graph: bool = False,
+    seed: int = 0,
+    checkpoint_dir: str | os.PathLike | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Scores: ...
+
+
+@overload
+def score(
+    model: VPT,
+    loader,
+    *,
+    method: Sequence[str],
+    criterion: Criterion | None = None,
+    amp: str = "no",
+    cuda_graph: bool = False,
+    seed: int = 0,
+    checkpoint_dir: str | os.PathLike | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> dict[str, Scores]: ...
+
+
+def score(
+    model: VPT,
+    loader,
+    *,
+    method: str | Sequence[str] = "taylor",
+    criterion: Criterion | None = None,
+    amp: str = "no",
+    cuda_graph: bool = False,
+    seed: int = 0,
+    checkpoint_dir: str | os.PathLike | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> Scores | dict[str, Scores]:
+    """Scores every prompt over a data set (Prompt Condensation, Eq. 13-16).
+
+    With g = dL_d / dp_i, the gradient of sample d's own loss by prompt i, the methods are
+
+    - taylor: mean_d ||g * p_i||_2, Eq. 16 with the elementwise product (the default);
+    - taylor-inner: mean_d |<g, p_i>|, its reading as an inner product;
+    - gate: mean_d |sum over heads and queries of dL_d / ds_i|, s_i the attention logits of key i:
+      the first-order effect of removing the key;
+    - cls-attention: the attention of [CLS] to the prompt, mean over samples and heads ([CLS]-Sim);
+    - magnitude: ||p_i||_2; random: uniform, from `seed`;
+    - exact: mean_d |L_d without the prompt - L_d|, the prompt really removed, one pass per prompt;
+    - exact-zero: the same with the prompt set to zero, Eq. 13's words, which leaves its key in
+      place.
+
+    Each sample is read once, in order, without augmentation, dropout or a dropped last batch. Where
+    torch.distributed is initialised, all processes must call this; each reads its share of the
+    batches, and all get the scores of the whole data set.
+
+    Args:
+        model: a VPT; not changed.
+        loader: yields (images, labels); not divided among processes.
+        method: a method, or several, whose gradients then come from the same pass.
+        criterion: (logits, labels) -> one loss per sample [B]; cross-entropy by default.
+        amp: "no", "bf16" or "fp16", of what is differentiated. The small differences of "exact" and
+            "exact-zero" would drown in it and are always computed without.
+        cuda_graph: on CUDA, record what one batch's gradients take in a CUDA graph and replay it
+            for all batches of that shape, so that no slow CPU holds the GPU up. The model and the
+            criterion must not wait for the GPU. Takes twice the memory. Not for "exact" and
+            "exact-zero".
+        seed: of "random".
+        checkpoint_dir: folder for the sums so far of "exact" and "exact-zero", a file each, written
+            whole or not at all after every batch.
+        resume: continue from those files, where they exist. Other data of the same description
+            (number of samples, transform) is not noticed.
+        progress: show a bar and what was read.
+
+    Returns:
+        Per layer, [m_l] float64 on the CPU; for several methods a dict of such lists.
+
+    Raises:
+        ValueError: no such method, an empty loader, a model without prompts or (cls-attention)
+            without [CLS], a criterion that does not give one value per sample, a loss that is not
+            finite (names the sample), float16 that overflows, a checkpoint of other scores, or
+            cuda_graph on a CPU or of what cannot be recorded.
+    """
+    methods = (method,) if isinstance(method, str) else tuple(method)
+    unknown = [m for m in methods if m not in METHODS]
+    if unknown or not methods:
+        raise ValueError(f"method: got {unknown or methods}, expected some of {METHODS}")
+    if not isinstance(model, VPT):
+        raise ValueError(f"model: a {type(model).__name__}, expected a pcx.VPT")
+    if "cls-attention" in methods and not model.anatomy.has_cls:
+        raise ValueError(
+            f"method: 'cls-attention' needs a [CLS] token; {model.anatomy.family} has none"
+        )
+    if not sum(model.counts):
+        raise ValueError("model: it has no prompts to score")
+    if amp not in AMP:
+        raise ValueError(f"amp: got {amp!r}, expected one of {tuple(AMP)}")
+    if cuda_graph and model.prompts[0].device.type != "cuda":
+        raise ValueError(f"cuda_graph: the model is on {model.prompts[0].device}, expected CUDA")
+    if resume and checkpoint_dir is None:
+        raise ValueError("resume: needs checkpoint_dir")
+    if checkpoint_dir is not None:
+        if not set(REMOVAL) & set(methods):
+            raise ValueError(f"checkpoint_dir: only {REMOVAL} keep sums, got {methods}")
+        if Path(checkpoint_dir).exists() and not Path(checkpoint_dir).is_dir():
+            raise ValueError(f"checkpoint_dir: {checkpoint_dir} is a file, expected a folder")
+    found = _without_data(model, methods, seed)
+    if set(methods) - set(found):
+        plain = plain_loader(loader, data_config(model))
+        with _as_scored(model):
+            reader = Reader(model, plain.loader, criterion, AMP[amp], progress)
+            with weights_cast(model.backbone, AMP[amp]):
+                found |= score_in_one_pass(
+                    reader, [m for m in methods if m in ONE_PASS], cuda_graph
+                )
+            for name in REMOVAL:
+                if name in methods:
+                    sums = Sums(reader, name, plain.description, checkpoint_dir, resume)
+                    found[name] = score_by_removal(reader, name, sums)
+        Console(quiet=not progress or reader.rank > 0).print(
+            f"scored {sum(model.counts)} prompts on {reader.total} samples; {plain.description}"
+        )
+    return found[method] if isinstance(method, str) else {name: found[name] for name in methods}
+
+
+def _without_data(model: VPT, methods: Sequence[str], seed: int) -> dict[str, Scores]:
+    found = {}
+    if "magnitude" in methods:
+        found["magnitude"] = [_rows(p.detach(), model.kind).norm(dim=-1) for p in model.prompts]
+    if "random" in methods:
+        generator = torch.Generator().manual_seed(seed)
+        found["random"] = [
+            torch.rand(m, generator=generator, dtype=torch.float64) for m in model.counts
+        ]
+    return {name: [s.double().cpu() for s in scores] for name, scores in found.items()}
+
+
+def _rows(prompts: Tensor, kind: str) -> Tensor:
+    """One row of numbers per prompt, [..., m, *]: kind "prefix" has a key and a value row."""
+    return prompts.transpose(-3, -2).flatten(-2) if kind == "prefix" else prompts
+
+
+@contextmanager
+def _as_scored(model: VPT) -> Iterator[None]:
+    """Eval mode, and no checkpointing: a block would be run again after the prompts were swapped
+    back."""
+    was_training = model.training
+    as_is = not any(module.training for module in model.modules())
+    layers = [layer.checkpoint for layer in model.layers]
+    backbone_too = getattr(model.backbone, "grad_checkpointing", None)
+    if not as_is:
+        model.eval()
+    model.set_grad_checkpointing(False)
+    if backbone_too is not None:
+        model.backbone.grad_checkpointing = False
+    try:
+        with torch.inference_mode(False):
+            yield
+    finally:
+        if not as_is:
+            model.train(was_training)
+        for layer, checkpoint in zip(model.layers, layers, strict=True):
+            layer.checkpoint = checkpoint
+        if backbone_too is not None:
+            model.backbone.grad_checkpointing = backbone_too

@@ -1,0 +1,226 @@
+"""Training of a model that is to be pruned: soft masks, and the whole model as its teacher."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcx.backbones.spec import dissect
+from pcx.models.block_forward import found_on
+from pcx.models.vpt.block import PromptedBlock
+from pcx.models.vpt.model import VPT
+from pcx.token_pruning import stages
+from pcx.token_pruning.soft_masks import TEMPERATURE, SoftPruning, soft_prune
+from pcx.training.evaluation import accelerator_for
+from pcx.training.fitting import fit
+
+WEIGHT = 0.5  # of distillation and of KL, as DynamicViT publishes them
+
+
+def finetune(
+    model: nn.Module,
+    loader,
+    *,
+    layers: Sequence[int],
+    keep: float | Sequence[float],
+    iters: int | Sequence[int],
+    epochs: int,
+    lr: float,
+    temperature: float = TEMPERATURE,
+    cls_boost: bool = True,
+    variances: tuple[float, float] = stages.VARIANCES,
+    distill: float = WEIGHT,
+    kl: float = WEIGHT,
+    opt: str = "momentum",
+    weight_decay: float = 1e-3,
+    clip_grad: float | None = None,
+    amp: str = "no",
+    seed: int = 0,
+    progress: bool = True,
+) -> list[dict]:
+    """Trains a model for `pcx.zero_tprune`, under soft masks (Zero-TPrune, Sec. C).
+
+    The teacher is the model as it comes, unpruned; the loss is `three_term_loss`. The model is left
+    unpruned: prune it afterwards with the same `layers`, `keep` and `iters`, and `similar=0`. Other
+    settings need a training of their own, and the unpruned model loses by it. `pcx.fit` of a model
+    that is pruned already, whose tokens are really dropped, is the cheaper rival to compare with
+    (benchmarks/zero_tprune_finetune.py).
+
+    Args:
+        model: a `pcx.VPT`, whose prompts and head are trained, or a timm vision transformer, of
+            which is trained what requires gradients; trained already, and not pruned.
+        loader: as `pcx.fit` takes it.
+        layers, keep, iters, temperature, cls_boost, variances: as `soft_prune` takes them.
+        epochs, lr: of this training, without warm-up; a VPT's recorded rate stays as it is.
+        distill, kl: weights of the loss's second and third term.
+        opt, weight_decay, clip_grad, amp, seed, progress: as `pcx.fit` takes them.
+
+    Returns:
+        As `pcx.fit` does; loss and accuracy are those under soft masks.
+
+    Raises:
+        ValueError: an argument does not fit, or the model cannot be pruned softly.
+        NonFiniteLoss: as `pcx.fit` raises it. After this or any other exception masks and teacher
+            are gone; the weights are as `pcx.fit` leaves them.
+
+    Example:
+        >>> setting = {"layers": (3, 6, 9), "keep": 0.7, "iters": (30, 5, 1)}
+        >>> pcx.token_pruning.finetune(model, loader, **setting, epochs=5, lr=0.1)
+        >>> pruning = pcx.zero_tprune(model, **setting)
+    """
+    _check_weights(distill, kl)
+    if found_on(model):
+        raise ValueError("model: its tokens are pruned already; call the handle's remove() first")
+    if type(model).__module__.startswith("transformers."):
+        raise ValueError(
+            f"model: {type(model).__name__} does not give logits alone; give a pcx.VPT over it"
+        )
+    with accelerator_for(amp, seed) as accelerator:
+        model.to(accelerator.device)  # before the teacher shares its memory
+    teacher = Teacher(model)
+    soft = soft_prune(
+        model,
+        layers=layers,
+        keep=keep,
+        iters=iters,
+        temperature=temperature,
+        cls_boost=cls_boost,
+        variances=variances,
+    )
+    lesson = _Lesson(teacher, soft, distill, kl)
+    hook = model.register_forward_hook(lesson.hear)
+    rate = model.trained_lr if isinstance(model, VPT) else None
+    try:
+        return fit(
+            model,
+            loader,
+            epochs=epochs,
+            lr=lr,
+            warmup_epochs=0,
+            criterion=lesson.criterion,
+            opt=opt,
+            weight_decay=weight_decay,
+            clip_grad=clip_grad,
+            amp=amp,
+            seed=seed,
+            progress=progress,
+        )
+    finally:
+        hook.remove()
+        soft.remove()
+        if isinstance(model, VPT):
+            model.trained_lr = rate
+
+
+def three_term_loss(
+    logits: Tensor,
+    labels: Tensor,
+    tokens: Tensor,
+    mask: Tensor,
+    teacher_logits: Tensor,
+    teacher_tokens: Tensor,
+    *,
+    distill: float = WEIGHT,
+    kl: float = WEIGHT,
+) -> Tensor:
+    """CE + lambda_distill L_distill + lambda_KL L_KL (Zero-TPrune, Sec. C, Eq. 7).
+
+    L_distill = sum_i m_i |t_i - t'_i|^2 / (D sum_i m_i) over the tokens of the last block, each
+    normalised to mean 0 and variance 1 over its features, as DynamicViT compares them behind the
+    last norm; m_i weighs the tokens and is not trained by it. L_KL = KL(y || y') of the predicted
+    classes, y the student's. The weights of 0.5 are DynamicViT's.
+
+    Args:
+        logits, teacher_logits: [B, C].
+        labels: [B], integers.
+        tokens, teacher_tokens: [B, N, D]; `SoftPruning.tokens`, and what a `Teacher` gives.
+        mask: [B, N]; the last of `SoftPruning.masks`.
+        distill, kl: lambda_distill and lambda_KL.
+
+    Returns:
+        [B], the loss of each sample.
+
+    Raises:
+        ValueError: student and teacher differ in shape, or a weight is negative.
+    """
+    _check_weights(distill, kl)
+    for name, mine, theirs in (
+        ("logits", logits, teacher_logits),
+        ("tokens", tokens, teacher_tokens),
+    ):
+        if mine.shape != theirs.shape:
+            raise ValueError(
+                f"{name}: shape {tuple(mine.shape)}, but the teacher's is {tuple(theirs.shape)}"
+            )
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    size = tokens.shape[-1:]
+    student, teacher = (F.layer_norm(t.to(wide), size) for t in (tokens, teacher_tokens))
+    weights = mask.detach().to(wide)
+    distance = (student - teacher).square().mean(-1)  # [B, N]
+    likeness = (weights * distance).sum(1) / weights.sum(1)
+    mine, theirs = logits.to(wide).log_softmax(-1), teacher_logits.to(wide).log_softmax(-1)
+    divergence = (mine.exp() * (mine - theirs)).sum(-1)
+    return F.nll_loss(mine, labels.long(), reduction="none") + distill * likeness + kl * divergence
+
+
+class Teacher:
+    """A frozen copy of a model as it is; of a VPT, over the same backbone's memory.
+
+    Called with images it gives logits [B, C] and what the last block gave [B, N, D].
+
+    Args:
+        model: a `pcx.VPT`, or what `pcx.zero_tprune` takes, not pruned.
+    """
+
+    def __init__(self, model: nn.Module):
+        if isinstance(model, VPT):
+            self.model: Any = model.keep([range(m) for m in model.counts])
+            blocks = self.model.layers
+        else:
+            self.model = copy.deepcopy(model)
+            blocks = self.model.get_submodule(dissect(self.model).blocks)
+        self.model.eval().requires_grad_(False)
+        self.last: Any = blocks[-1]
+        if isinstance(self.last, PromptedBlock):
+            self.last.read_tokens = None  # all tokens are compared
+
+    @torch.no_grad()
+    def __call__(self, images: Any) -> tuple[Tensor, Tensor]:
+        seen: list[Any] = []
+        hook = self.last.register_forward_hook(lambda _, __, out: seen.append(out))
+        try:
+            out = self.model(images)
+        finally:
+            hook.remove()
+        tokens = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+        return getattr(out, "logits", out), tokens
+
+
+class _Lesson:
+    """Lets the teacher see each batch of the student, for a criterion that `fit` can call."""
+
+    def __init__(self, teacher: Teacher, soft: SoftPruning, distill: float, kl: float):
+        self.teacher, self.soft = teacher, soft
+        self.distill, self.kl = distill, kl
+        self.heard: tuple[Tensor, Tensor] | None = None
+
+    def hear(self, _: nn.Module, arguments: tuple, __: Tensor) -> None:
+        self.heard = self.teacher(*arguments)
+
+    def criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
+        assert self.heard is not None
+        tokens, mask = self.soft.tokens, self.soft.masks[-1]
+        return three_term_loss(
+            logits, labels, tokens, mask, *self.heard, distill=self.distill, kl=self.kl
+        )
+
+
+def _check_weights(distill: float, kl: float) -> None:
+    for name, weight in {"distill": distill, "kl": kl}.items():
+        if not weight >= 0:
+            raise ValueError(f"{name}: {weight}, expected a weight of 0 or more")

@@ -1,0 +1,90 @@
+"""After which layers how many image tokens are dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pcx.backbones.spec import Anatomy
+from pcx.models.block_forward import read_tokens_of
+from pcx.models.vpt.block import PromptedBlock
+from pcx.token_pruning import stages
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is dropped after one layer."""
+
+    layer: int  # counted from 1
+    keep: float  # share of the patches that S leaves
+    iters: int
+    similar: int
+
+    def left(self, patches: int) -> int:
+        """How many of them stay in the end; halves are rounded up.
+
+        Raises:
+            ValueError: none would stay.
+        """
+        stay = int(round((patches - self.similar) * self.keep, 9) + 0.5)
+        if stay < 1:
+            raise ValueError(
+                f"keep: {self.keep} after layer {self.layer} leaves none of {patches} patches, of "
+                f"which {self.similar} are similar"
+            )
+        return stay
+
+
+def steps_of(layers: Any, keep: Any, iters: Any, similar: Any) -> list[Step]:
+    """Raises a ValueError where lengths differ or a number is out of range."""
+    if not isinstance(layers, Sequence):
+        raise ValueError(f"layers: {layers!r}, expected a sequence of layers, counted from 1")
+    layers = list(layers)
+    if not layers:
+        raise ValueError("layers: none; name the layers after which to prune, counted from 1")
+    settings = {"keep": keep, "iters": iters, "similar": similar}
+    for name, given in settings.items():
+        many = isinstance(given, Sequence)
+        settings[name] = list(given) if many else [given] * len(layers)
+        if len(settings[name]) != len(layers):
+            raise ValueError(f"{name}: {len(settings[name])} values for {len(layers)} layers")
+    steps = [Step(*each) for each in zip(layers, *settings.values(), strict=True)]
+    for step in steps:
+        if not isinstance(step.keep, float | int) or not 0 < step.keep <= 1:
+            raise ValueError(f"keep: {step.keep} after layer {step.layer}, expected 0 < keep <= 1")
+        for name in ("layer", "iters", "similar"):
+            value = getattr(step, name)
+            least = int(name != "similar")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                where = "layers" if name == "layer" else name
+                raise ValueError(f"{where}: {value!r}, expected a whole number, {least} or more")
+    return steps
+
+
+def check_layers(blocks: list, anatomy: Anatomy, steps: list[Step], *, needs_cls: bool) -> None:
+    """Raises a ValueError where tokens cannot be dropped after such layers."""
+    if needs_cls and not anatomy.has_cls:
+        raise ValueError(
+            "cls_boost: the model has no [CLS] token; give cls_boost=False, and no ranking 'cls'"
+        )
+    layers = [step.layer for step in steps]
+    if any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
+        raise ValueError(f"layers: {layers}, expected ascending ones, none twice")
+    last = len(blocks)
+    if isinstance(blocks[-1], PromptedBlock) and read_tokens_of(blocks[-1]) is not None:
+        last -= 1  # computes the head's tokens alone: there is nothing left to drop
+    if layers[-1] > last:
+        raise ValueError(f"layers: {layers}, expected 1 to {last} of {len(blocks)}")
+
+
+def check_counts(steps: list[Step], patches: int, partition: str) -> None:
+    """Raises a ValueError where so many patches do not suffice."""
+    for step in steps:
+        most = stages.offered(patches, partition)
+        if step.similar > most:
+            raise ValueError(
+                f"similar: {step.similar} after layer {step.layer}, where {patches} patches are "
+                f"left, of which {most} could be dropped"
+            )
+        patches = step.left(patches)

@@ -1,0 +1,306 @@
+"""Soft pruning, for training: masks that fade tokens out of attention in place of dropping them.
+
+Zero-TPrune's supplement (Sec. C) replaces the choice of tokens by a mask that can be differentiated
+and leaves the S-stage out. It says that a masked token has little influence on what follows, but
+not how. Scaling its features would do nothing where a LayerNorm follows, as in every pre-norm
+block; here the logarithm of the mask is added to the logits of later attention, so that a mask of
+0 takes a token out of every softmax. What [CLS] computes is then, as T -> 0, exactly what it
+computes where the tokens are dropped.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcx.backbones import attention
+from pcx.backbones.spec import Anatomy
+from pcx.models.block_forward import Carried, StandIn
+from pcx.models.vpt.block import PromptedBlock
+from pcx.ops import reference
+from pcx.token_pruning import stages
+from pcx.token_pruning.handles import SetUp, anatomy_of, biased, blocks_of, clear, patches_of, seen
+from pcx.token_pruning.schedule import Step, check_counts, check_layers, steps_of
+
+TEMPERATURE = 0.1
+
+
+def soft_prune(
+    model: nn.Module,
+    *,
+    layers: Sequence[int],
+    keep: float | Sequence[float],
+    iters: int | Sequence[int],
+    temperature: float = TEMPERATURE,
+    cls_boost: bool = True,
+    variances: tuple[float, float] = stages.VARIANCES,
+) -> SoftPruning:
+    """Fades image tokens out after some layers, differentiably (Zero-TPrune, Sec. C, Eq. 6).
+
+    After each of `layers`, log sigmoid((s - theta) / T) of each token's importance s is added to
+    the logits of its key in all later layers, and layers add up: the masks multiply. Nothing is
+    dropped. As T -> 0 the model computes what it does under `pcx.zero_tprune` with the same
+    arguments and no S-stage. Its weights and `state_dict` stay as they are.
+
+    Args:
+        model: as `pcx.zero_tprune` takes it, with a head that reads [CLS] alone; changed in place
+            until `remove` is called, in place of a pruning that is set up. A VPT computes all
+            tokens of its last layer until then.
+        layers, keep, iters, cls_boost, variances: as `pcx.zero_tprune` takes them.
+        temperature: T, of scores whose mean is 1, above 0.
+
+    Returns:
+        A handle: `remove()`, and `masks` and `tokens` after a forward.
+
+    Raises:
+        ValueError: an argument is out of range or of another length than `layers`, the backbone is
+            not supported, or something that is not of pcx stands in for a layer.
+        RuntimeError: in training, where a Hugging Face block recomputes itself in the backward
+            pass.
+    """
+    _check_temperature(temperature)
+    stages.check_variances(variances)
+    anatomy = anatomy_of(model)
+    blocks = blocks_of(model, anatomy)
+    steps = steps_of(layers, keep, iters, 0)
+    check_layers(blocks, anatomy, steps, needs_cls=cls_boost)
+    if anatomy.read_tokens is None:
+        raise ValueError(
+            f"model: the head of {anatomy.family} reads image tokens, of which soft pruning drops "
+            "none; expected one that reads [CLS] alone (timm: global_pool='token')"
+        )
+    patches = patches_of(model)
+    if patches is not None:
+        check_counts(steps, patches, "none")
+    first, last = steps[0].layer, len(blocks)
+    clear(model, blocks, range(first, last + 1))
+    making = _Making(anatomy.prefix_tokens, temperature, cls_boost, variances)
+    at = {step.layer: step for step in steps}
+    soft = [
+        _SoftForward(blocks[i - 1], at.get(i), making, last=i == last)
+        for i in range(first, last + 1)
+    ]
+    return SoftPruning(steps, soft, anatomy)
+
+
+class SoftPruning(SetUp):
+    """What `soft_prune` set up; `remove` takes it away again.
+
+    Attributes:
+        steps: how many tokens fade out after which layer, in their order.
+        prefix_tokens: tokens before the patches.
+        patch_pixels: of one patch.
+    """
+
+    def __init__(self, steps: Sequence[Step], soft: Sequence[_SoftForward], anatomy: Anatomy):
+        super().__init__(soft, anatomy)
+        self.steps = tuple(steps)
+        self._soft = tuple(soft)
+
+    @property
+    def masks(self) -> list[Tensor]:
+        """Of the last batch, after each step: the product of the masks so far, [B, N]."""
+        known = [soft.known for soft in self._soft if soft.step is not None]
+        return [each.log_mask.exp() for each in seen("masks, tokens", known)]
+
+    @property
+    def tokens(self) -> Tensor:
+        """Of the last batch: what the last block gave, [B, N, D]."""
+        (tokens,) = seen("masks, tokens", [self._soft[-1].tokens])
+        return tokens
+
+
+def threshold(scores: Tensor, keep: int) -> Tensor:
+    """theta of Eq. 6: midway between the lowest score that stays and the highest that does not.
+
+    Exactly `keep` scores of a sample lie above it unless the two are equal. It moves with the
+    scores, so that raising all of them alike changes no mask.
+
+    Args:
+        scores: [B, P], of patches.
+        keep: 1 to P - 1.
+
+    Returns:
+        [B, 1].
+    """
+    ranked = scores.sort(dim=1, descending=True).values
+    return (ranked[:, keep - 1, None] + ranked[:, keep, None]) / 2
+
+
+def log_soft_mask(scores: Tensor, keep: int, temperature: float, *, protected: int) -> Tensor:
+    """The logarithm of a soft mask, log sigmoid((s - theta) / T) (Eq. 6).
+
+    The mask itself would round to 0, whose logarithm has no gradient.
+
+    Args:
+        scores: [B, N], s.
+        keep: patches that stay, 1 to N - protected; where all do, no token is masked.
+        temperature: T, above 0.
+        protected: tokens at the front, never masked.
+
+    Returns:
+        [B, N], 0 or less.
+
+    Raises:
+        ValueError: `keep` or `temperature` is out of range.
+    """
+    _check_temperature(temperature)
+    patches = scores[:, protected:]
+    if not 1 <= keep <= patches.shape[1]:
+        raise ValueError(f"keep: {keep} of {patches.shape[1]} patches, expected 1 or more")
+    if keep == patches.shape[1]:
+        return torch.zeros_like(scores)
+    over = (patches - threshold(patches, keep)) / temperature
+    return F.pad(F.logsigmoid(over), (protected, 0))
+
+
+def importance(
+    q: Tensor,
+    k: Tensor,
+    log_mask: Tensor,
+    *,
+    iters: int,
+    cls_boost: bool = False,
+    variances: tuple[float, float] = stages.VARIANCES,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The I-stage's scores among tokens of weights m = exp(log_mask), differentiable (Sec. 3.2).
+
+    A token votes with its weight at first, s_0 = m, and is voted for by softmax(q k^T scale +
+    log m); N is sum(m) throughout. Of weights 0 and 1 these are `stages.importance`'s scores among
+    the tokens of weight 1. They are divided by their weighted mean, so that a temperature means the
+    same for any N.
+
+    Args:
+        q, k: [B, H, N, d].
+        log_mask: [B, N], 0 or less.
+        iters: of PageRank.
+        cls_boost: whether the first token, [CLS], starts sqrt(N) times above the others.
+        variances: bounds of the head filter.
+        scale: of the attention, 1/sqrt(d) by default.
+        bias: as SDPA's attn_mask, broadcastable to [B, H, N, N].
+
+    Returns:
+        [B, N] float32 (float64 for float64), of weighted mean 1.
+    """
+    batch, heads, n, dim = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    log_mask = log_mask.to(wide)
+    weights = log_mask.exp()  # [B, N]
+    total = weights.sum(1, keepdim=True)  # [B, 1]
+    start = torch.cat([weights[:, :1] * total.sqrt(), weights[:, 1:]], 1) if cls_boost else weights
+    start = start / start.sum(1, keepdim=True)
+    columns = log_mask[:, None, None]  # [B, 1, 1, N]
+    if bias is not None:
+        columns = columns + reference.additive(bias, wide)
+    scale = 1 / math.sqrt(dim) if scale is None else scale
+    init = start[:, None].expand(batch, heads, n)
+    # Written out: the op for inference has no gradient.
+    scores = reference.weighted_pagerank(q, k, init, columns, None, None, iters, scale)  # [B, H, N]
+    used = _passed(scores.detach(), weights.detach(), *variances)[..., None].to(wide)
+    # A norm has a gradient where all heads' scores are 0, unlike the root of a sum.
+    combined = torch.linalg.vector_norm(scores * used, dim=1) / used.sum(1)  # Eq. 2, [B, N]
+    return combined * total / (combined * weights).sum(1, keepdim=True)
+
+
+def _passed(scores: Tensor, weights: Tensor, low: float, high: float) -> Tensor:
+    """`stages.filter_heads` among tokens of weights [B, N]: scores [B, H, N] -> [B, H]."""
+    weights, total = weights[:, None], weights.sum(1)[:, None]  # [B, 1, N], [B, 1]
+    scores = scores * total[..., None]
+    mean = (scores * weights).sum(-1) / total
+    variance = ((scores - mean[..., None]).square() * weights).sum(-1) / total
+    return stages.within(variance, low, high)
+
+
+class Faded(NamedTuple):
+    """What travels with tokens that fade."""
+
+    log_mask: Tensor  # [B, N], the sum over the steps so far
+    left: int  # patches that would be left
+
+
+class _Making(NamedTuple):
+    """How masks are made."""
+
+    protected: int
+    temperature: float
+    cls_boost: bool
+    variances: tuple[float, float]
+
+    def after(self, step: Step, call: attention.Call, bias: Tensor | None, known: Faded) -> Faded:
+        """One more mask, of the attention call of a block, whose own bias is given."""
+        stay = step.left(known.left)
+        if stay == known.left or call.q.device.type == "meta":  # shapes alone: nothing to rank
+            return Faded(known.log_mask, stay)
+        scores = importance(
+            call.q,
+            call.k,
+            known.log_mask,
+            iters=step.iters,
+            cls_boost=self.cls_boost,
+            variances=self.variances,
+            scale=call.scale,
+            bias=bias,
+        )
+        mask = log_soft_mask(scores, stay, self.temperature, protected=self.protected)
+        return Faded(known.log_mask + mask, stay)
+
+
+class _SoftForward(StandIn):
+    def __init__(self, block: nn.Module, step: Step | None, making: _Making, *, last: bool):
+        super().__init__(block)
+        self.step, self.making, self.last = step, making, last
+        self.known: Faded | None = None  # after a step
+        self.tokens: Tensor | None = None  # [B, N, D], of the last block
+        self.own_bias: Tensor | None = None
+
+    def install(self) -> None:
+        super().install()
+        self.read_tokens: int | None = None
+        if isinstance(self.block, PromptedBlock):  # the loss compares all tokens
+            self.read_tokens, self.block.read_tokens = self.block.read_tokens, None
+
+    def remove(self) -> None:
+        if isinstance(self.block, PromptedBlock) and self.block.__dict__.get("forward") is self:
+            self.block.read_tokens = self.read_tokens
+        self.known = self.tokens = None
+        super().remove()
+
+    def __deepcopy__(self, memo: dict) -> _SoftForward:
+        """Without what a forward in training left, which cannot be copied."""
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        kept = {**self.__dict__, "known": None, "tokens": None, "own_bias": None}
+        other.__dict__.update(copy.deepcopy(kept, memo))
+        return other
+
+    def before(self, call: attention.Call, known: Faded | None) -> attention.Call:
+        self.own_bias = call.bias
+        return call if known is None else biased(call, known.log_mask[:, None, None])
+
+    def after(self, tokens: Tensor, call: attention.Call, known: Faded | None) -> Tensor | Carried:
+        if known is None:
+            batch, _, n, _ = call.q.shape
+            known = Faded(call.q.new_zeros(batch, n), n - self.making.protected)
+        if self.step is not None:
+            known = self.known = self.making.after(self.step, call, self.own_bias, known)
+        self.own_bias = None
+        if not self.last:
+            return Carried(tokens, known)
+        self.tokens = tokens
+        return tokens
+
+
+def _check_temperature(temperature: float) -> None:
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(
+            f"temperature: {temperature}, expected a positive number; the smaller, the closer to "
+            "dropping tokens"
+        )

@@ -1,0 +1,95 @@
+"""Accuracy and loss over a loader."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DataLoaderConfiguration, parse_flag_from_env
+from torch import Tensor, nn
+
+from pcx.training.batches import images_and_labels
+from pcx.training.objectives import Criterion, per_sample_loss
+
+
+@contextmanager
+def accelerator_for(amp: str = "no", seed: int = 0) -> Iterator[Accelerator]:
+    """An Accelerator for one call alone; the caller's own, of whatever precision, is put back."""
+    if amp not in ("no", "bf16", "fp16"):
+        raise ValueError(f"amp: got {amp!r}, expected 'no', 'bf16' or 'fp16'")
+    before = dict(AcceleratorState._shared_state)
+    AcceleratorState._reset_state(reset_partial_state=False)
+    # Processes must shuffle alike; one alone shuffles by the loader's or torch's own generator.
+    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes
+    loading = DataLoaderConfiguration(use_seedable_sampler=processes > 1, data_seed=seed)
+    try:
+        yield Accelerator(mixed_precision=amp, dataloader_config=loading)
+    finally:
+        AcceleratorState._shared_state.clear()
+        AcceleratorState._shared_state.update(before)
+
+
+def gathered(accelerator: Accelerator, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """One row per sample from all processes, without the samples that padded the last batch."""
+    if accelerator.num_processes == 1:  # nothing to drop, whatever the sampler's length
+        return tensors
+    return accelerator.gather_for_metrics(tensors)
+
+
+def evaluate(
+    model: nn.Module, loader, *, criterion: Criterion | None = None, amp: str = "no"
+) -> dict:
+    """Accuracy and mean loss; each sample counts once, also where processes share the loader.
+
+    Args:
+        model: maps images to logits [B, C]; moved to the accelerator's device and put in eval mode
+            for the length of the call.
+        loader: yields (images, labels), or dicts of "pixel_values" and "labels".
+        criterion: (logits, labels) -> one loss per sample [B]; cross-entropy by default.
+        amp: "no", "bf16" or "fp16".
+
+    Returns:
+        {"accuracy": percent, "loss": mean, "samples": count}.
+
+    Raises:
+        ValueError: the loader is empty, or the criterion does not give one value per sample.
+    """
+    with accelerator_for(amp) as accelerator:
+        model.to(accelerator.device)
+        return evaluate_on(accelerator, model, accelerator.prepare(loader), criterion)
+
+
+@torch.no_grad()
+def evaluate_on(
+    accelerator: Accelerator, model: nn.Module, loader, criterion: Criterion | None = None
+) -> dict:
+    """`evaluate` with a model on the accelerator's device and a loader it has prepared."""
+    modes = [(module, module.training) for module in model.modules()]
+    loss, correct, samples = 0.0, 0, 0
+    model.eval()
+    try:
+        for batch in loader:
+            images, labels = images_and_labels(batch)
+            with accelerator.autocast():
+                logits = model(images)
+            losses = per_sample_loss(logits, labels, criterion)
+            losses, hits = gathered(accelerator, losses, logits.argmax(-1) == labels)
+            loss += float(losses.double().sum())
+            correct += int(hits.sum())
+            samples += len(losses)
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not samples:
+        raise ValueError("loader: it yielded no sample")
+    return {"accuracy": 100 * correct / samples, "loss": loss / samples, "samples": samples}
+
+
+def standard_error(found: dict) -> float:
+    """Of an accuracy in percent, as a binomial proportion over its samples."""
+    share = found["accuracy"] / 100
+    return 100 * math.sqrt(share * (1 - share) / found["samples"])

@@ -1,0 +1,107 @@
+"""Reading each sample of a loader once, in order, without augmentation."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import timm.data
+from torch import nn
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+)
+
+_RANDOM = (
+    "Random",
+    "AutoAugment",
+    "RandAugment",
+    "AugMix",
+    "TrivialAugment",
+    "Jitter",
+    "GaussianBlur",
+    "GaussianNoise",
+    "Elastic",
+)
+
+
+@dataclass(frozen=True)
+class PlainLoader:
+    """A loader that yields each sample once, unshuffled, and what was done to get there."""
+
+    loader: Any
+    description: str
+
+
+def plain_loader(loader, config: dict) -> PlainLoader:
+    """Rebuilds a training loader so that each sample comes once, in order, without augmentation.
+
+    Shuffling, `drop_last` and random transforms are taken away from a `DataLoader` over a map-style
+    data set; a transform with random parts is replaced by the data set's own `eval_transform`, or
+    else by timm's evaluation transform for `config`. Anything else is read as it is, and the
+    description says so.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return PlainLoader(
+            loader, "the loader as given (not a DataLoader over a map-style data set)"
+        )
+    batches = loader.batch_sampler
+    if batches is not None and type(batches) is not BatchSampler:
+        return PlainLoader(loader, f"the samples that {type(batches).__name__} gives, as given")
+    dataset, transform = _without_augmentation(loader.dataset, config)
+    given, sampler, said = getattr(batches, "sampler", loader.sampler), None, "in order"
+    if isinstance(given, SubsetRandomSampler):
+        dataset = Subset(dataset, list(given.indices))
+    elif not isinstance(given, RandomSampler | SequentialSampler):
+        sampler, said = given, f"as {type(given).__name__} gives them"
+    size = loader.batch_size or getattr(batches, "batch_size", None)
+    plain = rebuilt(loader, dataset, batch_size=size, sampler=sampler)
+    return PlainLoader(plain, f"{len(dataset)} samples {said}, {transform}")
+
+
+def rebuilt(loader: DataLoader, dataset: Any, **order: Any) -> DataLoader:
+    """A loader over another data set or in another order, whose workers do as this one's."""
+    return DataLoader(
+        dataset,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        **order,
+    )
+
+
+def _without_augmentation(dataset: Any, config: dict) -> tuple[Any, str]:
+    if isinstance(dataset, Subset):
+        inner, what = _without_augmentation(dataset.dataset, config)
+        return Subset(inner, dataset.indices), what
+    if isinstance(dataset, ConcatDataset):
+        parts, said = zip(
+            *(_without_augmentation(d, config) for d in dataset.datasets), strict=True
+        )
+        return ConcatDataset(parts), " and ".join(dict.fromkeys(said))
+    transform = getattr(dataset, "transform", None)
+    if transform is None or not _is_random(transform):
+        return dataset, "transform as given"
+    plain = copy.copy(dataset)
+    if getattr(dataset, "eval_transform", None) is not None:
+        plain.transform = dataset.eval_transform
+        return plain, "with the data set's evaluation transform"
+    plain.transform = timm.data.create_transform(**config, is_training=False)
+    return plain, "with timm's evaluation transform in place of the random one"
+
+
+def _is_random(transform) -> bool:
+    if any(word in type(transform).__name__ for word in _RANDOM):
+        return True
+    parts = transform if isinstance(transform, nn.Sequential) else None
+    parts = getattr(transform, "transforms", parts)
+    return isinstance(parts, list | tuple | nn.Sequential) and any(map(_is_random, parts))

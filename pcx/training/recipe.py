@@ -1,0 +1,79 @@
+"""What a training run depends on besides its data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+from timm.scheduler import create_scheduler_v2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run depends on besides its data; a resumed run must have the same."""
+
+    epochs: int
+    lr: float
+    weight_decay: float
+    momentum: float
+    opt: str
+    warmup_epochs: float
+    clip_grad: float | None
+    amp: str
+    seed: int
+    updates_per_epoch: int
+    criterion: str
+    frozen: str | None  # fingerprint of the frozen weights, of a run that writes checkpoints
+
+
+def learning_rate_of(lr, base_lr, loader, accelerator: Accelerator) -> float:
+    if (lr is None) == (base_lr is None):
+        raise ValueError(f"lr: give lr or base_lr, one of them; got lr={lr}, base_lr={base_lr}")
+    if lr is None:
+        batch = getattr(loader, "batch_size", None)
+        if batch is None:
+            raise ValueError("base_lr: the loader has no batch_size to scale it by; give lr")
+        lr = base_lr * batch * accelerator.num_processes / 256
+    if not (lr > 0 and math.isfinite(lr)):
+        raise ValueError(f"lr: {lr}, expected a positive number")
+    return float(lr)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    if not 0 <= recipe.warmup_epochs < recipe.epochs:
+        raise ValueError(
+            f"warmup_epochs: {recipe.warmup_epochs}, expected 0 or more and under {recipe.epochs}"
+        )
+    if recipe.weight_decay < 0:
+        raise ValueError(f"weight_decay: {recipe.weight_decay}, expected 0 or more")
+    if recipe.clip_grad is not None and recipe.clip_grad <= 0:
+        raise ValueError(f"clip_grad: {recipe.clip_grad}, expected a positive number or None")
+
+
+def positive_count(name: str, value: int) -> int:
+    if int(value) != value or value < 1:
+        raise ValueError(f"{name}: {value}, expected a whole number of at least 1")
+    return int(value)
+
+
+def updates_per_epoch_of(loader, accelerator: Accelerator) -> int:
+    try:
+        return max(1, math.ceil(len(loader) / accelerator.num_processes))
+    except TypeError:
+        raise ValueError("loader: it has no length, which the schedule needs") from None
+
+
+def cosine_schedule(optimizer, recipe: Recipe):
+    warmup = recipe.warmup_epochs
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="cosine",
+        num_epochs=recipe.epochs - warmup,  # type: ignore[arg-type]  # halves of an epoch do
+        warmup_epochs=warmup,  # type: ignore[arg-type]
+        warmup_prefix=True,
+        warmup_lr=recipe.lr / max(1, warmup * recipe.updates_per_epoch),
+        step_on_epochs=False,
+        updates_per_epoch=recipe.updates_per_epoch,
+    )
+    return scheduler
