@@ -1,4 +1,6 @@
-"""Trains the embedded backbone: `python -m pcx.experiments.pretrain --out FOLDER` (one GPU, minutes).
+"""Trains the embedded backbone: `python -m pcx.experiments.pretrain --out FOLDER`.
+
+One GPU, minutes.
 
 Writes `scenes_vit.safetensors` and its log `scenes_vit.csv`. Every scene is new; accuracy is
 measured on scenes from another seed.
