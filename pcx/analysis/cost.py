@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pcx.backbones.inputs import input_size
+from pcx.models.block_forward import found_on
 from pcx.models.vpt.model import VPT
 
 BATCH = 64
@@ -82,7 +83,6 @@ def token_cost(model: VPT, *, threshold: float = 20.0) -> dict:
     Raises:
         ValueError: image tokens are dropped or merged on the way.
     """
-    from pcx.token_pruning.stand_in import found_on  # which counts with this module
 
     if found_on(model):
         raise ValueError(

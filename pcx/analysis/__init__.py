@@ -1,0 +1,1 @@
+"""What a tuned model costs and computes, in numbers and figures."""

@@ -1,0 +1,1 @@
+"""Prompt Condensation: score, select, fine-tune."""

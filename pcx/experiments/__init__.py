@@ -1,0 +1,1 @@
+"""Runs whose results are figures and tables."""

@@ -1,0 +1,1 @@
+"""Tuned models: a frozen backbone, and what a method adds to it."""

@@ -1,0 +1,1 @@
+"""Training and evaluation of any tuned model."""
