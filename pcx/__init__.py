@@ -2,11 +2,12 @@
 
 from pcx.analysis.cost import multiply_adds, token_cost
 from pcx.checkpoints.saving import load, save
-from pcx.condensation.condensing import Condensation, condense
+from pcx.condensation.condensing import condense
 from pcx.condensation.scoring import score
 from pcx.condensation.selection import select
 from pcx.deployment.freezing import freeze
 from pcx.deployment.multi_task import ensemble
+from pcx.models.record import Condensation
 from pcx.models.vpt.model import VPT
 from pcx.ops.prefix_attention import prefix_attention
 from pcx.ops.weighted_pagerank import weighted_pagerank

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pcx.backbones.inputs import input_size
+from pcx.backbones.probing import hollow
 from pcx.models.block_forward import found_on
 from pcx.models.vpt.model import VPT
 
@@ -59,7 +57,7 @@ def multiply_adds_by_module(model: nn.Module) -> dict[str, float]:
 
     The names begin with the model's class: "VisionTransformer.blocks.0.attn".
     """
-    counts = _operations(_hollow(model), input_size(model))
+    counts = _operations(hollow(model), input_size(model))
     return {name: operations / 2 / BATCH for name, operations in counts.items()}
 
 
@@ -106,23 +104,11 @@ def token_cost(model: VPT, *, threshold: float = 20.0) -> dict:
 
 
 def _flops(model: VPT, size: tuple[int, int, int], path: str) -> int:
-    hollow = _hollow(model)
-    hollow.path = path
-    for layer in hollow.layers:  # every token, on both paths and without prompts
+    shapes = hollow(model)
+    shapes.path = path
+    for layer in shapes.layers:  # every token, on both paths and without prompts
         layer.read_tokens = None
-    return _operations(hollow, size)[WHOLE]
-
-
-def _hollow(model: nn.Module) -> Any:
-    """A copy in eval mode whose weights have shapes alone."""
-    shapes = {id(t): _on_meta(t) for t in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, shapes).eval()
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(tensor.detach().to("meta"), requires_grad=False)
-    return tensor.to("meta")
+    return _operations(shapes, size)[WHOLE]
 
 
 @torch.no_grad()
@@ -141,4 +127,4 @@ def _operations(hollow: nn.Module, size: tuple[int, int, int]) -> dict[str, int]
 
 def _tokens(model: VPT, size: tuple[int, int, int]) -> int:
     pixels = 3 * size[1] * size[2]
-    return pixels // model.anatomy.patch_elements + model.anatomy.prefix_tokens
+    return pixels // (model.spec.patch_elements or pixels) + model.spec.prefix_tokens

@@ -1,4 +1,4 @@
-"""The one seam of pcx: the attention call that a transformer block makes.
+"""Interception of the attention call that a transformer block makes.
 
 Nearly every attention module of timm, and the sdpa path of Hugging Face, ends in one call of
 `F.scaled_dot_product_attention`. `intercept`, entered around a block's call, hands each such call
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -127,6 +128,15 @@ def capture(block: nn.Module, expected: int, x: Tensor, *args, **kwargs) -> list
     with contextlib.suppress(_Captured):
         run(block, expected, take, x, *args, **kwargs)
     return calls
+
+
+def fuse(backbone: Any) -> None:
+    """Turns fused attention on wherever a model has a switch for it."""
+    if hasattr(backbone, "set_attn_implementation"):
+        backbone.set_attn_implementation("sdpa")
+    for module in backbone.modules():
+        if getattr(module, "fused_attn", True) is False:
+            module.fused_attn = True
 
 
 @torch.no_grad()

@@ -1,61 +1,144 @@
-"""Where a backbone keeps what pcx needs: its blocks, heads, prefix tokens and patch size."""
+"""What pcx knows of a backbone: its blocks, heads, prefix tokens and patch size."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from pcx.backbones import attention
+from pcx.backbones.inputs import input_size
+from pcx.backbones.probing import BlockSpec, probe_blocks, probe_listed
+from pcx.registry import Registry
 
-SUPPORTED = (
+# Of each library, by the package of a model's class, what cannot be found by running the model.
+FINDERS = Registry(
+    "backbone",
+    {
+        "timm": "pcx.backbones.timm_vit:facts_of",
+        "transformers": "pcx.backbones.hugging_face:facts_of",
+    },
+)
+PROMPTABLE = (
     "timm's VisionTransformer (ViT, AugReg, DeiT, DeiT-III, DINOv2, CLIP, SigLIP and others), "
     "VisionTransformerDistilled, VisionTransformerRelPos, Eva (EVA-02, DINOv3, RoPE ViTs), Beit, "
     "NaFlexVit, and Hugging Face's ...ForImageClassification of ViT, DeiT and DINOv2"
 )
 
-# Read tokens of Hugging Face heads; the others read all tokens.
-_HF_READ = {
-    "ViTForImageClassification": 1,
-    "DeiTForImageClassification": 1,
-    "DeiTForImageClassificationWithTeacher": 2,
-}
-
 
 @dataclass(frozen=True)
-class Anatomy:
+class BackboneSpec:
     """What pcx knows of a backbone.
 
-    `read_tokens` counts the tokens at the front that the head reads, None where it reads more.
+    Attributes:
+        family: name of its class.
+        heads: dotted names of the classifier modules, none where it has no head.
+        listed: dotted names of what the library lists as blocks, none where it has no such list.
+        dim: width of the features that the head reads.
+        prefix_tokens: [CLS], distillation and register tokens, which stand at the front.
+        read_tokens: how many tokens at the front the head reads, None where it reads more.
+        has_cls: whether the first token is [CLS].
+        patch_elements: 3 * patch height * patch width, None where images are not cut into patches.
+        blocks: what one probing forward found, in the order of their computation.
+        norm: dotted name of the norm that reads what the last block gives, None without one.
+        no_blocks: why `blocks` is empty, None where it is not.
     """
 
     family: str
-    blocks: str  # dotted name of the container of the blocks
-    heads: tuple[str, ...]  # dotted names of the classifier modules
+    heads: tuple[str, ...]
+    listed: tuple[str, ...]
     dim: int
-    prefix_tokens: int  # [CLS], distillation and register tokens at the front
+    prefix_tokens: int
     read_tokens: int | None
-    has_cls: bool  # whether the first token is [CLS]
-    patch_elements: int  # 3 * patch height * patch width, as the published initialisation has it
-    calls: tuple[int, ...]  # attention calls per block
-    heads_dims: tuple[tuple[int, int, int], ...]  # (H, d, dv) of each block's first call
+    has_cls: bool
+    patch_elements: int | None
+    blocks: tuple[BlockSpec, ...]
+    norm: str | None = None
+    no_blocks: str | None = None
+
+    def blocks_in(self, backbone: nn.Module) -> list[Any]:
+        """The blocks' modules in a backbone, or in a copy whose blocks are wrapped."""
+        return [backbone.get_submodule(block.name) for block in self.blocks]
 
 
-def dissect(backbone: Any) -> Anatomy:
-    """Reads a backbone's anatomy, turning its fused attention on.
+def find_spec(backbone: nn.Module) -> BackboneSpec:
+    """Finds a backbone's spec by the facts of its library and one forward on shapes alone.
+
+    Args:
+        backbone: a timm or Hugging Face model; not changed.
 
     Raises:
-        ValueError: the family is not supported; names it, why, and what is.
+        ValueError: the model has no head and features that its library says how to find; the
+            message says what was found and what is possible.
     """
+    facts = library_facts(backbone)
+    blocks, norm, reason = _blocks(backbone, facts["listed"], facts["dim"])
     family = type(backbone).__name__
+    return BackboneSpec(family=family, blocks=blocks, norm=norm, no_blocks=reason, **facts)
+
+
+def library_facts(backbone: nn.Module) -> dict[str, Any]:
+    """The fields of a spec that the backbone's library tells, without running the model.
+
+    Raises:
+        ValueError: as `find_spec` raises it.
+    """
     try:
-        find = _hugging_face if type(backbone).__module__.startswith("transformers.") else _timm
-        found = find(backbone)
-        _fuse(backbone)
-        shapes = [_probed(block, found["dim"]) for block in backbone.get_submodule(found["blocks"])]
+        return _finder(backbone)(backbone)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"backbone: {type(backbone).__name__} is not supported: {error}. Give a timm model, or "
+            "a model of Hugging Face for image classification"
+        ) from error
+
+
+def _finder(backbone: nn.Module) -> Any:
+    """By the package of the class or of one that it derives from; timm's of any other model."""
+    packages = [cls.__module__.partition(".")[0] for cls in type(backbone).__mro__]
+    return FINDERS[next((p for p in packages if p in FINDERS), "timm")]
+
+
+def _blocks(
+    backbone: nn.Module, listed: Sequence[str], dim: int
+) -> tuple[tuple[BlockSpec, ...], str | None, str | None]:
+    """The blocks, the norm behind them, and the reason where there are none."""
+    try:
+        blocks, norm = probe_blocks(backbone, input_size(backbone))
+    except Exception as error:  # a model may fail in any way on a tensor without values
+        try:
+            blocks, norm = probe_listed(backbone, listed, dim)
+        except Exception:
+            blocks, norm = (), None
+        if not blocks:
+            return (), None, f"its forward failed on an image without values ({error})"
+    if blocks:
+        return blocks, norm, None
+    return (
+        (),
+        None,
+        (
+            "no block adds what F.scaled_dot_product_attention gives to its input (convolutions, "
+            "nn.MultiheadAttention, or attention written out)"
+        ),
+    )
+
+
+def check_promptable(backbone: nn.Module, spec: BackboneSpec) -> None:
+    """Proves that prompts can be folded into the attention of every block.
+
+    Args:
+        backbone: with fused attention on; its blocks are run on a few made-up tokens.
+        spec: of the backbone.
+
+    Raises:
+        ValueError: prompts cannot be folded exactly; the message says why, and what is supported.
+    """
+    try:
+        _check_forms(spec.blocks, spec.no_blocks)
+        for name in spec.listed or [block.name for block in spec.blocks]:
+            attention.probe(backbone.get_submodule(name), spec.blocks[0].dim)
     except (
         AssertionError,
         AttributeError,
@@ -65,97 +148,21 @@ def dissect(backbone: Any) -> Anatomy:
         RuntimeError,
     ) as error:
         raise ValueError(
-            f"backbone: {family} is not supported: {error}. Supported: {SUPPORTED}"
+            f"backbone: {spec.family} is not supported: {error}. Supported: {PROMPTABLE}"
         ) from error
-    return Anatomy(
-        family=family,
-        calls=tuple(count for count, _ in shapes),
-        heads_dims=tuple(dims for _, dims in shapes),
-        **found,
-    )
 
 
-def _probed(block: nn.Module, dim: int) -> tuple[int, tuple[int, int, int]]:
-    calls = attention.probe(block, dim)
-    first = calls[0]
-    return len(calls), (first.k.shape[1], first.k.shape[3], first.v.shape[3])
-
-
-def _fuse(backbone: Any) -> None:
-    if hasattr(backbone, "set_attn_implementation"):
-        backbone.set_attn_implementation("sdpa")
-    for module in backbone.modules():
-        if getattr(module, "fused_attn", True) is False:
-            module.fused_attn = True
-
-
-def _timm(backbone: Any) -> dict:
-    if not isinstance(getattr(backbone, "blocks", None), nn.Sequential | nn.ModuleList):
-        raise ValueError("it has no list of blocks over one sequence of tokens")
-    classifiers = backbone.get_classifier()
-    classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
-    embed = getattr(backbone, "patch_embed", None) or backbone.embeds
-    patch = embed.patch_size
-    patch = patch if isinstance(patch, tuple) else (patch, patch)
-    return {
-        "blocks": "blocks",
-        "heads": _names(backbone, classifiers),
-        "dim": backbone.embed_dim,
-        "prefix_tokens": backbone.num_prefix_tokens,
-        "read_tokens": _timm_read(backbone),
-        "has_cls": any(getattr(m, "cls_token", None) is not None for m in (backbone, embed)),
-        "patch_elements": 3 * math.prod(patch),
-    }
-
-
-def _timm_read(backbone: Any) -> int | None:
-    """Exact only where the pooling takes tokens at the front that no position rotates."""
-    if getattr(backbone, "attn_pool", None) is not None or backbone.global_pool != "token":
-        return None
-    read = 2 if hasattr(backbone, "head_dist") else 1
-    return read if read <= backbone.num_prefix_tokens else None
-
-
-def _hugging_face(backbone: Any) -> dict:
-    heads = tuple(
-        name
-        for name in ("classifier", "cls_classifier", "distillation_classifier")
-        if isinstance(getattr(backbone, name, None), nn.Linear)
-    )
-    if not heads:
-        raise ValueError("it has no linear classifier: use its ...ForImageClassification class")
-    body_name = backbone.base_model_prefix
-    body = getattr(backbone, body_name)
-    for blocks in ("layers", "encoder.layer", "encoder.layers", "layer"):
-        try:
-            body.get_submodule(blocks)
-        except AttributeError:
-            continue
-        break
-    else:
-        raise ValueError("its list of layers was not found")
-    config = backbone.config
-    patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
-    return {
-        "blocks": f"{body_name}.{blocks}",
-        "heads": heads,
-        "dim": config.hidden_size,
-        "prefix_tokens": _hf_prefix_tokens(body, config),
-        "read_tokens": _HF_READ.get(type(backbone).__name__),
-        "has_cls": True,
-        "patch_elements": 3 * patch**2,
-    }
-
-
-def _hf_prefix_tokens(body: Any, config: Any) -> int:
-    tokens = 1 + (getattr(config, "num_register_tokens", 0) or 0)
-    embeddings = getattr(body, "embeddings", None)
-    return tokens + isinstance(getattr(embeddings, "distillation_token", None), torch.Tensor)
-
-
-def _names(backbone: nn.Module, modules: tuple[nn.Module, ...]) -> tuple[str, ...]:
-    return tuple(
-        next(name for name, module in backbone.named_modules() if module is wanted)
-        for wanted in modules
-        if not isinstance(wanted, nn.Identity)
-    )
+def _check_forms(blocks: Sequence[BlockSpec], reason: str | None) -> None:
+    if not blocks:
+        raise ValueError(reason)
+    for block in blocks:
+        if block.layout != "BNC" or block.stage:
+            raise ValueError(
+                f"{block.name} has tokens of layout {block.layout} in stage {block.stage}, and "
+                "prompts need one sequence of tokens of one width [B, N, C]"
+            )
+        if block.call_form != "BHND" or block.windows != 1:
+            raise ValueError(
+                f"{block.name} attends by calls of the form {block.call_form} in {block.windows} "
+                "windows, and prompts need one call over all tokens [B, H, N, d]"
+            )

@@ -1,4 +1,4 @@
-"""Telling weights apart."""
+"""Telling weights, backbones and damaged tensors apart."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import hashlib
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from pcx.models.base import TunedModel
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -17,3 +19,22 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def checksum(tensor: Tensor) -> str:
+    """The first 16 digits of the SHA-256 over one tensor's dtype, shape and bytes."""
+    return fingerprint([("", tensor)])[:16]
+
+
+def backbone_fingerprint(model: TunedModel) -> str:
+    """Of the frozen weights, named as the backbone names them, without our wrappers."""
+    return fingerprint((f"backbone.{n}", p) for n, p in model.frozen_state().items())
+
+
+def backbone_name(backbone: nn.Module) -> str:
+    """timm's architecture and tag, Hugging Face's name of the checkpoint, or the class's name."""
+    config = getattr(backbone, "pretrained_cfg", None) or {}
+    if config.get("architecture"):
+        return ".".join(filter(None, (config["architecture"], config.get("tag"))))
+    checkpoint = getattr(getattr(backbone, "config", None), "_name_or_path", "")
+    return checkpoint or type(backbone).__name__

@@ -1,4 +1,4 @@
-"""Saving prompts and head, without the backbone, and putting them back onto it."""
+"""Saving a tuned model without its backbone, and putting it back onto one."""
 
 from __future__ import annotations
 
@@ -7,144 +7,161 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pcx.backbones.architecture import architecture_of, differences
+from pcx.backbones.building import arguments_of, build_backbone
+from pcx.backbones.inputs import data_config
 from pcx.checkpoints.files import written_whole
-from pcx.checkpoints.fingerprint import fingerprint
-from pcx.models.vpt.model import VPT
+from pcx.checkpoints.fingerprint import (
+    backbone_fingerprint,
+    backbone_name,
+    checksum,
+    fingerprint,
+)
+from pcx.checkpoints.format1 import read_format1
+from pcx.models import METHODS
+from pcx.models.base import TunedModel, copy_state
+from pcx.models.block_forward import reduce_again, reduction_of
+from pcx.models.peft_model import tuned
+from pcx.models.record import Record
 
-FORMAT = "1"
-CONFIG = {
-    "kind",
-    "counts",
-    "dropout",
-    "dropout_groups",
-    "path",
-    "read_only",
-    "trained_lr",
-    "backbone",
-    "fingerprint",
-}
+FORMAT = "2"
+OF_FILE = ("method", "settings", "backbone", "token_reduction", "checksums")
 
 
-def save(model: VPT, path: str | os.PathLike) -> None:
-    """Writes a VPT's prompts and head with its configuration to one safetensors file.
+def save(model: nn.Module, path: str | os.PathLike) -> None:
+    """Writes what a method added to a backbone, with its record, to one safetensors file.
 
-    The backbone is recorded by name and by a fingerprint of its weights. The file appears whole or
-    not at all.
+    The backbone is recorded by its name, the facts of its architecture, and a fingerprint of its
+    weights. The file appears whole or not at all.
 
     Args:
-        model: a VPT.
+        model: a tuned model (`pcx.VPT` and the other methods of `pcx.METHODS`), or a model of peft.
         path: the file; folders are made.
+
+    Raises:
+        ValueError: the model is of another kind.
     """
-    path = Path(path)
-    config = {
-        "kind": model.kind,
-        "counts": model.counts,
-        "dropout": model.dropout,
-        "dropout_groups": model.dropout_groups,
-        "path": model.path,
-        "read_only": model.read_only,
-        "trained_lr": model.trained_lr,
-        "backbone": backbone_name(model.backbone),
-        "fingerprint": backbone_fingerprint(model),
-    }
-    tensors = {name: t.detach().cpu().contiguous() for name, t in _own(model).items()}
+    path, model = Path(path), tuned(model)
+    tensors = {n: t.detach().cpu().contiguous() for n, t in model.own_state().items()}
+    described = json.dumps(_description(model, tensors), sort_keys=True)
     with written_whole(path) as part:
-        save_file(tensors, part, metadata={"pcx": FORMAT, "config": json.dumps(config)})
+        save_file(tensors, part, metadata={"pcx": FORMAT, "config": described})
+        _sort_metadata(part)
 
 
-def load(path: str | os.PathLike, backbone: nn.Module) -> VPT:
-    """Reads what `pcx.save` wrote, onto the same backbone.
+def load(path: str | os.PathLike, backbone: nn.Module | None = None) -> Any:
+    """Reads what `pcx.save` wrote, onto the backbone that it was trained on.
 
     Args:
         path: the file.
         backbone: the backbone it was trained on, with any head; convert dtype or device afterwards.
+            None builds the one that the file names.
+
+    Returns:
+        The tuned model, in eval mode, with its record. Token reduction that was set up on the model
+        is set up again.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or not of pcx, or the backbone is another one.
+        ValueError: the file is truncated, damaged, of a newer format or not of pcx, its method is
+            not known, or the backbone is another one.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path: no file {path}")
-    config, tensors = _read(path)
-    try:
-        model = VPT(
-            backbone,
-            config["counts"],
-            kind=config["kind"],
-            dropout=config["dropout"],
-            dropout_groups=config["dropout_groups"],
-            path=config["path"],
-            read_only=config["read_only"],
-            num_classes=_other_head_size(backbone, tensors),
-            head_init="keep",
-        )
-    except ValueError as error:
+    described, tensors = _read(path)
+    saved = described["backbone"]
+    if described["method"] not in METHODS:
         raise ValueError(
-            f"backbone: {path} was trained on {config['backbone']}, whose place "
+            f"path: {path} is of a method that this pcx does not have. "
+            f"{METHODS.unknown(described['method'])} `pcx.METHODS.add` adds your own"
+        )
+    cls = METHODS[described["method"]]
+    if backbone is None:
+        backbone = _built(path, saved)
+    try:
+        model = cls.from_config(backbone, described["settings"])
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"backbone: {path} was trained on {saved['name']}, whose place "
             f"{backbone_name(backbone)} cannot take: {error}"
         ) from error
-    _check_backbone(path, config, model)
-    own = _own(model)
+    _check_backbone(path, saved, model)
+    own = model.own_state()
     if _shapes(own) != _shapes(tensors):
-        raise ValueError(
-            f"backbone: its head does not fit {path}: {_shapes(own)} against {_shapes(tensors)}"
+        raise ValueError(f"backbone: its head does not fit {path}: {_differ(own, tensors)}")
+    copy_state(tensors, own)
+    model.record = Record.from_json({k: v for k, v in described.items() if k not in OF_FILE})
+    model.record.backbone = {"name": saved["name"], "arguments": saved.get("arguments") or {}}
+    if described.get("token_reduction") is not None:
+        reduce_again(model, described["token_reduction"])
+    return model.eval()
+
+
+def _description(model: TunedModel, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """All of a file but its tensors; the record's entries stand beside the file's own."""
+    plain = model.plain_backbone()
+    known = model.record.backbone or {
+        "name": backbone_name(plain),
+        "arguments": arguments_of(plain),
+    }
+    model.record.backbone = known
+    if model.record.transform is None and hasattr(plain, "pretrained_cfg"):
+        model.record.transform = data_config(model)
+    return {
+        **model.record.as_json(),
+        "method": model.method,
+        "settings": model.config(),
+        "backbone": {
+            **known,
+            "fingerprint": backbone_fingerprint(model),
+            "architecture": architecture_of(plain, model.spec),
+        },
+        "token_reduction": reduction_of(model),
+        "checksums": {name: checksum(tensor) for name, tensor in tensors.items()},
+    }
+
+
+def _sort_metadata(file: Path) -> None:
+    """Writes the header of a safetensors file anew, so that alike models give the same bytes."""
+    whole = file.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:end])
+    header = {"__metadata__": dict(sorted(header.pop("__metadata__").items())), **header}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + whole[end:])
+
+
+def _built(path: Path, saved: dict[str, Any]) -> nn.Module:
+    nothing_frozen = saved["fingerprint"] == fingerprint([])
+    try:
+        return build_backbone(
+            saved["name"], pretrained=not nothing_frozen, **(saved.get("arguments") or {})
         )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
-    model.trained_lr = config["trained_lr"]
-    return model
-
-
-def _other_head_size(backbone: Any, tensors: dict[str, Tensor]) -> int | None:
-    """The number of classes to give a timm backbone, None where its own head fits."""
-    if not hasattr(backbone, "reset_classifier"):
-        return None
-    heads = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone")}
-    own = dict(backbone.named_parameters())
-    if heads and all(n in own and own[n].shape == t.shape for n, t in heads.items()):
-        return None
-    sizes = [t.shape[0] for t in heads.values() if t.dim() == 2]
-    return sizes[0] if sizes else 0
+    except Exception as error:  # of a hub, a constructor, a network
+        raise ValueError(
+            f"path: {path} was trained on {saved['name']}, which could not be built ({error}); "
+            "build it yourself and give it as backbone"
+        ) from error
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in tensors.items()}
 
 
-def backbone_name(backbone: nn.Module) -> str:
-    """timm's architecture and tag, Hugging Face's name of the checkpoint, or the class's name."""
-    config = getattr(backbone, "pretrained_cfg", None) or {}
-    if config.get("architecture"):
-        return ".".join(filter(None, (config["architecture"], config.get("tag"))))
-    checkpoint = getattr(getattr(backbone, "config", None), "_name_or_path", "")
-    return checkpoint or type(backbone).__name__
+def _differ(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> str:
+    mine, theirs = _shapes(own), _shapes(tensors)
+    names = [n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
+    return ", ".join(f"{n} {theirs.get(n)} in the file, {mine.get(n)} in the model" for n in names)
 
 
-def backbone_fingerprint(model: VPT) -> str:
-    """Of the frozen weights, named as the backbone names them, without our wrappers."""
-    own, blocks = _own(model), f"backbone.{model.anatomy.blocks}."
-    return fingerprint(
-        (name.replace(".block.", ".", 1) if name.startswith(blocks) else name, parameter)
-        for name, parameter in model.named_parameters()
-        if name not in own
-    )
-
-
-def _own(model: VPT) -> dict[str, Tensor]:
-    heads = tuple(f"backbone.{name}." for name in model.anatomy.heads)
-    return {
-        name: p for name, p in model.named_parameters() if name.startswith(("prompts.", *heads))
-    }
-
-
-def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file of format 1 or 2 describes, as format 2 has it, and its tensors."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -153,26 +170,46 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
         raise ValueError(
             f"path: {path} is not a whole safetensors file ({error}); copy or save it anew"
         ) from error
-    if metadata.get("pcx") != FORMAT:
+    written = metadata.get("pcx")
+    if written not in ("1", FORMAT):
+        newer = written is not None and written.isdecimal()
+        hint = "; install a newer pcx to read it" if newer else ""
         raise ValueError(
-            f"path: {path} was not written by pcx.save (format {metadata.get('pcx')}, expected "
-            f"{FORMAT})"
+            f"path: {path} was not written by pcx.save of this version (format {written}, expected "
+            f"1 or {FORMAT}){hint}"
         )
     try:
-        config = json.loads(metadata["config"])
-        complete = set(config) >= CONFIG
+        described = json.loads(metadata["config"])
+        described = read_format1(described, tensors) if written == "1" else described
+        complete = set(OF_FILE) <= set(described)
     except (KeyError, json.JSONDecodeError, TypeError):
         complete = False
     if not complete:
         raise ValueError(f"path: {path} has no whole configuration; save it anew")
-    return config, tensors
+    _check_tensors(path, described["checksums"], tensors)
+    return described, tensors
 
 
-def _check_backbone(path: Path, config: dict, model: VPT) -> None:
+def _check_tensors(path: Path, checksums: dict[str, str], tensors: dict[str, Tensor]) -> None:
+    for name, expected in checksums.items():
+        if name not in tensors or checksum(tensors[name]) != expected:
+            raise ValueError(
+                f"path: {path} is damaged: its tensor {name!r} is not what was saved; copy it anew"
+            )
+
+
+def _check_backbone(path: Path, saved: dict[str, Any], model: TunedModel) -> None:
+    plain = model.plain_backbone()
     found = backbone_fingerprint(model)
-    if found != config["fingerprint"]:
+    if found != saved["fingerprint"]:
         raise ValueError(
-            f"backbone: {path} was trained on {config['backbone']} with weights "
-            f"{config['fingerprint'][:12]}, got {backbone_name(model.backbone)} with weights "
+            f"backbone: {path} was trained on {saved['name']} with weights "
+            f"{saved['fingerprint'][:12]}, got {backbone_name(plain)} with weights "
             f"{found[:12]}: give the same pretrained weights in the dtype they were trained in"
+        )
+    other = differences(saved["architecture"], architecture_of(plain, model.spec))
+    if other:
+        raise ValueError(
+            f"backbone: {path} was trained on {saved['name']} with {', '.join(other)}; build the "
+            "backbone with the arguments that it was trained with"
         )

@@ -230,7 +230,7 @@ def prune(
         "iters": _one_or_more("iters", iters, int),
         "similar": _one_or_more("similar", similar, int),
         "ranking": ranking,
-        "cls_boost": loaded.anatomy.has_cls,
+        "cls_boost": loaded.spec.has_cls,
     }
     pruning = zero_tprune(loaded, **settings)
     if out is not None:  # first, since a picture that cannot be written need not wait
@@ -281,7 +281,7 @@ def search(
         trials=trials,
         images=images,
         seed=seed,
-        fixed={"ranking": ranking, "cls_boost": loaded.anatomy.has_cls},
+        fixed={"ranking": ranking, "cls_boost": loaded.spec.has_cls},
         storage=storage,
         amp=amp,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from rich.console import Console
@@ -11,25 +10,13 @@ from torch import Tensor
 
 from pcx.condensation.scoring import score
 from pcx.condensation.selection import select
+from pcx.models.record import Condensation
 from pcx.models.vpt.model import VPT
 from pcx.training.evaluation import evaluate, standard_error
 from pcx.training.fitting import fit
 from pcx.training.objectives import Criterion
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
-
-
-@dataclass
-class Condensation:
-    """How a condensed model came about."""
-
-    method: str
-    scope: str
-    keep: float | int  # as asked for, or as found by keep="auto"
-    scores: list[Tensor]  # per layer, [m_l]
-    kept: list[Tensor]  # per layer, indices into the model before
-    history: list[dict] = field(default_factory=list)  # of the fine-tuning, as fit returns it
-    curve: list[dict] = field(default_factory=list)  # of keep="auto", one row per keep
 
 
 def condense(

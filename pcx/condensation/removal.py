@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from pcx.checkpoints.files import written_whole
 from pcx.checkpoints.fingerprint import fingerprint
 from pcx.condensation.reading import Reader, Scores
+from pcx.condensation.score_methods import ByRemoval
+from pcx.models.block_forward import Replay
 from pcx.models.vpt.model import VPT
 from pcx.training.objectives import criterion_name
 
@@ -80,10 +82,9 @@ class Sums:
 
 
 @torch.no_grad()
-def score_by_removal(reader: Reader, name: str, sums: Sums) -> Scores:
+def score_by_removal(reader: Reader, name: str, method: ByRemoval, sums: Sums) -> Scores:
     """Leaves out (or zeroes) one prompt at a time; layers below it are not computed again."""
     model = reader.model
-    change = _without_row if name == "exact" else _with_zero_row
     steps = 1 + sum(model.counts)
     for images, labels in reader.batches(name, steps, (sums.batches, sums.samples)):
         with _replayed(model) as replay:
@@ -92,7 +93,7 @@ def score_by_removal(reader: Reader, name: str, sums: Sums) -> Scores:
                 replay(layer)
                 for i in range(count):
                     reader.step()
-                    prompts = change(model.prompts[layer].detach(), i)
+                    prompts = method.change(model.prompts[layer].detach(), i)
                     changed = {f"prompts.{layer}": prompts}
                     losses = reader.losses(changed, images, labels, precise=True)
                     difference = reader.check(losses) - whole
@@ -112,24 +113,19 @@ def _replayed(model: VPT) -> Iterator[Callable[[int], None]]:
 
     hooks = [layer.register_forward_hook(partial(keep, i)) for i, layer in enumerate(model.layers)]
 
+    replays: list[Replay] = []
+
+    def forget() -> None:
+        while replays:
+            replays.pop().remove()
+
     def replay(first: int) -> None:
-        for i, layer in enumerate(model.layers):
-            layer.replay = outputs[i] if i < first else None
+        forget()
+        replays.extend(Replay(model.layers[i], outputs[i]) for i in range(first))
 
     try:
         yield replay
     finally:
         for hook in hooks:
             hook.remove()
-        for layer in model.layers:
-            layer.replay = None
-
-
-def _without_row(prompts: Tensor, i: int) -> Tensor:
-    return torch.cat([prompts[..., :i, :], prompts[..., i + 1 :, :]], dim=-2)
-
-
-def _with_zero_row(prompts: Tensor, i: int) -> Tensor:
-    changed = prompts.clone()
-    changed[..., i, :] = 0
-    return changed
+        forget()

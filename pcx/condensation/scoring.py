@@ -10,13 +10,13 @@ from typing import overload
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from pcx.backbones.inputs import data_config
+from pcx.condensation import SCORES
 from pcx.condensation.per_sample import score_in_one_pass
 from pcx.condensation.reading import Reader, Scores
 from pcx.condensation.removal import Sums, score_by_removal
-from pcx.condensation.score_methods import METHODS, ONE_PASS, REMOVAL
+from pcx.condensation.score_methods import ByRemoval, FromPrompts, PerSample
 from pcx.models.vpt.model import VPT
 from pcx.training.loaders import plain_loader
 from pcx.training.objectives import Criterion
@@ -113,15 +113,47 @@ def score(
             finite (names the sample), float16 that overflows, a checkpoint of other scores, or
             cuda_graph on a CPU or of what cannot be recorded.
     """
-    methods = (method,) if isinstance(method, str) else tuple(method)
-    unknown = [m for m in methods if m not in METHODS]
-    if unknown or not methods:
-        raise ValueError(f"method: got {unknown or methods}, expected some of {METHODS}")
+    names = (method,) if isinstance(method, str) else tuple(method)
+    _check(model, names, amp, cuda_graph, checkpoint_dir, resume)
+    methods = {name: SCORES[name] for name in names}
+    found = {
+        name: [s.double().cpu() for s in each.score(model, seed)]
+        for name, each in methods.items()
+        if isinstance(each, FromPrompts)
+    }
+    if set(methods) - set(found):
+        plain = plain_loader(loader, data_config(model))
+        one_pass = {n: each for n, each in methods.items() if isinstance(each, PerSample)}
+        with _as_scored(model):
+            reader = Reader(model, plain.loader, criterion, AMP[amp], progress)
+            with weights_cast(model.backbone, AMP[amp]):
+                execution = "cuda-graph" if cuda_graph else "eager"
+                found |= score_in_one_pass(reader, one_pass, execution)
+            for name, each in methods.items():
+                if isinstance(each, ByRemoval):
+                    sums = Sums(reader, name, plain.description, checkpoint_dir, resume)
+                    found[name] = score_by_removal(reader, name, each, sums)
+        Console(quiet=not progress or reader.rank > 0).print(
+            f"scored {sum(model.counts)} prompts on {reader.total} samples; {plain.description}"
+        )
+    return found[method] if isinstance(method, str) else {name: found[name] for name in names}
+
+
+def _check(model, names, amp, cuda_graph, checkpoint_dir, resume) -> None:
+    """Raises a ValueError where arguments of `score` do not fit, before anything is read."""
+    unknown = [name for name in names if name not in SCORES]
+    if not names:
+        raise ValueError(f"method: got none, expected some of {tuple(SCORES)}")
+    if unknown:
+        raise ValueError(SCORES.unknown(unknown[0]))
     if not isinstance(model, VPT):
-        raise ValueError(f"model: a {type(model).__name__}, expected a pcx.VPT")
-    if "cls-attention" in methods and not model.anatomy.has_cls:
         raise ValueError(
-            f"method: 'cls-attention' needs a [CLS] token; {model.anatomy.family} has none"
+            f"model: a {type(model).__name__}, expected a pcx.VPT: other methods have no prompts"
+        )
+    observed = {x for n in names for x in getattr(SCORES[n], "observes", ())}
+    if "cls" in observed and not model.spec.has_cls:
+        raise ValueError(
+            f"method: 'cls-attention' needs a [CLS] token; {model.spec.family} has none"
         )
     if not sum(model.counts):
         raise ValueError("model: it has no prompts to score")
@@ -131,45 +163,13 @@ def score(
         raise ValueError(f"cuda_graph: the model is on {model.prompts[0].device}, expected CUDA")
     if resume and checkpoint_dir is None:
         raise ValueError("resume: needs checkpoint_dir")
-    if checkpoint_dir is not None:
-        if not set(REMOVAL) & set(methods):
-            raise ValueError(f"checkpoint_dir: only {REMOVAL} keep sums, got {methods}")
-        if Path(checkpoint_dir).exists() and not Path(checkpoint_dir).is_dir():
-            raise ValueError(f"checkpoint_dir: {checkpoint_dir} is a file, expected a folder")
-    found = _without_data(model, methods, seed)
-    if set(methods) - set(found):
-        plain = plain_loader(loader, data_config(model))
-        with _as_scored(model):
-            reader = Reader(model, plain.loader, criterion, AMP[amp], progress)
-            with weights_cast(model.backbone, AMP[amp]):
-                found |= score_in_one_pass(
-                    reader, [m for m in methods if m in ONE_PASS], cuda_graph
-                )
-            for name in REMOVAL:
-                if name in methods:
-                    sums = Sums(reader, name, plain.description, checkpoint_dir, resume)
-                    found[name] = score_by_removal(reader, name, sums)
-        Console(quiet=not progress or reader.rank > 0).print(
-            f"scored {sum(model.counts)} prompts on {reader.total} samples; {plain.description}"
-        )
-    return found[method] if isinstance(method, str) else {name: found[name] for name in methods}
-
-
-def _without_data(model: VPT, methods: Sequence[str], seed: int) -> dict[str, Scores]:
-    found = {}
-    if "magnitude" in methods:
-        found["magnitude"] = [_rows(p.detach(), model.kind).norm(dim=-1) for p in model.prompts]
-    if "random" in methods:
-        generator = torch.Generator().manual_seed(seed)
-        found["random"] = [
-            torch.rand(m, generator=generator, dtype=torch.float64) for m in model.counts
-        ]
-    return {name: [s.double().cpu() for s in scores] for name, scores in found.items()}
-
-
-def _rows(prompts: Tensor, kind: str) -> Tensor:
-    """One row of numbers per prompt, [..., m, *]: kind "prefix" has a key and a value row."""
-    return prompts.transpose(-3, -2).flatten(-2) if kind == "prefix" else prompts
+    if checkpoint_dir is None:
+        return
+    if not any(isinstance(SCORES[name], ByRemoval) for name in names):
+        removal = tuple(n for n in SCORES if isinstance(SCORES[n], ByRemoval))
+        raise ValueError(f"checkpoint_dir: only {removal} keep sums, got {names}")
+    if Path(checkpoint_dir).exists() and not Path(checkpoint_dir).is_dir():
+        raise ValueError(f"checkpoint_dir: {checkpoint_dir} is a file, expected a folder")
 
 
 @contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcx.checkpoints.saving import backbone_fingerprint
-from pcx.deployment.freezing import Frozen, check_folded, folded_copy, prefixes_of
+from pcx.checkpoints.fingerprint import backbone_fingerprint
+from pcx.deployment.freezing import Frozen
 from pcx.models.vpt.model import VPT
 
 
@@ -21,10 +22,10 @@ class Ensemble(Frozen):
         super().__init__(backbone)
         self.members = members
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **inputs: Any) -> Tensor:
         """Images [B, 3, H, W] -> each member's logits, [k, B, C]."""
         repeated = x.expand(self.members, *x.shape).flatten(0, 1)  # member by member
-        return super().forward(repeated).unflatten(0, (self.members, -1))
+        return super().forward(repeated, **inputs).unflatten(0, (self.members, -1))
 
 
 class _MemberHeads(nn.Module):
@@ -63,13 +64,16 @@ def ensemble(models: Sequence[VPT]) -> Ensemble:
     if not models:
         raise ValueError("models: none given")
     for i, model in enumerate(models):
-        check_folded(f"models[{i}]", model)
+        if not isinstance(model, VPT):
+            raise ValueError(f"models[{i}]: a {type(model).__name__}, expected a pcx.VPT")
+        model.check_folds(f"models[{i}]")
     _check_alike(models)
-    copied = folded_copy(models[0])
+    copied = models[0].copy().eval()
+    copied.path = "folded"
     for i, layer in enumerate(copied.layers):
-        layer.make_constant(*_joined([prefixes_of(model.layers[i]) for model in models]))
+        layer.make_constant(*_joined([m.layers[i].constants_of_prompts() for m in models]))
     members = zip(*(model.heads for model in models), strict=True)
-    for name, heads in zip(copied.anatomy.heads, members, strict=True):
+    for name, heads in zip(copied.spec.heads, members, strict=True):
         copied.backbone.set_submodule(name, _MemberHeads([copy.deepcopy(h).eval() for h in heads]))
     return Ensemble(copied.backbone, members=len(models))
 

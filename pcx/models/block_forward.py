@@ -1,4 +1,4 @@
-"""Objects that stand in for the forwards of a model's blocks, and the models that can have them."""
+"""Objects that stand in for the forwards of a model's blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pcx.backbones import attention
-from pcx.models.vpt.block import PromptedBlock
+from pcx.models import REDUCTIONS
 
 
 class Carried(NamedTuple):
@@ -26,7 +26,13 @@ class StandIn:
     """Stands in for a block's forward; an object, so that a copied model has its own.
 
     It may change the attention call that the block makes, and gives what goes on to the next block.
+
+    Attributes:
+        reduction: {"name", "arguments"} of what set it up, the name in `pcx.models.REDUCTIONS`, by
+            which a saved model is set up again; None of one that files do not know.
     """
+
+    reduction: dict[str, Any] | None = None
 
     def __init__(self, block: nn.Module):
         self.block = block
@@ -48,8 +54,6 @@ class StandIn:
         raise NotImplementedError
 
     def __call__(self, x: Tensor | Carried, *args, **kwargs) -> Any:
-        if isinstance(self.block, PromptedBlock) and self.block.replay is not None:
-            return self.block.replay  # what this gave before
         tokens, known = x if isinstance(x, Carried) else (x, None)
         calls: list[attention.Call] = []
 
@@ -62,7 +66,7 @@ class StandIn:
                 )
             return calls[-1]
 
-        out = self._run(watch, tokens, *args, **kwargs)
+        out = run_watched(self.block, watch, tokens, *args, **kwargs)
         if not calls:
             raise attention.MissedCall(
                 f"{type(self.block).__name__} made no call of F.scaled_dot_product_attention: turn "
@@ -79,23 +83,71 @@ class StandIn:
         on = getattr(self.block, "gradient_checkpointing", False)
         return bool(on) and self.block.training and torch.is_grad_enabled()
 
-    def _run(self, watch: attention.Watch, x: Tensor, *args, **kwargs) -> Any:
-        forward: Any = type(self.block).forward
-        if isinstance(self.block, PromptedBlock):
-            if self.block.path != "folded":
-                raise RuntimeError("model: path 'concat' has prompts among the tokens; fold them")
-            return forward(self.block, x, *args, watch=watch, **kwargs)
-        with attention.intercept(lambda _, call: watch(call).output(), []):
-            return forward(self.block, x, *args, **kwargs)
+
+class Replay:
+    """Stands in for a block's forward, over other stand-ins, and gives one output again.
+
+    Args:
+        block: the block.
+        output: what it gives until `remove` is called.
+    """
+
+    def __init__(self, block: nn.Module, output: Any):
+        self.block, self.output = block, output
+        self.under = block.__dict__.get("forward")
+        block.forward = self  # type: ignore[assignment]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output
+
+    def remove(self) -> None:
+        del self.block.forward
+        if self.under is not None:
+            self.block.forward = self.under
 
 
-def read_tokens_of(block: PromptedBlock) -> int | None:
-    """How many tokens a VPT's last block computes, but for what a stand-in has set meanwhile."""
+def run_watched(block: nn.Module, watch: attention.Watch, x: Tensor, *args, **kwargs) -> Any:
+    """A block's own forward, whose attention calls `watch` sees and may change.
+
+    A method's block that has its own way of showing its calls says so by a method `run_watched`.
+    """
+    own = getattr(type(block), "run_watched", None)
+    if own is not None:
+        return own(block, watch, x, *args, **kwargs)
+    forward: Any = type(block).forward
+    with attention.intercept(lambda _, call: watch(call).output(), []):
+        return forward(block, x, *args, **kwargs)
+
+
+def read_tokens_of(block: nn.Module) -> int | None:
+    """How many tokens a block computes, but for what a stand-in has set meanwhile; None for all."""
     forward = block.__dict__.get("forward")
-    return getattr(forward, "read_tokens", block.read_tokens)
+    return getattr(forward, "read_tokens", getattr(block, "read_tokens", None))
+
+
+def set_read_tokens(block: nn.Module, count: int | None) -> int | None:
+    """Sets how many tokens a block computes, where it can leave some out; gives what was set."""
+    before = getattr(block, "read_tokens", None)
+    if hasattr(block, "read_tokens"):
+        block.read_tokens = count  # type: ignore[assignment]
+    return before
 
 
 def found_on(model: nn.Module) -> list[StandIn]:
     """What stands in on a model."""
     found = [module.__dict__.get("forward") for module in model.modules()]
     return [forward for forward in found if isinstance(forward, StandIn)]
+
+
+def reduction_of(model: nn.Module) -> dict[str, Any] | None:
+    """The token reduction that is set up on a model: {"name", "arguments"}, or None."""
+    return next((s.reduction for s in found_on(model) if s.reduction is not None), None)
+
+
+def reduce_again(model: nn.Module, reduction: dict[str, Any]) -> Any:
+    """Sets up on a model what `reduction_of` gave, and returns its handle.
+
+    Raises:
+        ValueError: there is no such reduction, or it does not fit the model.
+    """
+    return REDUCTIONS.get_checked(reduction["name"])(model, **reduction["arguments"])

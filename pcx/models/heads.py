@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+from torch import nn
 
 HEAD_INITS = ("published", "keep")
 
 
 def set_head_size(backbone: Any, num_classes: int) -> None:
+    """Gives a timm backbone a new head of `num_classes`, or none for 0.
+
+    Raises:
+        ValueError: the backbone is not timm's.
+    """
     if not hasattr(backbone, "reset_classifier"):
         raise ValueError(
             "num_classes: only timm backbones can be given a new head; set the model's own"
         )
     backbone.reset_classifier(num_classes)
+
+
+def head_size(heads: list[Any]) -> int:
+    """How many numbers the first head gives, 0 without one."""
+    linear = [m for head in heads[:1] for m in head.modules() if isinstance(m, nn.Linear)]
+    return linear[-1].out_features if linear else 0
+
+
+def draw_published(head: nn.Module) -> None:
+    """Draws a head anew as the VPT paper's code does: kaiming-normal by fan-out, bias -log 99.
+
+    Raises:
+        ValueError: the head is not one linear layer.
+    """
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"head_init: the backbone's head is {type(head).__name__}, which has no published "
+            "initialisation; use head_init='keep'"
+        )
+    nn.init.kaiming_normal_(head.weight, mode="fan_out")
+    if head.bias is not None:
+        nn.init.constant_(head.bias, -math.log(99))

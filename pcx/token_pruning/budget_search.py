@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, SequentialSampler, Subset
 
 from pcx.analysis.cost import WHOLE, multiply_adds_by_module
 from pcx.backbones.inputs import data_config, input_size
+from pcx.backbones.outputs import logits_of
 from pcx.models.block_forward import found_on
 from pcx.token_pruning.dropping import zero_tprune
 from pcx.token_pruning.schedule import Step
@@ -421,8 +422,7 @@ class _Evaluation:
         right = torch.zeros((), dtype=torch.int64, device=self.device)
         with self._as_evaluated():
             for images, labels in self.batches:
-                out = self.model(images)
-                logits = getattr(out, "logits", out)  # Hugging Face's
+                logits = logits_of(self.model(images))
                 if check:
                     per_sample_loss(logits, labels)  # which says what is wrong with them
                 right += (logits.argmax(-1) == labels).sum()

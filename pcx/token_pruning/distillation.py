@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pcx.backbones.spec import dissect
-from pcx.models.block_forward import found_on
-from pcx.models.vpt.block import PromptedBlock
-from pcx.models.vpt.model import VPT
+from pcx.backbones.outputs import logits_of
+from pcx.backbones.spec import find_spec
+from pcx.models.base import TunedModel
+from pcx.models.block_forward import found_on, set_read_tokens
 from pcx.token_pruning import stages
 from pcx.token_pruning.soft_masks import TEMPERATURE, SoftPruning, soft_prune
 from pcx.training.evaluation import accelerator_for
@@ -76,10 +76,6 @@ def finetune(
     _check_weights(distill, kl)
     if found_on(model):
         raise ValueError("model: its tokens are pruned already; call the handle's remove() first")
-    if type(model).__module__.startswith("transformers."):
-        raise ValueError(
-            f"model: {type(model).__name__} does not give logits alone; give a pcx.VPT over it"
-        )
     with accelerator_for(amp, seed) as accelerator:
         model.to(accelerator.device)  # before the teacher shares its memory
     teacher = Teacher(model)
@@ -94,7 +90,7 @@ def finetune(
     )
     lesson = _Lesson(teacher, soft, distill, kl)
     hook = model.register_forward_hook(lesson.hear)
-    rate = model.trained_lr if isinstance(model, VPT) else None
+    record = copy.copy(model.record) if isinstance(model, TunedModel) else None
     try:
         return fit(
             model,
@@ -113,8 +109,8 @@ def finetune(
     finally:
         hook.remove()
         soft.remove()
-        if isinstance(model, VPT):
-            model.trained_lr = rate
+        if isinstance(model, TunedModel) and record is not None:
+            model.record = record
 
 
 def three_term_loss(
@@ -178,16 +174,15 @@ class Teacher:
     """
 
     def __init__(self, model: nn.Module):
-        if isinstance(model, VPT):
-            self.model: Any = model.keep([range(m) for m in model.counts])
-            blocks = self.model.layers
+        if isinstance(model, TunedModel):
+            self.model: Any = model.copy()
+            blocks = model.spec.blocks_in(self.model.plain_backbone())
         else:
             self.model = copy.deepcopy(model)
-            blocks = self.model.get_submodule(dissect(self.model).blocks)
+            blocks = find_spec(self.model).blocks_in(self.model)
         self.model.eval().requires_grad_(False)
         self.last: Any = blocks[-1]
-        if isinstance(self.last, PromptedBlock):
-            self.last.read_tokens = None  # all tokens are compared
+        set_read_tokens(self.last, None)  # all tokens are compared
 
     @torch.no_grad()
     def __call__(self, images: Any) -> tuple[Tensor, Tensor]:
@@ -198,7 +193,7 @@ class Teacher:
         finally:
             hook.remove()
         tokens = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-        return getattr(out, "logits", out), tokens
+        return logits_of(out), tokens
 
 
 class _Lesson:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from pcx.backbones import attention
-from pcx.backbones.spec import Anatomy
+from pcx.backbones.spec import BackboneSpec
 from pcx.models.block_forward import StandIn
 from pcx.ops.backends import exporting
 from pcx.token_pruning import stages
-from pcx.token_pruning.handles import SetUp, anatomy_of, blocks_of, clear, composed, patches_of
-from pcx.token_pruning.schedule import Step, check_counts, check_layers, steps_of
+from pcx.token_pruning.handles import Handle, blocks_of, clear, composed, patches_of, spec_of
+from pcx.token_pruning.schedule import Step, arguments_of, check_counts, check_layers, steps_of
 
 # The paper's ablations on DeiT-S (Sec. 4.1): 4.55 to 3.08 GFLOPs.
 TABLE_1: dict[str, Any] = {
@@ -35,7 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-class Pruning(SetUp):
+class Pruning(Handle):
     """What `zero_tprune` set up; `remove` takes it away again.
 
     Attributes:
@@ -46,10 +46,17 @@ class Pruning(SetUp):
         tokens: that came to the first step with the last batch.
     """
 
-    def __init__(self, steps: Sequence[Step], pruned: Sequence[_PrunedForward], anatomy: Anatomy):
-        super().__init__(pruned, anatomy)
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        pruned: Sequence[_PrunedForward],
+        spec: BackboneSpec,
+        choices: dict[str, Any],
+    ):
+        arguments = {**arguments_of(steps), **choices, "variances": list(choices["variances"])}
+        super().__init__(pruned, spec, "zero_tprune", arguments)
         self.steps = tuple(steps)
-        self.blocks = tuple(f"{anatomy.blocks}.{i}" for i in range(len(anatomy.calls)))
+        self.blocks = tuple(block.name for block in spec.blocks)
         self._pruned = tuple(pruned)
 
     @property
@@ -114,10 +121,10 @@ def zero_tprune(
     """
     stages.check_choices(partition, measure, ranking)
     stages.check_variances(variances)
-    anatomy = anatomy_of(model)
+    spec = spec_of(model)
     steps = steps_of(layers, keep, iters, similar)
-    blocks = blocks_of(model, anatomy)
-    check_layers(blocks, anatomy, steps, needs_cls=cls_boost or ranking == "cls")
+    blocks = blocks_of(model, spec)
+    check_layers(blocks, spec, steps, needs_cls=cls_boost or ranking == "cls")
     patches = patches_of(model)
     if patches is not None:
         check_counts(steps, patches, partition)
@@ -132,10 +139,11 @@ def zero_tprune(
     return Pruning(
         steps,
         [
-            _PrunedForward(blocks[step.layer - 1], step, anatomy.prefix_tokens, choices)
+            _PrunedForward(blocks[step.layer - 1], step, spec.prefix_tokens, choices)
             for step in steps
         ],
-        anatomy,
+        spec,
+        choices,
     )
 
 

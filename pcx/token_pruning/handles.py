@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pcx.backbones import attention
-from pcx.backbones.spec import Anatomy, dissect
+from pcx.backbones.spec import BackboneSpec, check_promptable, find_spec
+from pcx.models.base import TunedModel
 from pcx.models.block_forward import StandIn, found_on
-from pcx.models.vpt.model import VPT
 from pcx.ops import reference
 
 # Families whose blocks know nothing of where a token stands.
@@ -27,7 +27,7 @@ FAMILIES = (
 )
 
 
-class SetUp:
+class Handle:
     """Stand-ins on a model; `remove` takes them away again. A copy of the model has no handle.
 
     Attributes:
@@ -35,10 +35,14 @@ class SetUp:
         patch_pixels: of one patch.
     """
 
-    def __init__(self, stand_ins: Sequence[StandIn], anatomy: Anatomy):
-        self.prefix_tokens = anatomy.prefix_tokens
-        self.patch_pixels = anatomy.patch_elements // 3
+    def __init__(
+        self, stand_ins: Sequence[StandIn], spec: BackboneSpec, name: str, arguments: dict[str, Any]
+    ):
+        self.prefix_tokens = spec.prefix_tokens
+        self.patch_pixels = (spec.patch_elements or 0) // 3
         self._stand_ins = tuple(stand_ins)
+        for stand_in in self._stand_ins:
+            stand_in.reduction = {"name": name, "arguments": arguments}
 
     def remove(self) -> None:
         """The model computes all tokens again."""
@@ -79,41 +83,53 @@ def composed(stays: Sequence[Tensor | None]) -> list[Tensor]:
     return places
 
 
-def anatomy_of(model: Any) -> Anatomy:
-    """The anatomy of a VPT or a backbone, whatever stands in on it."""
-    if isinstance(model, VPT):
-        return model.anatomy
+def spec_of(model: Any) -> BackboneSpec:
+    """The spec of a tuned model or a backbone, whatever stands in on it.
+
+    A backbone's fused attention is turned on.
+
+    Raises:
+        ValueError: its tokens meet elsewhere than in the blocks' attention.
+    """
+    if isinstance(model, TunedModel):
+        attention.fuse(model.plain_backbone())
+        return model.spec
     before = found_on(model)
     for stand_in in before:
         stand_in.remove()
     try:
-        return dissect(model)  # which runs the blocks
+        spec = find_spec(model)
+        attention.fuse(model)
+        check_promptable(model, spec)  # which runs the blocks
+        return spec
     finally:
         for stand_in in before:
             stand_in.install()
 
 
-def blocks_of(model: Any, anatomy: Anatomy) -> list[Any]:
+def blocks_of(model: Any, spec: BackboneSpec) -> list[Any]:
     """The blocks, first to last.
 
     Raises:
         ValueError: the model's attention is not one call per block that leaves out where tokens
             stand, or prompts are among its tokens.
     """
-    if anatomy.family not in FAMILIES:
+    if spec.family not in FAMILIES:
         raise ValueError(
-            f"model: {anatomy.family} turns or biases attention by the tokens' places, which "
+            f"model: {spec.family} turns or biases attention by the tokens' places, which "
             f"pruning would mix up; expected one of {FAMILIES}"
         )
-    if max(anatomy.calls) > 1:
-        raise ValueError(f"model: {anatomy.family} attends {max(anatomy.calls)} times in a block")
-    if isinstance(model, VPT) and model.path != "folded":
-        raise ValueError(f"model: its path is {model.path!r}, expected 'folded'")
-    return list(backbone_of(model).get_submodule(anatomy.blocks))
+    calls = max(block.calls for block in spec.blocks)
+    if calls > 1:
+        raise ValueError(f"model: {spec.family} attends {calls} times in a block")
+    if isinstance(model, TunedModel) and model.adds_tokens:
+        raise ValueError("model: its path is 'concat', expected 'folded'")
+    return spec.blocks_in(backbone_of(model))
 
 
 def backbone_of(model: Any) -> Any:
-    return model.backbone if isinstance(model, VPT) else model
+    """A tuned model's backbone; any other model is one itself."""
+    return model.plain_backbone() if isinstance(model, TunedModel) else model
 
 
 def patches_of(model: Any) -> int | None:

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcx.backbones import attention
-from pcx.backbones.spec import Anatomy
+from pcx.backbones.spec import BackboneSpec
 from pcx.models.block_forward import Carried, StandIn
 from pcx.ops import reference
 from pcx.ops.backends import exporting
 from pcx.token_pruning import stages
-from pcx.token_pruning.handles import SetUp, anatomy_of, biased, blocks_of, clear, seen
+from pcx.token_pruning.handles import Handle, biased, blocks_of, clear, seen, spec_of
 
 
 class Merged(NamedTuple):
@@ -25,15 +25,15 @@ class Merged(NamedTuple):
     places: Tensor  # [B, N] int64, the token left that each of them is in
 
 
-class Merging(SetUp):
+class Merging(Handle):
     """What `tome` set up; `remove` takes it away again.
 
     Attributes:
         r: of each layer, as asked for; that of the last is 0.
     """
 
-    def __init__(self, r: Sequence[int], layers: Sequence[_MergedForward], anatomy: Anatomy):
-        super().__init__(layers, anatomy)
+    def __init__(self, r: Sequence[int], layers: Sequence[_MergedForward], spec: BackboneSpec):
+        super().__init__(layers, spec, "tome", {"r": list(r)})
         self.r = tuple(r)
         self._merging = tuple(layer for layer in layers if layer.r)
 
@@ -80,8 +80,8 @@ def tome(model: nn.Module, *, r: int | Sequence[int]) -> Merging:
         >>> logits = model(images)
         >>> merging.remove()
     """
-    anatomy = anatomy_of(model)
-    blocks = blocks_of(model, anatomy)
+    spec = spec_of(model)
+    blocks = blocks_of(model, spec)
     pairs = _pairs(r, len(blocks))
     first = next((i for i, pair in enumerate(pairs) if pair), len(blocks))
     clear(model, blocks, range(first + 1, len(blocks) + 1))
@@ -91,13 +91,13 @@ def tome(model: nn.Module, *, r: int | Sequence[int]) -> Merging:
             _MergedForward(
                 blocks[i],
                 pairs[i],
-                anatomy.prefix_tokens,
+                spec.prefix_tokens,
                 last=i == len(blocks) - 1,
-                restores=anatomy.read_tokens is None,
+                restores=spec.read_tokens is None,
             )
             for i in range(first, len(blocks))
         ],
-        anatomy,
+        spec,
     )
 
 

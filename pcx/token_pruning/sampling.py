@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from pcx.backbones import attention
-from pcx.backbones.spec import Anatomy
+from pcx.backbones.spec import BackboneSpec
 from pcx.models.block_forward import Carried, StandIn
 from pcx.ops import reference
 from pcx.ops.backends import exporting
 from pcx.token_pruning import stages
 from pcx.token_pruning.handles import (
-    SetUp,
-    anatomy_of,
+    Handle,
     biased,
     blocks_of,
     clear,
     composed,
     patches_of,
     seen,
+    spec_of,
 )
 
 
@@ -35,7 +35,7 @@ class SamplingStep:
     tokens: int
 
 
-class Sampling(SetUp):
+class Sampling(Handle):
     """What `ats` set up; `remove` takes it away again.
 
     Attributes:
@@ -43,9 +43,13 @@ class Sampling(SetUp):
     """
 
     def __init__(
-        self, steps: Sequence[SamplingStep], layers: Sequence[_SampledForward], anatomy: Anatomy
+        self, steps: Sequence[SamplingStep], layers: Sequence[_SampledForward], spec: BackboneSpec
     ):
-        super().__init__(layers, anatomy)
+        arguments = {
+            "layers": [step.layer for step in steps],
+            "tokens": [step.tokens for step in steps],
+        }
+        super().__init__(layers, spec, "ats", arguments)
         self.steps = tuple(steps)
         self._sampling = tuple(layer for layer in layers if layer.tokens is not None)
 
@@ -98,11 +102,11 @@ def ats(model: nn.Module, *, layers: Sequence[int], tokens: int | Sequence[int])
         >>> logits = model(images)
         >>> [int(count.float().mean()) for count in sampling.distinct]
     """
-    anatomy = anatomy_of(model)
-    blocks = blocks_of(model, anatomy)
-    if not anatomy.has_cls or anatomy.read_tokens is None:
+    spec = spec_of(model)
+    blocks = blocks_of(model, spec)
+    if not spec.has_cls or spec.read_tokens is None:
         raise ValueError(
-            f"model: the head of this {anatomy.family} reads more than [CLS], such as an average "
+            f"model: the head of this {spec.family} reads more than [CLS], such as an average "
             "of the patches, in which repeated ones would count; expected pooling by [CLS]"
         )
     steps = _steps(layers, tokens, len(blocks), patches_of(model))
@@ -115,12 +119,12 @@ def ats(model: nn.Module, *, layers: Sequence[int], tokens: int | Sequence[int])
             _SampledForward(
                 blocks[layer - 1],
                 sizes.get(layer),
-                anatomy.prefix_tokens,
+                spec.prefix_tokens,
                 last=layer == len(blocks),
             )
             for layer in after
         ],
-        anatomy,
+        spec,
     )
 
 

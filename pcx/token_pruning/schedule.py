@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pcx.backbones.spec import Anatomy
+from pcx.backbones.spec import BackboneSpec
 from pcx.models.block_forward import read_tokens_of
-from pcx.models.vpt.block import PromptedBlock
 from pcx.token_pruning import stages
 
 
@@ -62,9 +61,9 @@ def steps_of(layers: Any, keep: Any, iters: Any, similar: Any) -> list[Step]:
     return steps
 
 
-def check_layers(blocks: list, anatomy: Anatomy, steps: list[Step], *, needs_cls: bool) -> None:
+def check_layers(blocks: list, spec: BackboneSpec, steps: list[Step], *, needs_cls: bool) -> None:
     """Raises a ValueError where tokens cannot be dropped after such layers."""
-    if needs_cls and not anatomy.has_cls:
+    if needs_cls and not spec.has_cls:
         raise ValueError(
             "cls_boost: the model has no [CLS] token; give cls_boost=False, and no ranking 'cls'"
         )
@@ -72,7 +71,7 @@ def check_layers(blocks: list, anatomy: Anatomy, steps: list[Step], *, needs_cls
     if any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
         raise ValueError(f"layers: {layers}, expected ascending ones, none twice")
     last = len(blocks)
-    if isinstance(blocks[-1], PromptedBlock) and read_tokens_of(blocks[-1]) is not None:
+    if read_tokens_of(blocks[-1]) is not None:
         last -= 1  # computes the head's tokens alone: there is nothing left to drop
     if layers[-1] > last:
         raise ValueError(f"layers: {layers}, expected 1 to {last} of {len(blocks)}")
@@ -88,3 +87,13 @@ def check_counts(steps: list[Step], patches: int, partition: str) -> None:
                 f"left, of which {most} could be dropped"
             )
         patches = step.left(patches)
+
+
+def arguments_of(steps: Sequence[Step]) -> dict[str, Any]:
+    """The arguments layers, keep, iters and similar that give these steps, as JSON."""
+    return {
+        "layers": [step.layer for step in steps],
+        "keep": [step.keep for step in steps],
+        "iters": [step.iters for step in steps],
+        "similar": [step.similar for step in steps],
+    }

@@ -13,20 +13,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcx.backbones import attention
-from pcx.backbones.spec import Anatomy
-from pcx.models.block_forward import Carried, StandIn
-from pcx.models.vpt.block import PromptedBlock
+from pcx.backbones.spec import BackboneSpec
+from pcx.models.block_forward import Carried, StandIn, set_read_tokens
 from pcx.ops import reference
 from pcx.token_pruning import stages
-from pcx.token_pruning.handles import SetUp, anatomy_of, biased, blocks_of, clear, patches_of, seen
-from pcx.token_pruning.schedule import Step, check_counts, check_layers, steps_of
+from pcx.token_pruning.handles import Handle, biased, blocks_of, clear, patches_of, seen, spec_of
+from pcx.token_pruning.schedule import Step, arguments_of, check_counts, check_layers, steps_of
 
 TEMPERATURE = 0.1
 
@@ -66,13 +65,13 @@ def soft_prune(
     """
     _check_temperature(temperature)
     stages.check_variances(variances)
-    anatomy = anatomy_of(model)
-    blocks = blocks_of(model, anatomy)
+    spec = spec_of(model)
+    blocks = blocks_of(model, spec)
     steps = steps_of(layers, keep, iters, 0)
-    check_layers(blocks, anatomy, steps, needs_cls=cls_boost)
-    if anatomy.read_tokens is None:
+    check_layers(blocks, spec, steps, needs_cls=cls_boost)
+    if spec.read_tokens is None:
         raise ValueError(
-            f"model: the head of {anatomy.family} reads image tokens, of which soft pruning drops "
+            f"model: the head of {spec.family} reads image tokens, of which soft pruning drops "
             "none; expected one that reads [CLS] alone (timm: global_pool='token')"
         )
     patches = patches_of(model)
@@ -80,16 +79,16 @@ def soft_prune(
         check_counts(steps, patches, "none")
     first, last = steps[0].layer, len(blocks)
     clear(model, blocks, range(first, last + 1))
-    making = _Making(anatomy.prefix_tokens, temperature, cls_boost, variances)
+    making = _Making(spec.prefix_tokens, temperature, cls_boost, variances)
     at = {step.layer: step for step in steps}
     soft = [
         _SoftForward(blocks[i - 1], at.get(i), making, last=i == last)
         for i in range(first, last + 1)
     ]
-    return SoftPruning(steps, soft, anatomy)
+    return SoftPruning(steps, soft, spec, making)
 
 
-class SoftPruning(SetUp):
+class SoftPruning(Handle):
     """What `soft_prune` set up; `remove` takes it away again.
 
     Attributes:
@@ -98,8 +97,21 @@ class SoftPruning(SetUp):
         patch_pixels: of one patch.
     """
 
-    def __init__(self, steps: Sequence[Step], soft: Sequence[_SoftForward], anatomy: Anatomy):
-        super().__init__(soft, anatomy)
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        soft: Sequence[_SoftForward],
+        spec: BackboneSpec,
+        making: _Making,
+    ):
+        arguments: dict[str, Any] = arguments_of(steps)
+        del arguments["similar"]
+        arguments |= {
+            "temperature": making.temperature,
+            "cls_boost": making.cls_boost,
+            "variances": list(making.variances),
+        }
+        super().__init__(soft, spec, "soft_prune", arguments)
         self.steps = tuple(steps)
         self._soft = tuple(soft)
 
@@ -263,13 +275,11 @@ class _SoftForward(StandIn):
 
     def install(self) -> None:
         super().install()
-        self.read_tokens: int | None = None
-        if isinstance(self.block, PromptedBlock):  # the loss compares all tokens
-            self.read_tokens, self.block.read_tokens = self.block.read_tokens, None
+        self.read_tokens = set_read_tokens(self.block, None)  # the loss compares all tokens
 
     def remove(self) -> None:
-        if isinstance(self.block, PromptedBlock) and self.block.__dict__.get("forward") is self:
-            self.block.read_tokens = self.read_tokens
+        if self.block.__dict__.get("forward") is self:
+            set_read_tokens(self.block, self.read_tokens)
         self.known = self.tokens = None
         super().remove()
 

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DataLoaderConfiguration, parse_flag_from_env
 from torch import Tensor, nn
 
+from pcx.backbones.outputs import logits_of
 from pcx.training.batches import images_and_labels
 from pcx.training.objectives import Criterion, per_sample_loss
 
@@ -75,7 +76,7 @@ def evaluate_on(
         for batch in loader:
             images, labels = images_and_labels(batch)
             with accelerator.autocast():
-                logits = model(images)
+                logits = logits_of(model(images))
             losses = per_sample_loss(logits, labels, criterion)
             losses, hits = gathered(accelerator, losses, logits.argmax(-1) == labels)
             loss += float(losses.double().sum())

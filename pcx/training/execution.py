@@ -1,4 +1,8 @@
-"""A function of batches that a CUDA graph repeats without Python."""
+"""How a function of batches is run: as it is, or from a CUDA graph without Python.
+
+Training steps, evaluation, scoring and frozen models run their batches through `prepared`, so that
+this file alone decides how.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+EXECUTIONS = ("eager", "cuda-graph")
 Run = Callable[..., tuple[Tensor, ...]]
+
+
+def prepared(make: Callable[[], Run], device: torch.device, execution: str = "eager") -> Run:
+    """A function of batches that is run in the way asked for.
+
+    Args:
+        make: gives the function, from tensors to tensors.
+        device: where the batches are.
+        execution: "eager", or "cuda-graph" to record the function for batches of the first one's
+            shape and replay it (CUDA alone).
+
+    Raises:
+        ValueError: there is no such execution, or the device is not CUDA's.
+    """
+    if execution not in EXECUTIONS:
+        raise ValueError(f"execution: got {execution!r}, expected one of {EXECUTIONS}")
+    if execution == "eager":
+        return make()
+    if device.type != "cuda":
+        raise ValueError(f"execution: 'cuda-graph' needs CUDA, the device is {device}")
+    return Replayed(make, device)
 
 
 class Replayed:

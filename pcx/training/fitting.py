@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pcx.backbones.inputs import data_config
+from pcx.backbones.outputs import logits_of
 from pcx.checkpoints.files import written_whole
 from pcx.checkpoints.fingerprint import fingerprint
-from pcx.models.vpt.model import VPT
+from pcx.models.base import TunedModel, copy_state, state_of
 from pcx.training.batches import images_and_labels
 from pcx.training.evaluation import accelerator_for, evaluate_on, gathered
 from pcx.training.objectives import Criterion, criterion_name, per_sample_loss
@@ -35,6 +36,7 @@ from pcx.training.recipe import (
 
 CHECK_EVERY = 10  # steps between looks at the loss: a look at every step would stall a GPU
 LAST = "last.pt"
+VERSION = 2  # of that file
 
 
 class NonFiniteLoss(FloatingPointError):
@@ -120,8 +122,9 @@ def fit(
         _say_facts(console, model, names, recipe, accelerator)
         run = _Run(accelerator, model, names, recipe, loader, val_loader, criterion)
         history = _train(run, checkpoint_dir, resume, console)
-    if isinstance(model, VPT):
-        model.trained_lr = recipe.lr
+    if isinstance(model, TunedModel):
+        model.record.trained_lr = recipe.lr
+        model.record.recipe = {k: v for k, v in asdict(recipe).items() if k != "frozen"}
     return history
 
 
@@ -181,7 +184,7 @@ class _Run:
 
     def epoch(self) -> dict:
         start, number = time.perf_counter(), len(self.history)
-        good = {k: v.detach().clone() for k, v in self._parameters().items()}
+        good = {k: v.detach().clone() for k, v in state_of(self.plain).items()}
         _seed_everything(self.recipe.seed, number, self.accelerator.process_index)
         if hasattr(self.loader, "set_epoch"):
             self.loader.set_epoch(number)
@@ -193,9 +196,7 @@ class _Run:
                 found = evaluate_on(self.accelerator, self.plain, self.val_loader, self.criterion)
                 row |= {"val_loss": found["loss"], "val_accuracy": found["accuracy"]}
         except NonFiniteLoss:
-            with torch.no_grad():
-                for name, parameter in self._parameters().items():
-                    parameter.copy_(good[name])
+            copy_state(good, state_of(self.plain))
             raise
         row["seconds"] = time.perf_counter() - start
         self.history.append(row)
@@ -224,7 +225,7 @@ class _Run:
             self.scheduler.step_update(self.updates)
             lr = self.optimizer.param_groups[0]["lr"]
             with self.accelerator.autocast():
-                logits = self.model(images)
+                logits = logits_of(self.model(images))
             losses = per_sample_loss(logits, labels, self.criterion, check=number == 0)
             self.optimizer.zero_grad()
             self.accelerator.backward(losses.mean())
@@ -265,12 +266,17 @@ class _Run:
         parameters = dict(self.plain.named_parameters())
         return {name: parameters[name] for name in self.names}
 
+    def _buffers(self) -> dict[str, Tensor]:
+        parameters = {id(p) for p in self.plain.parameters()}
+        return {n: t for n, t in state_of(self.plain).items() if id(t) not in parameters}
+
     def save(self, file: Path) -> None:
         """Writes the whole state beside the old file, then puts it in its place."""
         state = {
-            "pcx_fit": 1,
+            "pcx_fit": VERSION,
             "recipe": asdict(self.recipe),
             "parameters": {k: v.detach().cpu() for k, v in self._parameters().items()},
+            "buffers": {k: v.detach().cpu() for k, v in self._buffers().items()},
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
             "updates": self.updates,
@@ -282,7 +288,7 @@ class _Run:
     def restore(self, file: Path) -> None:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-            fits = state["pcx_fit"] == 1
+            fits = state["pcx_fit"] in (1, VERSION)  # 1 had no buffers
         except Exception as error:
             raise ValueError(
                 f"checkpoint_dir: {file} is not a checkpoint of pcx.fit ({error})"
@@ -303,9 +309,8 @@ class _Run:
                 f"resume: {file} is of another run: {what}. Use the same arguments and model, or "
                 "another checkpoint_dir"
             )
-        with torch.no_grad():
-            for name, parameter in self._parameters().items():
-                parameter.copy_(state["parameters"][name])
+        copy_state(state["parameters"], self._parameters())
+        copy_state(state.get("buffers", {}), self._buffers())
         self.optimizer.load_state_dict(state["optimizer"])
         for generator, saved in zip(self.generators, state["generators"], strict=True):
             generator.set_state(saved)
@@ -350,7 +355,7 @@ def _say_facts(console: Console, model, names, recipe: Recipe, accelerator) -> N
         f"training {trained:,} of {total:,} parameters ({100 * trained / total:.2f}%), "
         f"lr {recipe.lr:g}, {recipe.epochs} epochs, on {accelerator.device}"
     )
-    if not isinstance(model, VPT):
+    if not isinstance(model, TunedModel):
         return
     config = data_config(model)
     console.print(

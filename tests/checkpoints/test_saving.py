@@ -8,7 +8,7 @@ from families import build, randomise
 from safetensors.torch import load_file, save_file
 
 import pcx
-from pcx.checkpoints.saving import backbone_fingerprint
+from pcx.checkpoints.fingerprint import backbone_fingerprint
 
 
 @pytest.fixture

@@ -25,9 +25,9 @@ from torchvision import transforms
 
 import pcx
 from pcx.backbones.inputs import data_config
+from pcx.condensation import SCORES
 from pcx.condensation.prompt_path import PromptPath
 from pcx.condensation.reading import _share
-from pcx.condensation.score_methods import METHODS
 from pcx.training.loaders import plain_loader
 
 KINDS = ("deep", "shallow", "prefix")
@@ -127,17 +127,17 @@ def test_gate_is_the_derivative_by_the_logit(family, path):
     found = pcx.score(
         model, DataLoader(TensorDataset(x, labels), batch_size=2), method="gate", **QUIET
     )
-    from pcx.models.vpt.block import Observer
+    from pcx.models.vpt.probes import Probe
 
     model.path = "concat"  # where a gate's value acts, and not its gradient alone
 
     def losses(layer, i, log_gate):
         gate = torch.zeros(2, 3, dtype=torch.float64)
         gate[:, i] = log_gate
-        model.layers[layer].observer = Observer(gate=gate)
+        model.layers[layer].probe = Probe(gate=gate)
         with torch.no_grad():
             out = F.cross_entropy(model(x), labels, reduction="none")
-        model.layers[layer].observer = None
+        model.layers[layer].probe = None
         return out
 
     for layer in range(3):
@@ -149,14 +149,14 @@ def test_gate_is_the_derivative_by_the_logit(family, path):
 
 def test_an_infinitely_negative_gate_is_removal(backbone, loader, dataset):
     """What the gate's logit stands for: at minus infinity the prompt is gone."""
-    from pcx.models.vpt.block import Observer
+    from pcx.models.vpt.probes import Probe
 
     model = pcx.VPT(backbone, 3).eval()
     x = dataset.tensors[0]
     gate = torch.zeros(10, 3, dtype=torch.float64)
     gate[:, 1] = -torch.inf
     without = model.keep([torch.tensor([0, 2]), torch.arange(3)]).eval()
-    model.path, model.layers[0].observer = "concat", Observer(gate=gate)
+    model.path, model.layers[0].probe = "concat", Probe(gate=gate)
     torch.testing.assert_close(model(x), without(x))
 
 
@@ -240,7 +240,7 @@ def test_several_methods_come_from_one_pass(model, dataset):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-15)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", tuple(SCORES))
 def test_scores_have_one_number_per_prompt_and_change_nothing(model, loader, method):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     found = pcx.score(model, loader, method=method, **QUIET)
@@ -648,11 +648,11 @@ def test_a_loader_that_is_divided_already_is_refused():
 def test_loaders_of_odd_batches(backbone, dataset):
     model = pcx.VPT(backbone, 2).eval()
     xs, ys = (torch.stack(t) for t in zip(*dataset, strict=True))
-    expected = pcx.score(model, [(xs, ys)], method=METHODS, **QUIET)
+    expected = pcx.score(model, [(xs, ys)], method=tuple(SCORES), **QUIET)
     found = pcx.score(
-        model, [(xs[:4], ys[:4]), (xs[:0], ys[:0]), (xs[4:], ys[4:])], method=METHODS, **QUIET
+        model, [(xs[:4], ys[:4]), (xs[:0], ys[:0]), (xs[4:], ys[4:])], method=tuple(SCORES), **QUIET
     )
-    for name in METHODS:
+    for name in tuple(SCORES):
         assert_scores(found[name], expected[name])
     with pytest.raises(ValueError, match="loader: it yields single samples; give it a batch_size"):
         pcx.score(model, DataLoader(dataset, batch_size=None), **QUIET)

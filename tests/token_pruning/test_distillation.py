@@ -183,9 +183,23 @@ def test_bad_arguments_are_named(backbone, loader):
     labels = torch.tensor([0, 1])
     with pytest.raises(ValueError, match=r"tokens: shape \(2, 4, 5\), but the teacher's is \(2, 1"):
         three_term_loss(logits, labels, tokens, mask, logits, tokens[:, :1])
+
+
+def test_a_model_of_hugging_face_is_trained_by_its_logits(loader):
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        num_labels=3,
     )
-    with pytest.raises(ValueError, match=r"does not give logits alone; give a pcx.VPT over it"):
-        finetune(transformers.ViTForImageClassification(config), loader, **arguments)
+    model = transformers.ViTForImageClassification(config).double()
+    before = model.classifier.weight.detach().clone()
+    (row,) = finetune(
+        model, loader, layers=(1,), keep=0.5, iters=2, epochs=1, lr=0.01, progress=False
+    )
+    assert row["samples"] == 10
+    assert not torch.equal(before, model.classifier.weight)
+    assert model(torch.zeros(1, 3, 32, 32).double()).logits.shape == (1, 3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,42 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcx.backbones import attention
+from pcx.backbones.residual import Wrapper
+from pcx.models.vpt.probes import Probe
+from pcx.models.vpt.prompts import dropped, neighbours, per_sample
 from pcx.ops import reference
 from pcx.ops.backends import cpu_cannot
-from pcx.ops.logit_gate import logit_gate
 from pcx.ops.prefix_attention import prefix_attention
 
 PATHS = ("folded", "concat")
 
 
-@dataclass
-class Observer:
-    """What scoring needs from inside one block's attention, for the length of one forward."""
-
-    gate: Tensor | None = None  # [B, m] zeros, as if added to the prompts' attention logits
-    cls_attention: list[Tensor] = field(default_factory=list)  # [B, m], one item per attention call
-    watch_cls: bool = False
-
-    def see_prefix(
-        self, call: attention.Call, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor
-    ) -> Tensor:
-        """Of attention over a prefix, [H, m, d] or [B, H, m, d], and own keys; returns `out`."""
-        scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
-        if self.watch_cls:
-            logits = (call.q[:, :, :1] @ keys.transpose(-2, -1)).to(lse.dtype) * scale
-            weights = (logits - lse[:, :, :1, None]).exp()[:, :, 0].mean(1)  # [B, m]
-            self.cls_attention.append(weights.detach())
-        if self.gate is None:
-            return out
-        return logit_gate(out, self.gate, call.q, keys, values, lse, scale)
-
-    def watch_columns(self, call: attention.Call, columns: slice) -> None:
-        """Records the attention of [CLS] to prompts among the keys, mean over heads."""
-        weights = reference.cls_attention(call.q, call.k, call.bias, call.scale)[:, columns]
-        self.cls_attention.append(weights.detach())
-
-
-class PromptedBlock(nn.Module):
+class PromptedBlock(Wrapper):
     """Runs a frozen block on [prefix tokens, prompts, patch tokens].
 
     Args:
@@ -65,6 +39,8 @@ class PromptedBlock(nn.Module):
         last: whether this is the last block.
     """
 
+    holds = "block"
+    block: Any
     lengths: Tensor | None
 
     def __init__(
@@ -81,8 +57,7 @@ class PromptedBlock(nn.Module):
         read_tokens: int | None,
         last: bool,
     ):
-        super().__init__()
-        self.block = block
+        super().__init__(block)
         self.index = index
         self.kind = kind
         self.dropout = 0.0  # share of prompt elements dropped in training
@@ -94,10 +69,7 @@ class PromptedBlock(nn.Module):
         self.last = last
         self.path = "folded"
         self.checkpoint = False
-        self.observer: Observer | None = None
-        # Keys and values for each attention call, one set per sample, in place of the prompts'.
-        self.given: list[tuple[Tensor, Tensor]] | None = None
-        self.replay: Any = None  # what to give again in place of computing it
+        self.probe: Probe | None = None  # what scoring puts in for the length of a forward
         self.register_buffer("lengths", None)  # of constant prefix sets where they differ, [G]
         self.constants = 0  # attention calls whose prompts' keys and values are buffers
         # In a tuple, so that the list is registered once, by the owner.
@@ -108,11 +80,19 @@ class PromptedBlock(nn.Module):
             if hasattr(module, "num_prefix_tokens")
         )
 
-    def forward(self, x: Tensor, *args, watch: attention.Watch | None = None, **kwargs) -> Tensor:
-        """The block's output; `watch` sees, and may change, the folded path's attention calls."""
-        if self.replay is not None:
-            return self.replay
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """The block's output."""
+        return self.run_watched(None, x, *args, **kwargs)
+
+    def run_watched(self, watch: attention.Watch | None, x: Tensor, *args, **kwargs) -> Tensor:
+        """The block's output; `watch` sees, and may change, the folded path's attention calls.
+
+        Raises:
+            RuntimeError: there is a `watch`, and prompts are among the tokens.
+        """
         form: Any = self._concat if self.path == "concat" else partial(self._folded, watch)
+        if watch is not None and self.path == "concat":
+            raise RuntimeError("model: path 'concat' has prompts among the tokens; fold them")
         if self.checkpoint and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(form, x, *args, use_reentrant=False, **kwargs)
         return form(x, *args, **kwargs)
@@ -138,17 +118,32 @@ class PromptedBlock(nn.Module):
         self.constants = len(prefixes)
         self._owner = ()
 
+    def constants_of_prompts(self) -> list[tuple[Tensor, Tensor]]:
+        """The keys and values of the prompts for each attention call, [H, m, d], in eval mode."""
+        mode, self.training = self.training, False
+        try:
+            prompts = self.prompt_sets(1)
+            if prompts.shape[-2]:
+                pairs = self.prefixes(prompts)
+            else:
+                heads, dk, dv = self.head_dims
+                empty = [prompts.new_empty(heads, 0, d) for d in (dk, dv)]
+                pairs = [(empty[0], empty[1])] * self.calls
+        finally:
+            self.training = mode
+        return [(key.detach().contiguous(), value.detach().contiguous()) for key, value in pairs]
+
     def _this_step(self, batch: int) -> tuple[list[tuple[Tensor, Tensor]] | None, Tensor | None]:
         """Keys and values for each attention call, None without prompts, and each sample's set."""
-        if self.given is not None:
-            return self.given, None
+        if self.probe is not None and self.probe.given is not None:
+            return self.probe.given, None
         if self.constants:
             pairs = [
                 (self.get_buffer(f"prefix_k{n}"), self.get_buffer(f"prefix_v{n}"))
                 for n in range(self.constants)
             ]
             keys = pairs[0][0]
-            return (pairs if keys.shape[-2] else None), _neighbours(keys, 4, batch)
+            return (pairs if keys.shape[-2] else None), neighbours(keys, 4, batch)
         prompts = self.prompt_sets(batch)
         if not prompts.shape[-2]:
             return None, None
@@ -159,8 +154,7 @@ class PromptedBlock(nn.Module):
         prompts = self._owner[0][self.index]
         if not (self.training and self.dropout and prompts.numel()):
             return prompts
-        groups = min(self.dropout_groups or batch, batch)
-        return F.dropout(prompts.expand(groups, *prompts.shape), self.dropout)
+        return dropped(prompts, self.dropout, self.dropout_groups, batch)
 
     # Folded: prompts act through their keys and values alone, computed once for the batch.
 
@@ -199,12 +193,13 @@ class PromptedBlock(nn.Module):
 
     def _sets(self, prompts: Tensor, batch: int) -> Tensor | None:
         """The set of each sample, None for one set for all, or one for each."""
-        return _neighbours(prompts, 4 if self.kind == "prefix" else 3, batch)
+        return neighbours(prompts, 4 if self.kind == "prefix" else 3, batch)
 
     def _attend(
         self, call: attention.Call, key: Tensor, value: Tensor, sets: Tensor | None
     ) -> Tensor:
         key, value = key.to(call.k.dtype), value.to(call.v.dtype)
+        observes = self.probe is not None and self.probe.observes
         found = prefix_attention(
             call.q,
             call.k,
@@ -215,12 +210,12 @@ class PromptedBlock(nn.Module):
             prefix_lengths=self.lengths,
             bias=call.bias,
             scale=call.scale,
-            return_lse=self.observer is not None,
-            backend="auto" if self.observer is None else _for_lse(call),
+            return_lse=observes,
+            backend=_for_lse(call) if observes else "auto",
         )
-        return (
-            found if self.observer is None else self.observer.see_prefix(call, key, value, *found)
-        )
+        if self.probe is None or not observes:
+            return found
+        return self.probe.see_prefix(call, key, value, *found)
 
     # Concatenated: the published form, prompts as tokens between [CLS] and the patches.
 
@@ -230,7 +225,7 @@ class PromptedBlock(nn.Module):
         start = self.prefix_tokens
         if prompts is not None:
             sets = self._sets(prompts, x.shape[0])
-            tokens = _per_sample(prompts, sets, (x.shape[0], *prompts.shape[-2:]))
+            tokens = per_sample(prompts, sets, (x.shape[0], *prompts.shape[-2:]))
             x = torch.cat([x[:, :start], tokens.to(x.dtype), x[:, start:]], 1)
         width = self._owner[0][0 if self.kind == "shallow" else self.index].shape[-2]
 
@@ -249,12 +244,11 @@ class PromptedBlock(nn.Module):
             call.bias if call.bias is None else _widened(call.bias, start, width, call.q.shape[-2])
         )
         call = attention.Call(call.q, call.k, call.v, bias, call.scale)
-        if self.observer is not None:
-            if self.observer.watch_cls:
-                self.observer.watch_columns(call, slice(start, start + width))
-            if self.observer.gate is not None:
+        if self.probe is not None:
+            self.probe.see_columns(call, slice(start, start + width))
+            if self.probe.gate is not None:
                 after = call.k.shape[-2] - start - width
-                gate = F.pad(self.observer.gate, (start, after))[:, None, None]  # [B, 1, 1, N+m]
+                gate = F.pad(self.probe.gate, (start, after))[:, None, None]  # [B, 1, 1, N+m]
                 bias = gate if bias is None else reference.additive(bias, call.q.dtype) + gate
         if bias is not None and bias.is_floating_point():
             bias = bias.to(call.q.dtype)
@@ -264,17 +258,6 @@ class PromptedBlock(nn.Module):
 def _for_lse(call: attention.Call) -> str:
     """The backend where the LSE is wanted: on a CPU torch would write the attention out for it."""
     return "auto" if any(cpu_cannot(x, call.k) for x in (call.q, call.v)) else "cpu"
-
-
-def _neighbours(x: Tensor, rank: int, batch: int) -> Tensor | None:
-    """The set of each sample where a tensor of `rank` holds G sets for G parts of the batch."""
-    if x.dim() < rank or x.shape[0] == batch:
-        return None
-    return torch.arange(batch, device=x.device) * x.shape[0] // max(batch, 1)
-
-
-def _per_sample(x: Tensor, sets: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    return x.expand(shape) if sets is None else x[sets]
 
 
 def _read_rows(call: attention.Call, full: attention.Call) -> attention.Call:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pcx.backbones.spec import dissect
-from pcx.models.heads import HEAD_INITS, set_head_size
-from pcx.models.memory import over_same_memory
+from pcx.backbones import attention
+from pcx.backbones.spec import BackboneSpec, check_promptable
+from pcx.models.base import TunedModel, check_choice
+from pcx.models.block_forward import set_read_tokens
+from pcx.models.record import Condensation
 from pcx.models.vpt.block import PATHS, PromptedBlock
+from pcx.models.vpt.prompts import counts_per_layer, draw_prompts, prompt_parameter
 
 KINDS = ("deep", "shallow", "prefix")
 
 
-class VPT(nn.Module):
+class VPT(TunedModel):
     """Visual Prompt Tuning of a frozen vision transformer (VPT paper, Sec. 3.2).
 
     "deep" puts m learnable prompts before every layer and drops their outputs (Eq. 7),
@@ -56,6 +58,8 @@ class VPT(nn.Module):
         >>> logits = model(images)  # [B, 3, 224, 224] -> [B, 196]
     """
 
+    method = "vpt"
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -69,30 +73,24 @@ class VPT(nn.Module):
         head_init: str = "published",
         read_only: bool = True,
     ):
-        super().__init__()
-        _check_choice("kind", kind, KINDS)
-        _check_choice("head_init", head_init, HEAD_INITS)
+        check_choice("kind", kind, KINDS)
         if dropout_groups is not None and dropout_groups < 1:
             raise ValueError(f"dropout_groups: {dropout_groups}, expected at least 1, or None")
-        if isinstance(backbone, VPT):
-            raise ValueError("backbone: already a VPT; give the backbone it was built on")
+        super().__init__(backbone, num_classes=num_classes, head_init=head_init)
         self.kind = kind
         self.dropout_groups = dropout_groups
         self.read_only = read_only
-        self.trained_lr: float | None = None  # recorded by fit, read by condense
-        self.condensation: Any = None  # recorded by condense
-        self.backbone = over_same_memory(backbone, backbone.parameters()).eval()
-        self.anatomy = dissect(self.backbone)
-        if num_classes is not None:
-            set_head_size(self.backbone, num_classes)
-            self.anatomy = dissect(self.backbone)
-        self._own_heads(head_init)
-        counts = self._counts_per_layer(num_prompts)
-        self.prompts = nn.ParameterList(self._initial(m) for m in counts)
+        like = next(self.backbone.parameters())
+        counts = counts_per_layer(num_prompts, len(self.spec.blocks), kind)
+        self.prompts = nn.ParameterList(draw_prompts(m, self.spec, kind, like) for m in counts)
         self._wrap_blocks()
         self.set_dropout(dropout)
         self.path = path or ("concat" if kind == "shallow" else "folded")
         self.train(backbone.training)
+
+    def _check_fits(self) -> None:
+        attention.fuse(self.backbone)
+        check_promptable(self.backbone, self.spec)
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -106,7 +104,7 @@ class VPT(nn.Module):
 
     @path.setter
     def path(self, path: str) -> None:
-        _check_choice("path", path, PATHS)
+        check_choice("path", path, PATHS)
         if path == "folded" and self.kind == "shallow":
             raise ValueError(
                 "path: 'folded' is not possible for kind='shallow': its prompts' outputs travel on "
@@ -121,26 +119,41 @@ class VPT(nn.Module):
     @property
     def layers(self) -> list[PromptedBlock]:
         """The prompted blocks, first to last."""
-        return list(self.backbone.get_submodule(self.anatomy.blocks))
+        return self.spec.blocks_in(self.backbone)
 
     @property
-    def heads(self) -> list[Any]:
-        """The classifier heads, none where the head was removed."""
-        return [self.backbone.get_submodule(name) for name in self.anatomy.heads]
+    def anatomy(self) -> BackboneSpec:
+        """`spec`, under the name that it had before pcx had other methods."""
+        return self.spec
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [B, 3, H, W], or what the backbone takes -> logits [B, C], or features [B, D]."""
-        out = self.backbone(x)
-        return out.logits if hasattr(out, "logits") else out
+    @property
+    def adds_tokens(self) -> bool:
+        """Whether prompts are among the image's tokens."""
+        return self.path == "concat"
+
+    @property
+    def trained_lr(self) -> float | None:
+        """The learning rate of the training, recorded by fit and read by condense."""
+        return self.record.trained_lr
+
+    @trained_lr.setter
+    def trained_lr(self, lr: float | None) -> None:
+        self.record.trained_lr = lr
+
+    @property
+    def condensation(self) -> Condensation | None:
+        """How `pcx.condense` made the model, None of one that it did not make."""
+        return self.record.condensation
+
+    @condensation.setter
+    def condensation(self, found: Condensation | None) -> None:
+        self.record.condensation = found
 
     def train(self, mode: bool = True) -> VPT:
         """Sets the mode of prompts and head; the backbone stays in eval mode, as published."""
-        super().train(False)
-        self.training = mode
+        super().train(mode)
         for layer in self.layers:
             layer.training = mode
-        for head in self.heads:
-            head.train(mode)
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -156,10 +169,6 @@ class VPT(nn.Module):
         for layer in self.layers:
             layer.dropout = dropout
 
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that training changes, by name: prompts and head."""
-        return {n: p for n, p in self.named_parameters() if p.requires_grad}
-
     def keep(self, kept: Sequence[Tensor | Sequence[int]]) -> VPT:
         """A new VPT with only some prompts, over the same backbone's memory.
 
@@ -171,9 +180,7 @@ class VPT(nn.Module):
         """
         if len(kept) != len(self.prompts):
             raise ValueError(f"kept: {len(kept)} layers, expected {len(self.prompts)}")
-        own = {id(p) for p in (*self.prompts, *self.trainable().values())}
-        frozen = (p for p in self.parameters() if id(p) not in own)
-        small = over_same_memory(self, frozen)
+        small = self.copy()
         for i, index in enumerate(kept):
             prompts = self.prompts[i].detach()
             rows = torch.as_tensor(index, dtype=torch.int64, device=prompts.device)
@@ -181,88 +188,74 @@ class VPT(nn.Module):
                 raise ValueError(
                     f"kept: layer {i} has indices {rows.tolist()} for {prompts.shape[-2]} prompts"
                 )
-            small.prompts[i] = _prompt_parameter(prompts.index_select(-2, rows))
+            small.prompts[i] = prompt_parameter(prompts.index_select(-2, rows))
         return small
 
-    def _counts_per_layer(self, num_prompts: int | Sequence[int]) -> list[int]:
-        depth = len(self.anatomy.calls)
-        one = not isinstance(num_prompts, Sequence)
-        try:
-            given: Any = [num_prompts] * depth if one else num_prompts
-            counts = [operator.index(m) for m in given]
-        except TypeError:
+    def config(self) -> dict[str, Any]:
+        """What `from_config` needs besides the backbone and the weights, as JSON."""
+        return {
+            **super().config(),
+            "counts": list(self.counts),
+            "kind": self.kind,
+            "dropout": self.dropout,
+            "dropout_groups": self.dropout_groups,
+            "path": self.path,
+            "read_only": self.read_only,
+        }
+
+    @classmethod
+    def from_config(cls, backbone: nn.Module, config: Mapping[str, Any]) -> VPT:
+        """A VPT of this configuration over a backbone with any head; its weights are to be set."""
+        settings = dict(config)
+        return super().from_config(backbone, {"num_prompts": settings.pop("counts"), **settings})
+
+    @torch.no_grad()
+    def deployed(self) -> nn.Module:
+        """A backbone for inference alone, whose prompts' keys and values are constants.
+
+        Raises:
+            ValueError: the prompts do not fold (kind "shallow").
+        """
+        self.check_folds()
+        copied = self.copy().eval()
+        copied.path = "folded"
+        for layer in copied.layers:
+            layer.make_constant(layer.constants_of_prompts())
+        return copied.backbone
+
+    def check_folds(self, name: str = "model") -> None:
+        """Raises a ValueError where prompts cannot become constants; `name` is the argument's."""
+        if self.kind == "shallow":
             raise ValueError(
-                f"num_prompts: {num_prompts!r}, expected a whole number, or one per layer"
-            ) from None
-        if one and self.kind == "shallow":
-            counts[1:] = [0] * (depth - 1)
-        if len(counts) != depth:
-            raise ValueError(f"num_prompts: {len(counts)} counts for a backbone of {depth} blocks")
-        if min(counts) < 0:
-            raise ValueError(f"num_prompts: {counts}, expected counts of 0 or more")
-        if self.kind == "shallow" and any(counts[1:]):
-            raise ValueError(f"num_prompts: {counts}; kind='shallow' has prompts in layer 0 only")
-        return counts
+                f"{name}: the prompts of kind='shallow' do not fold: their outputs travel on"
+            )
 
-    def _initial(self, m: int) -> nn.Parameter:
-        """U(-v, v), v = sqrt(6 / (3 * patch height * patch width + D)), as published."""
-        like = next(self.backbone.parameters())
-        bound = math.sqrt(6 / (self.anatomy.patch_elements + self.anatomy.dim))
-        shape: tuple[int, ...] = (m, self.anatomy.dim)
-        if self.kind == "prefix":
-            (heads, dk, dv) = self.anatomy.heads_dims[0]
-            if set(self.anatomy.calls) != {1} or dk != dv:
-                raise ValueError("kind: 'prefix' needs one attention call per block with d = dv")
-            shape = (2, m, heads * dk)
-        return _prompt_parameter(
-            torch.empty(shape, device=like.device, dtype=like.dtype).uniform_(-bound, bound)
-        )
-
-    def _own_heads(self, init: str) -> None:
-        like = next(self.backbone.parameters())
-        for head in self.heads:
-            for module in head.modules():
-                for name, parameter in list(module.named_parameters(recurse=False)):
-                    # A new head of an older timm is float32 on the CPU, whatever its backbone is.
-                    values = parameter.detach().to(like.device, like.dtype, copy=True)
-                    setattr(module, name, nn.Parameter(values))
-            if init == "published":
-                if not isinstance(head, nn.Linear):
-                    raise ValueError(
-                        f"head_init: the backbone's head is {type(head).__name__}, which has no "
-                        "published initialisation; use head_init='keep'"
-                    )
-                nn.init.kaiming_normal_(head.weight, mode="fan_out")
-                if head.bias is not None:
-                    nn.init.constant_(head.bias, -math.log(99))
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        before = [set_read_tokens(layer, None) for layer in self.layers]
+        try:
+            yield
+        finally:
+            for layer, count in zip(self.layers, before, strict=True):
+                set_read_tokens(layer, count)
 
     def _wrap_blocks(self) -> None:
-        blocks = self.backbone.get_submodule(self.anatomy.blocks)
-        depth = len(blocks)
-        for i in range(depth):
-            checkpoint = getattr(blocks[i], "gradient_checkpointing", False)
+        for i, spec in enumerate(self.spec.blocks):
+            block: Any = self.backbone.get_submodule(spec.name)
+            checkpoint = getattr(block, "gradient_checkpointing", False)
             if checkpoint:  # Hugging Face re-runs its layers outside of ours
-                blocks[i].gradient_checkpointing = False
-            blocks[i] = PromptedBlock(
-                blocks[i],
+                block.gradient_checkpointing = False
+            wrapped = PromptedBlock(
+                block,
                 i,
                 self.prompts,
                 kind=self.kind,
                 dropout_groups=self.dropout_groups,
-                calls=self.anatomy.calls[i],
-                head_dims=self.anatomy.heads_dims[i],
-                prefix_tokens=self.anatomy.prefix_tokens,
-                read_tokens=self.anatomy.read_tokens if self.read_only else None,
-                last=i == depth - 1,
+                calls=spec.calls,
+                head_dims=(spec.heads, spec.head_dim, spec.value_dim),
+                prefix_tokens=self.spec.prefix_tokens,
+                read_tokens=self.spec.read_tokens if self.read_only else None,
+                last=i == len(self.spec.blocks) - 1,
             )
-            blocks[i].checkpoint = checkpoint
-
-
-def _prompt_parameter(values: Tensor) -> nn.Parameter:
-    # A layer without prompts has nothing to train, and DDP would wait for its gradient.
-    return nn.Parameter(values, requires_grad=values.shape[-2] > 0)
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {tuple(choices)}")
+            wrapped.checkpoint = checkpoint
+            self.backbone.set_submodule(spec.name, wrapped)

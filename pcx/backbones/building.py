@@ -1,0 +1,86 @@
+"""Backbones by name: the embedded one, timm's, and Hugging Face's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from pcx.backbones import NAME, scenes_vit
+
+
+def build_backbone(
+    name: str,
+    *,
+    pretrained: bool = True,
+    weights: Path | None = None,
+    num_classes: int = 0,
+    **arguments: Any,
+) -> nn.Module:
+    """Builds a backbone by its name.
+
+    Args:
+        name: the embedded backbone's, one of `timm.list_models()` with or without a tag, or a
+            checkpoint of Hugging Face for image classification ("org/name", or a folder).
+        pretrained: whether weights are loaded, timm's from its hub.
+        weights: a file of the backbone's weights, in place of timm's download.
+        num_classes: size of the head; 0 for none. Hugging Face's checkpoints keep their own.
+        arguments: of the model's constructor, such as img_size.
+
+    Raises:
+        ValueError: no such name, or `weights` do not go with it.
+        FileNotFoundError: there is no file of weights.
+    """
+    if name == NAME:
+        if weights is not None:
+            raise ValueError(f"weights: {NAME} has its own; name another backbone")
+        return scenes_vit(num_classes, pretrained=pretrained)
+    if timm.is_model(name):
+        overlay = None
+        if weights is not None:
+            if not Path(weights).is_file():
+                raise FileNotFoundError(f"weights: no file {weights}")
+            overlay = {"file": str(weights)}
+        return timm.create_model(
+            name,
+            pretrained=pretrained,
+            pretrained_cfg_overlay=overlay,
+            num_classes=num_classes,
+            **arguments,
+        )
+    if "/" in name and weights is None:
+        return _hugging_face(name)
+    raise ValueError(
+        f"backbone: neither timm nor pcx knows {name!r}; see timm.list_models(), or give a "
+        f"checkpoint of Hugging Face as 'org/name', or {NAME}, the embedded backbone"
+    )
+
+
+def _hugging_face(name: str) -> nn.Module:
+    try:
+        from transformers import AutoModelForImageClassification
+    except ImportError:
+        raise ValueError(
+            f"backbone: {name!r} is a checkpoint of Hugging Face; pip install transformers"
+        ) from None
+    return AutoModelForImageClassification.from_pretrained(name)
+
+
+def arguments_of(backbone: Any) -> dict[str, Any]:
+    """The constructor arguments of a timm model that can be read off it, as JSON.
+
+    Depth, width and the like cannot; a fingerprint tells such models apart.
+    """
+    if not hasattr(backbone, "pretrained_cfg"):
+        return {}
+    found: dict[str, Any] = {}
+    pool = getattr(backbone, "global_pool", None)
+    if isinstance(pool, str):
+        found["global_pool"] = pool
+    size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+    trained_on = (backbone.pretrained_cfg or {}).get("input_size")
+    if size is not None and trained_on is not None and tuple(size) != tuple(trained_on[1:]):
+        found["img_size"] = list(size)
+    return found

@@ -1,0 +1,126 @@
+"""What backbones give: logits out of a library's own containers, and maps of image tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from pcx.backbones.spec import BackboneSpec
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits, or features, in what a model gave.
+
+    A tensor is taken as it is. Of a Hugging Face output and of a dict the entry "logits" is taken,
+    of a tuple or list the first item.
+
+    Raises:
+        TypeError: there is none; the message says what the model gave.
+    """
+    if isinstance(output, Tensor):
+        return output
+    found = getattr(output, "logits", None)
+    if found is None and isinstance(output, Mapping):
+        found = output.get("logits")
+    if found is None and isinstance(output, tuple | list) and output:
+        found = output[0]
+    if not isinstance(found, Tensor):
+        what = (
+            f"a dict of {sorted(output)}" if isinstance(output, Mapping) else type(output).__name__
+        )
+        raise TypeError(
+            f"model: its forward gave {what}, expected a tensor of logits, an output or a dict "
+            "with 'logits', or a tuple that begins with them"
+        )
+    return found
+
+
+def feature_maps(
+    backbone: Any,
+    spec: BackboneSpec,
+    x: Tensor,
+    layers: int | Sequence[int] | None = None,
+    norm: bool = False,
+    **inputs: Any,
+) -> list[Tensor]:
+    """Maps of image tokens [B, C, H, W] behind some blocks, without [CLS], registers and prompts.
+
+    Args:
+        backbone: a backbone, or a copy whose blocks are wrapped.
+        spec: of the backbone.
+        x: images [B, 3, H, W].
+        layers: indices of the blocks (of a hierarchical model: of the stages), negative ones from
+            the end; an int n is the last n; None is all.
+        norm: whether the backbone's last norm is applied.
+        inputs: the backbone's own further arguments.
+
+    Raises:
+        ValueError: the backbone gives no such maps, or tokens were dropped on the way.
+    """
+    flat = all(block.layout == "BNC" for block in spec.blocks)
+    if not hasattr(backbone, "forward_intermediates"):
+        found = _behind_blocks(backbone, spec, x, layers, norm, inputs)
+    else:
+        found = backbone.forward_intermediates(
+            x,
+            indices=layers,
+            norm=norm,
+            stop_early=True,
+            output_fmt="NLC" if flat else "NCHW",
+            intermediates_only=True,
+            **inputs,
+        )
+    return [_as_map(tokens, _grid(backbone, spec, x)) for tokens in found] if flat else list(found)
+
+
+def _behind_blocks(
+    backbone: nn.Module,
+    spec: BackboneSpec,
+    x: Tensor,
+    layers: Any,
+    norm: bool,
+    inputs: dict[str, Any],
+) -> list[Tensor]:
+    """What blocks gave [B, N, C], of a library that has no function for it."""
+    if not spec.blocks:
+        raise ValueError(f"model: this {spec.family} has no maps of image tokens: {spec.no_blocks}")
+    wanted, _ = feature_take_indices(len(spec.blocks), layers)
+    seen: list[Any] = []
+    hooks = [
+        block.register_forward_hook(lambda *call: seen.append(call[-1]))
+        for block in spec.blocks_in(backbone)
+    ]
+    try:
+        backbone(x, **inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    tokens = [seen[i][0] if isinstance(seen[i], tuple) else seen[i] for i in wanted]
+    if norm and spec.norm is not None:
+        tokens = [backbone.get_submodule(spec.norm)(each) for each in tokens]
+    return tokens
+
+
+def _grid(backbone: Any, spec: BackboneSpec, x: Tensor) -> tuple[int, int]:
+    """Rows and columns of patches of the images."""
+    size = tuple(x.shape[-2:])
+    embed: Any = getattr(backbone, "patch_embed", None)
+    if hasattr(embed, "dynamic_feat_size"):
+        return embed.dynamic_feat_size(size)
+    side = math.isqrt((spec.patch_elements or 3) // 3)
+    return size[0] // side, size[1] // side
+
+
+def _as_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The last H * W of [B, N, C] tokens as [B, C, H, W]; what comes before them is no image."""
+    count = grid[0] * grid[1]
+    if tokens.shape[1] < count:
+        raise ValueError(
+            f"model: {tokens.shape[1]} tokens came out of a block, and a map needs {count}; tokens "
+            "that were dropped or merged leave no map"
+        )
+    return tokens[:, -count:].transpose(1, 2).unflatten(2, grid).contiguous()

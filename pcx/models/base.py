@@ -1,0 +1,281 @@
+"""The base of all tuned models: a frozen backbone, and what a method adds to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import timm.data
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+
+from pcx.backbones.inputs import data_config
+from pcx.backbones.outputs import feature_maps, logits_of
+from pcx.backbones.residual import plain_names
+from pcx.backbones.spec import BackboneSpec, find_spec, library_facts
+from pcx.models.block_forward import found_on
+from pcx.models.heads import HEAD_INITS, draw_published, head_size, set_head_size
+from pcx.models.memory import clone_tensors, over_same_memory
+from pcx.models.record import Record
+
+BACKBONE_MODES = ("eval", "train", "drop-path")
+
+
+class TunedModel(nn.Module):
+    """A frozen backbone, and what a method adds to it.
+
+    The frozen weights lie in the same memory as the given backbone's until either is moved or
+    converted (move the backbone first to share it among several models). The backbone's modules,
+    modes and flags are not touched. The model keeps its own copy of the head.
+
+    A method is a subclass with a line in `pcx.METHODS`. It sets `method`, adds its parameters
+    outside of `self.backbone` or makes parts of it its own with `own`, and says in `config` what
+    `from_config` needs. Training, evaluation, saving, loading, freezing, costs and the command
+    line then work on it.
+
+    Args:
+        backbone: a timm model, or Hugging Face's ...ForImageClassification.
+        num_classes: size of a new head; None keeps the backbone's size, 0 removes the head.
+        head_init: "published" draws the head anew (kaiming-normal, fan-out; bias -log 99), "keep"
+            starts from the backbone's own head.
+
+    Attributes:
+        method: the name in `pcx.METHODS` and in saved files.
+        backbone: the model's own copy of the module tree, over the given one's memory.
+        spec: what pcx knows of the backbone.
+        record: what saving keeps besides the weights.
+
+    Raises:
+        ValueError: an argument is out of range, or the backbone's spec was not found.
+    """
+
+    method: ClassVar[str]
+    backbone_mode: ClassVar[str] = "eval"  # of the backbone in training: one of BACKBONE_MODES
+
+    backbone: Any
+    spec: BackboneSpec
+    record: Record
+
+    def __init__(
+        self, backbone: nn.Module, *, num_classes: int | None = None, head_init: str = "published"
+    ):
+        super().__init__()
+        check_choice("head_init", head_init, HEAD_INITS)
+        if isinstance(backbone, TunedModel):
+            raise ValueError(
+                f"backbone: already a {type(backbone).__name__}; give the backbone it was built on"
+            )
+        self.record = Record()
+        self.backbone = over_same_memory(backbone, backbone.parameters()).eval()
+        if num_classes is not None:
+            set_head_size(self.backbone, num_classes)
+        self.spec = find_spec(self.backbone)
+        self._check_fits()
+        self._owned: set[str] = set()  # plain names of the backbone's tensors that are the model's
+        # A new head of an older timm is float32 on the CPU, whatever its backbone is.
+        like = next(self.backbone.parameters())
+        for name, head in zip(self.spec.heads, self.heads, strict=True):
+            self._owned |= clone_tensors(head, f"backbone.{name}.", lambda _: True, like)
+            if head_init == "published":
+                draw_published(head)
+
+    def _check_fits(self) -> None:
+        """Raises a ValueError that says why, where the method has no meaning for the backbone."""
+
+    # What the model is made of.
+
+    @property
+    def heads(self) -> list[Any]:
+        """The classifier heads, none where the head was removed."""
+        return [self.backbone.get_submodule(name) for name in self.spec.heads]
+
+    def own(self, part: str = "", keep: Callable[[str], bool] = lambda name: True) -> None:
+        """Makes tensors of the backbone the model's own: cloned, trained, saved and rolled back.
+
+        Args:
+            part: dotted name of a module of the backbone; "" is all of it.
+            keep: of a dotted name in the backbone, whether that tensor becomes the model's own.
+        """
+        module = self.backbone.get_submodule(part)
+        start = f"backbone.{part}." if part else "backbone."
+        self._owned |= clone_tensors(module, start, lambda name: keep(name[len("backbone.") :]))
+
+    def own_state(self) -> dict[str, Tensor]:
+        """The method's parameters and buffers by name: those that are saved, copied, rolled back.
+
+        Names are those of `state_dict` without the wrappers that a method puts around modules of
+        the backbone. The tensors are the model's, not copies.
+        """
+        plain = plain_names(self)
+        return {
+            plain[name]: tensor
+            for name, tensor in self.state_dict(keep_vars=True).items()
+            if self._is_own(plain[name])
+        }
+
+    def frozen_state(self) -> dict[str, nn.Parameter]:
+        """The backbone's parameters that the model shares, by their names in the plain backbone."""
+        plain = plain_names(self)
+        return {
+            plain[name].removeprefix("backbone."): parameter
+            for name, parameter in self.named_parameters()
+            if not self._is_own(plain[name])
+        }
+
+    def _is_own(self, plain: str) -> bool:
+        return not plain.startswith("backbone.") or plain in self._owned
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that training changes, by name."""
+        return {n: p for n, p in self.named_parameters() if p.requires_grad}
+
+    def plain_backbone(self) -> Any:
+        """The backbone without what a library of adapters may have put around it."""
+        return self.backbone
+
+    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Groups for an optimiser: matrices and prompts decay, biases and vectors do not."""
+        return param_groups_weight_decay(self, weight_decay)
+
+    def copy(self) -> Any:
+        """A copy over the same frozen memory, whose own tensors are copies."""
+        return over_same_memory(self, self.frozen_state().values())
+
+    @property
+    def adds_tokens(self) -> bool:
+        """Whether what the method adds is among the image's tokens."""
+        return False
+
+    # What saving needs.
+
+    def config(self) -> dict[str, Any]:
+        """What `from_config` needs besides the backbone and the weights, as JSON."""
+        return {"num_classes": self.num_classes}
+
+    @classmethod
+    def from_config(cls, backbone: nn.Module, config: Mapping[str, Any]) -> Any:
+        """A model of this configuration over a backbone with any head; its weights are to be set.
+
+        Raises:
+            ValueError: the backbone cannot take the configuration.
+        """
+        settings = dict(config)
+        wanted = settings.pop("num_classes")
+        heads = [backbone.get_submodule(name) for name in library_facts(backbone)["heads"]]
+        if not hasattr(backbone, "reset_classifier") or head_size(heads) == wanted:
+            wanted = None  # the head that is there
+        return cls(backbone, num_classes=wanted, head_init="keep", **settings)
+
+    def deployed(self) -> nn.Module:
+        """A backbone in eval mode that computes what the model does, for inference alone."""
+        return self.copy().eval().backbone
+
+    # What training and users call.
+
+    def forward(self, x: Tensor, **inputs: Any) -> Tensor:
+        """Images [B, 3, H, W], or what the backbone takes -> logits [B, C], or features [B, D].
+
+        Further keyword arguments go to the backbone: masks, `interpolate_pos_encoding`, ...
+        """
+        return logits_of(self.backbone(x, **inputs))
+
+    def features(
+        self,
+        x: Tensor,
+        layers: int | Sequence[int] | None = None,
+        norm: bool = False,
+        **inputs: Any,
+    ) -> list[Tensor]:
+        """Maps of image tokens behind the blocks, for dense tasks.
+
+        [CLS], registers and prompts are in none of them. Without what the method adds, the maps
+        equal timm's `forward_intermediates`.
+
+        Args:
+            x: images [B, 3, H, W].
+            layers: indices as timm's: of blocks, of a hierarchical model of stages, negative ones
+                from the end; an int n is the last n; None is all.
+            norm: whether the backbone's last norm is applied.
+            inputs: the backbone's own further arguments.
+
+        Returns:
+            A map [B, C, H, W] for each layer.
+
+        Raises:
+            ValueError: the backbone has no such maps, or tokens are dropped or merged on the way.
+        """
+        if found_on(self):
+            raise ValueError(
+                "model: its tokens are dropped or merged on the way, which leaves no maps; call "
+                "remove() of what set that up first"
+            )
+        with self._whole():
+            return feature_maps(self.backbone, self.spec, x, layers, norm, **inputs)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Inside it every block computes all image tokens."""
+        yield
+
+    def train(self, mode: bool = True) -> Any:
+        """Sets the mode of what the method adds and of the heads; the backbone has its own."""
+        super().train(mode)
+        if self.backbone_mode != "train":
+            self.backbone.eval()
+        for module in self.backbone.modules():
+            if self.backbone_mode == "drop-path" and type(module).__name__.endswith("DropPath"):
+                module.training = mode
+        for head in self.heads:
+            head.train(mode)
+        return self
+
+    @property
+    def num_classes(self) -> int:
+        """How many logits the model gives, 0 where it gives features."""
+        return head_size(self.heads)
+
+    @property
+    def pretrained_cfg(self) -> Any:
+        """timm's configuration of the backbone, read by `timm.data.resolve_model_data_config`."""
+        return self.backbone.pretrained_cfg
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names of the classes in the order of the logits, where they are known."""
+        return self.record.class_names
+
+    def transform(self, train: bool = False) -> Callable:
+        """timm's transform from a PIL image to what the backbone expects.
+
+        Args:
+            train: with timm's augmentation for training.
+        """
+        return timm.data.create_transform(**data_config(self), is_training=train)
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """What training may change in a model: a tuned model's own state.
+
+    Of any other module these are the parameters that require gradients, and all buffers.
+    """
+    if isinstance(model, TunedModel):
+        return model.own_state()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    frozen = {n for n, _ in model.named_parameters()} - trained
+    return {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in frozen}
+
+
+@torch.no_grad()
+def copy_state(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Writes tensors into those of the same names."""
+    for name, tensor in target.items():
+        if name in source:
+            tensor.copy_(source[name])
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises a ValueError where a value is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {tuple(choices)}")

@@ -1,0 +1,134 @@
+"""A model that peft has adapted (LoRA and its kin), as a tuned model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from pcx.backbones.spec import find_spec
+from pcx.models.base import TunedModel
+from pcx.models.memory import over_same_memory
+from pcx.models.record import Record
+
+
+class PeftModel(TunedModel):
+    """A model of peft, such as `peft.get_peft_model` gives, with pcx's training and saving.
+
+    The model is taken as it is, not copied: its adapters are trained in place. Its modules_to_save
+    (name the head among them) are the model's own too. `merge_adapter` of peft writes into the
+    backbone's memory; call it on a copy.
+
+    Args:
+        model: a `peft.PeftModel` over a timm model, or Hugging Face's ...ForImageClassification.
+
+    Raises:
+        ValueError: the model is not of peft.
+
+    Example:
+        >>> config = peft.LoraConfig(target_modules=["qkv"], modules_to_save=["head"])
+        >>> model = pcx.PeftModel(peft.get_peft_model(backbone, config))
+        >>> pcx.fit(model, loader, epochs=10, lr=0.01)
+    """
+
+    method = "peft"
+    backbone_mode = "train"  # of adapters' dropout, as peft's own training has it
+
+    def __init__(self, model: Any):
+        nn.Module.__init__(self)
+        if not is_peft(model):
+            raise ValueError(
+                f"model: a {type(model).__name__}, expected what peft.get_peft_model gives"
+            )
+        self.record = Record()
+        self.backbone = model
+        self.spec = find_spec(model.get_base_model())
+        self._owned = set()
+        self.train(model.training)
+
+    @property
+    def heads(self) -> list[Any]:
+        """The classifier heads: of those that peft trains, the trained ones."""
+        base = self.backbone.get_base_model()
+        return [base.get_submodule(name) for name in self.spec.heads]
+
+    def plain_backbone(self) -> nn.Module:
+        """The model under the adapters."""
+        return self.backbone.get_base_model()
+
+    def own_state(self) -> dict[str, Tensor]:
+        """Adapters and modules_to_save, by peft's names without the adapter's."""
+        from peft import get_peft_model_state_dict
+
+        found = get_peft_model_state_dict(self.backbone, adapter_name=self._adapter)
+        return {f"backbone.{name}": tensor for name, tensor in found.items()}
+
+    def frozen_state(self) -> dict[str, nn.Parameter]:
+        """The backbone's own parameters but its heads', by their names before peft came."""
+        heads = tuple(f"{name}." for name in self.spec.heads)
+        found = {}
+        for name, parameter in self.plain_backbone().named_parameters():
+            plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+            adapted = any(f".{part}" in f".{name}" for part in ("lora_", "modules_to_save"))
+            if not (adapted or parameter.requires_grad or plain.startswith(heads)):
+                found[plain] = parameter
+        return found
+
+    def config(self) -> dict[str, Any]:
+        """peft's own configuration of the adapter, and the head's size."""
+        settings = self.backbone.peft_config[self._adapter].to_dict()
+        return {"num_classes": self.num_classes, "peft": _as_json(settings)}
+
+    @classmethod
+    def from_config(cls, backbone: nn.Module, config: Mapping[str, Any]) -> PeftModel:
+        """Adapters of this configuration over a backbone with any head; not the given modules."""
+        from peft import get_peft_config, get_peft_model
+
+        shared: Any = over_same_memory(backbone, backbone.parameters())
+        if hasattr(shared, "reset_classifier") and shared.num_classes != config["num_classes"]:
+            shared.reset_classifier(config["num_classes"])
+        settings = {**config["peft"], "inference_mode": False}
+        return cls(get_peft_model(shared, get_peft_config(settings)))
+
+    def deployed(self) -> nn.Module:
+        """A backbone whose adapters are merged into its weights, for inference alone."""
+        return copy.deepcopy(self.backbone).merge_and_unload().eval()
+
+    @property
+    def _adapter(self) -> str:
+        return self.backbone.active_adapter
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether a model is of peft, without importing peft."""
+    names = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__]
+    return any(name.startswith("peft.") and name.endswith(".PeftModel") for name in names)
+
+
+def tuned(model: Any) -> TunedModel:
+    """A tuned model as it is, and one of peft as a `pcx.PeftModel`.
+
+    Raises:
+        ValueError: the model is neither.
+    """
+    if isinstance(model, TunedModel):
+        return model
+    if isinstance(model, nn.Module) and is_peft(model):
+        return PeftModel(model)
+    raise ValueError(
+        f"model: a {type(model).__name__}, expected a tuned model, such as pcx.VPT or pcx.Full, or "
+        "a model of peft"
+    )
+
+
+def _as_json(value: Any) -> Any:
+    """Sets as sorted lists, enumerations as their values."""
+    if isinstance(value, dict):
+        return {str(k): _as_json(v) for k, v in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(_as_json, value))
+    if isinstance(value, list | tuple):
+        return [_as_json(v) for v in value]
+    return getattr(value, "value", value)

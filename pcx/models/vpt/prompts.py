@@ -1,0 +1,83 @@
+"""Prompts of a VPT: how they are drawn, dropped in training, and shared by samples."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcx.backbones.spec import BackboneSpec
+
+
+def counts_per_layer(num_prompts: Any, depth: int, kind: str) -> list[int]:
+    """The number of prompts in each layer.
+
+    Raises:
+        ValueError: `num_prompts` is neither a whole number nor one per layer, or does not fit.
+    """
+    one = not isinstance(num_prompts, Sequence)
+    try:
+        given: Any = [num_prompts] * depth if one else num_prompts
+        counts = [operator.index(m) for m in given]
+    except TypeError:
+        raise ValueError(
+            f"num_prompts: {num_prompts!r}, expected a whole number, or one per layer"
+        ) from None
+    if one and kind == "shallow":
+        counts[1:] = [0] * (depth - 1)
+    if len(counts) != depth:
+        raise ValueError(f"num_prompts: {len(counts)} counts for a backbone of {depth} blocks")
+    if min(counts) < 0:
+        raise ValueError(f"num_prompts: {counts}, expected counts of 0 or more")
+    if kind == "shallow" and any(counts[1:]):
+        raise ValueError(f"num_prompts: {counts}; kind='shallow' has prompts in layer 0 only")
+    return counts
+
+
+def draw_prompts(m: int, spec: BackboneSpec, kind: str, like: Tensor) -> nn.Parameter:
+    """U(-v, v), v = sqrt(6 / (3 * patch height * patch width + D)), as published.
+
+    Returns:
+        [m, D], or [2, m, H*d] of kind "prefix".
+
+    Raises:
+        ValueError: the kind is "prefix" and a block's keys and values are not alike.
+    """
+    first = spec.blocks[0]
+    bound = math.sqrt(6 / ((spec.patch_elements or 0) + first.dim))
+    shape: tuple[int, ...] = (m, first.dim)
+    if kind == "prefix":
+        if {block.calls for block in spec.blocks} != {1} or first.head_dim != first.value_dim:
+            raise ValueError("kind: 'prefix' needs one attention call per block with d = dv")
+        shape = (2, m, first.heads * first.head_dim)
+    return prompt_parameter(
+        torch.empty(shape, device=like.device, dtype=like.dtype).uniform_(-bound, bound)
+    )
+
+
+def prompt_parameter(values: Tensor) -> nn.Parameter:
+    """A parameter, frozen where it holds no prompts: DDP would wait for its gradient."""
+    return nn.Parameter(values, requires_grad=values.shape[-2] > 0)
+
+
+def dropped(prompts: Tensor, share: float, groups: int | None, batch: int) -> Tensor:
+    """Prompts after dropout, one set per sample or per group of samples: [G, *prompts]."""
+    count = min(groups or batch, batch)
+    return F.dropout(prompts.expand(count, *prompts.shape), share)
+
+
+def neighbours(x: Tensor, rank: int, batch: int) -> Tensor | None:
+    """The set of each sample where a tensor of `rank` holds G sets for G parts of the batch."""
+    if x.dim() < rank or x.shape[0] == batch:
+        return None
+    return torch.arange(batch, device=x.device) * x.shape[0] // max(batch, 1)
+
+
+def per_sample(x: Tensor, sets: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """Each sample's prompts, expanded or chosen by its set."""
+    return x.expand(shape) if sets is None else x[sets]
