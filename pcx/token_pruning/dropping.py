@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pcx.backbones import attention
 from pcx.backbones.spec import Anatomy
 from pcx.models.block_forward import StandIn
-from pcx.ops.backends import exporting
+from pcx.ops.dispatch import exporting
 from pcx.token_pruning import stages
 from pcx.token_pruning.handles import SetUp, anatomy_of, blocks_of, clear, composed, patches_of
 from pcx.token_pruning.schedule import Step, check_counts, check_layers, steps_of

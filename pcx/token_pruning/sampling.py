@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from pcx.backbones import attention
 from pcx.backbones.spec import Anatomy
 from pcx.models.block_forward import Carried, StandIn
-from pcx.ops import reference
-from pcx.ops.backends import exporting
+from pcx.ops.dispatch import exporting
+from pcx.ops.reference.attention import cls_logits
 from pcx.token_pruning import stages
 from pcx.token_pruning.handles import (
     SetUp,
@@ -148,7 +148,7 @@ def significance(
     Returns:
         [B, N - protected] float32 (float64 for float64), each sample's summing to 1.
     """
-    logits = reference.cls_logits(q, k, bias, scale)  # [B, H, N]
+    logits = cls_logits(q, k, bias, scale)  # [B, H, N]
     weights = logits[..., protected:].softmax(-1)  # [B, H, P]
     taken = weights * v[:, :, protected:].to(weights.dtype).norm(dim=-1)
     return (taken / taken.sum(-1, keepdim=True)).mean(1)

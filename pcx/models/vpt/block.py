@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcx.backbones import attention
-from pcx.ops import reference
-from pcx.ops.backends import cpu_cannot
 from pcx.ops.logit_gate import logit_gate
-from pcx.ops.prefix_attention import prefix_attention
+from pcx.ops.prefix_attention import cpu_cannot, prefix_attention
+from pcx.ops.reference.attention import additive, cls_attention
 
 PATHS = ("folded", "concat")
 
@@ -43,7 +42,7 @@ class Observer:
 
     def watch_columns(self, call: attention.Call, columns: slice) -> None:
         """Records the attention of [CLS] to prompts among the keys, mean over heads."""
-        weights = reference.cls_attention(call.q, call.k, call.bias, call.scale)[:, columns]
+        weights = cls_attention(call.q, call.k, call.bias, call.scale)[:, columns]
         self.cls_attention.append(weights.detach())
 
 
@@ -255,7 +254,7 @@ class PromptedBlock(nn.Module):
             if self.observer.gate is not None:
                 after = call.k.shape[-2] - start - width
                 gate = F.pad(self.observer.gate, (start, after))[:, None, None]  # [B, 1, 1, N+m]
-                bias = gate if bias is None else reference.additive(bias, call.q.dtype) + gate
+                bias = gate if bias is None else additive(bias, call.q.dtype) + gate
         if bias is not None and bias.is_floating_point():
             bias = bias.to(call.q.dtype)
         return attention.Call(call.q, call.k, call.v, bias, call.scale).output()
