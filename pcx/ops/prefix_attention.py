@@ -85,8 +85,8 @@ def prefix_attention(
     else:
         DISPATCH.check(backend, *tensors, bias, scale)
     if backend == "reference":
-        run = _with_lse if return_lse else _without_lse
-        out, lse = run(*tensors, prefix_index, prefix_lengths, bias, scale)
+        found = _by_reference(tensors, prefix_index, prefix_lengths, bias, scale, return_lse)
+        out, lse = found if return_lse else (found, None)
     else:
         _assert_later(prefix_index, prefix_lengths, prefix_k)
         out, lse = torch.ops.pcx.prefix_attention.default(
@@ -98,7 +98,7 @@ def prefix_attention(
 
 
 def _automatic(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str:
-    """ "auto" where the op itself is to choose between "cuda" and "triton", else "reference"."""
+    """The choice of backend="auto": "auto" leaves that between "cuda" and "triton" to the op."""
     if exporting() or q.device.type != "cuda":
         return "reference"  # the exported program then needs torch alone
     if not hardware.TRITON or triton_cannot_attend(q, k, v, scale):
@@ -106,22 +106,12 @@ def _automatic(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str:
     return "auto"
 
 
-def _with_lse(*arguments) -> tuple[Tensor, Tensor]:
-    return _by_reference(*arguments, return_lse=True)
-
-
-def _without_lse(*arguments) -> tuple[Tensor, None]:
-    return _by_reference(*arguments, return_lse=False), None
-
-
-def _by_reference(q, *arguments, return_lse: bool) -> Any:
-    *tensors, index, lengths, bias, scale = arguments
+def _by_reference(tensors: tuple, index, lengths, bias, scale: float, return_lse: bool) -> Any:
     return reference.prefix_attention(
-        q,
         *tensors,
         prefix_index=index,
         prefix_lengths=lengths,
-        bias=None if bias is None else _four_dimensions(bias, q.shape[0]),
+        bias=None if bias is None else _four_dimensions(bias, tensors[0].shape[0]),
         scale=scale,
         return_lse=return_lse,
     )
@@ -185,9 +175,7 @@ def _batches(bias: Tensor, batch: int) -> tuple[int, int]:
     return (batch // inner if inner else bias.shape[0]), inner  # inner is 0 for no samples
 
 
-# Of its arguments: q, k, v, prefix_k, prefix_v, bias, scale.
-
-
+# These two take q, k, v, prefix_k, prefix_v, bias and scale, as checked.
 def _triton_cannot(q, k, v, prefix_k, prefix_v, bias, scale) -> str | None:
     return triton_cannot_attend(q, k, v, scale)
 

@@ -127,9 +127,6 @@ def _check_among(among: Tensor, batch: int, tokens: int) -> None:
         raise ValueError(f"among: expected tokens, 0 to {tokens - 1}")
 
 
-# Of its arguments: q, k, init, bias, prefix_k, among, iters, scale.
-
-
 def _triton_cannot(q, k, init, bias, prefix_k, *_) -> str | None:
     rows = [x for x in (q, k, prefix_k) if x is not None]
     reach = [(x.shape[-2] - 1) * x.stride(-2) for x in rows]

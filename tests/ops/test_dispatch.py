@@ -82,6 +82,20 @@ def test_without_the_extension_a_named_backend_says_so(op, monkeypatch):
         CALLS[op]("cpu")
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_extension_registers_all_its_files(device):
+    if device not in library.EXTENSION:
+        pytest.skip(f"pcx._C was not built for {device} here")
+    names = {
+        "cpu": ("prefix_attention", "prefix_attention_backward", "prompt_score"),
+        "cuda": ("prefix_attention", "prefix_attention_key_gradients_hopper")
+        + ("weighted_pagerank_cuda", "important_tokens_cuda", "dissimilar_tokens_cuda"),
+    }[device]
+    for name in ("weighted_pagerank", *names):
+        has = torch._C._dispatch_has_kernel_for_dispatch_key
+        assert has(f"pcx::{name}", device.upper()), name
+
+
 def test_a_report_gives_every_backend_of_every_op():
     lines = dispatch.report()
     assert [(line.op, line.backend) for line in lines] == [
