@@ -12,6 +12,7 @@ from pcx.backbones import attention
 from pcx.backbones.spec import Anatomy
 from pcx.models.block_forward import StandIn
 from pcx.ops.dispatch import exporting
+from pcx.ops.reference.token_choice import pick
 from pcx.token_pruning import stages
 from pcx.token_pruning.handles import SetUp, anatomy_of, blocks_of, clear, composed, patches_of
 from pcx.token_pruning.schedule import Step, check_counts, check_layers, steps_of
@@ -150,7 +151,7 @@ class _PrunedForward(StandIn):
         with torch.no_grad():
             stays = self._choose(call)
         self.stays = None if exporting() else stays  # then nothing to look at
-        return stages.pick(tokens, stays)
+        return pick(tokens, stays)
 
     def _choose(self, call: attention.Call) -> Tensor:
         self.came = call.q.shape[2]

@@ -14,7 +14,7 @@ from pcx.backbones.spec import Anatomy
 from pcx.models.block_forward import Carried, StandIn
 from pcx.ops.dispatch import exporting
 from pcx.ops.reference.attention import without_autocast
-from pcx.token_pruning import stages
+from pcx.ops.reference.token_choice import pick
 from pcx.token_pruning.handles import SetUp, anatomy_of, biased, blocks_of, clear, seen
 
 
@@ -181,7 +181,7 @@ class _MergedForward(StandIn):
 
     def after(self, tokens: Tensor, call: attention.Call, known: Merged | None) -> Tensor | Carried:
         if self.last:
-            return stages.pick(tokens, known.places) if known and self.restores else tokens
+            return pick(tokens, known.places) if known and self.restores else tokens
         r = min(self.r, (tokens.shape[1] - self.protected) // 2)
         with torch.no_grad():
             places = self._places(call.k, r)

@@ -14,7 +14,7 @@ from pcx.backbones.spec import Anatomy
 from pcx.models.block_forward import Carried, StandIn
 from pcx.ops.dispatch import exporting
 from pcx.ops.reference.attention import cls_logits
-from pcx.token_pruning import stages
+from pcx.ops.reference.token_choice import pick
 from pcx.token_pruning.handles import (
     SetUp,
     anatomy_of,
@@ -210,7 +210,7 @@ class _SampledForward(StandIn):
                 alive = alive & known.gather(1, stays)
         # Where a model is exported there is nothing to look at.
         self.stays, self.alive = (None, None) if exporting() else (stays, alive)
-        return Carried(stages.pick(tokens, stays), alive)
+        return Carried(pick(tokens, stays), alive)
 
     def _sampled(self, call: attention.Call, tokens: int) -> Tensor:
         if call.q.device.type == "meta":  # shapes alone: there is nothing to sample
