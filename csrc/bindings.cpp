@@ -30,23 +30,11 @@ py::dict build_info() {
   return info;
 }
 
-void register_operations() {
-  pcx::register_autograd();
-  pcx::register_cpu();
-  pcx::register_cpu_scores();
-  pcx::register_cpu_pagerank();
-#ifdef PCX_CUDA
-  pcx::register_cuda();
-  pcx::register_cuda_pagerank();
-  pcx::register_cuda_token_choice();
-#endif
-}
-
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Compiled backends of pcx";
   module.def("build_info", &build_info, "Versions and options this extension was built with.");
-  module.def("register_operations", &register_operations,
+  module.def("register_operations", &pcx::register_operations,
              "Implements the operations whose schemas are defined. Called once.");
 }

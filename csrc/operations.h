@@ -1,18 +1,27 @@
-// What pcx._C registers with torch, on Python's word that it has defined the same schemas: torch
-// ends the process where they differ.
+// How a file adds its implementations to the operations of pcx, whose schemas Python defines.
 
 #pragma once
 
+#include <torch/library.h>
+
+#include <source_location>
+
 namespace pcx {
 
-constexpr int kSchemas = 11;  // as SCHEMAS in pcx/ops/registration.py
+// As SCHEMAS in pcx/ops/library.py, which leaves an extension with another number out.
+constexpr int kSchemas = 12;
 
-void register_autograd();
-void register_cpu();
-void register_cpu_scores();
-void register_cpu_pagerank();
-void register_cuda();
-void register_cuda_pagerank();
-void register_cuda_token_choice();
+using Implement = void (*)(torch::Library&);
+
+// One file's implementations for one dispatch key. A file defines a static object of this type,
+// which keeps the function in a list when the extension is loaded; nothing else needs to know of
+// the file. Python calls `register_operations` once it knows that `kSchemas` is its own number;
+// torch then compares every implementation with the schema that Python defines.
+struct Implementations {
+  Implementations(c10::DispatchKey key, Implement implement,
+                  std::source_location where = std::source_location::current());
+};
+
+void register_operations();
 
 }  // namespace pcx

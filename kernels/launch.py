@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcx.ops.backends import capability
+from pcx.ops.hardware import capability
 
 
 def rowwise(x: Tensor) -> Tensor:

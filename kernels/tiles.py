@@ -11,6 +11,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def head_of(pointer, b, h, strides):
+    """Where head h of sample b begins; strides are those of samples, heads and tokens."""
+    return pointer + (b * strides[0] + h * strides[1])
+
+
+@triton.jit
 def tile(
     pointer,
     rows,

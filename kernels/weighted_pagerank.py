@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pcx.kernels.launch import on_device, products_of_warps, rowwise
-from pcx.kernels.tiles import LOG2_E, biased, parts, set_strides, tile
+from pcx.kernels.tiles import LOG2_E, biased, head_of, parts, set_strides, tile
 
 RUNTIME = ["n", "m"]  # vary from call to call: one compiled form for all
 
@@ -40,22 +40,25 @@ def _rows(pointer, rows, stride, limit, DIM: tl.constexpr, D0: tl.constexpr, D1:
 
 @triton.jit
 def _logits(
-    queries, keys, rows, columns, n, limit, bias, sb_n, sb_s, factor,
+    queries, keys, rows, columns, n, limit, bias, factor,
     D1: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[BM, BN] in units of log2, of n rows and `limit` columns."""
+    """[BM, BN] in units of log2, of n rows and `limit` columns.
+
+    `bias` is (pointer, strides of rows and columns).
+    """
     logits = tl.dot(queries[0], tl.trans(keys[0]), input_precision=PRECISION)
     if D1 > 0:
         logits = tl.dot(queries[1], tl.trans(keys[1]), acc=logits, input_precision=PRECISION)
     logits *= factor
     if BIAS:
-        logits = biased(logits, bias, rows, columns, sb_n, sb_s, n, limit, False)
+        logits = biased(logits, bias[0], rows, columns, bias[1], bias[2], n, limit, False)
     return logits
 
 
 @triton.jit
 def _add_keys(
-    state, queries, pointer, stride, limit, start, rows, n, bias, sb_n, sb_s, factor,
+    state, queries, pointer, stride, limit, start, rows, n, bias, factor,
     DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -63,9 +66,7 @@ def _add_keys(
     total, top = state
     columns = start + tl.arange(0, BN)
     keys = _rows(pointer, columns, stride, limit, DIM, D0, D1)
-    logits = _logits(
-        queries, keys, rows, columns, n, limit, bias, sb_n, sb_s, factor, D1, BIAS, PRECISION
-    )
+    logits = _logits(queries, keys, rows, columns, n, limit, bias, factor, D1, BIAS, PRECISION)
     logits = tl.where((columns < limit)[None, :], logits, float("-inf"))
     new = tl.maximum(top, tl.max(logits, 1))
     base = tl.where(new == float("-inf"), 0.0, new)  # rows that attend to nothing so far
@@ -76,28 +77,28 @@ def _add_keys(
 @triton.jit(do_not_specialize=RUNTIME)
 def _divide(
     q, k, prefix, bias, divisors, factor,
-    sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sp_b, sp_h, sp_n, sb_b, sb_h, sb_n, sb_s, H, n, m,
+    q_strides, k_strides, prefix_strides, bias_strides, H, n, m,
     DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PREFIX: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """log2 of what each row of A divides by, infinity where it attends to nothing."""
     head, b, h, rows = _place(n, H, BM)
-    q += b * sq_b + h * sq_h
-    k += b * sk_b + h * sk_h
-    prefix += b * sp_b + h * sp_h
-    bias += b * sb_b + h * sb_h
-    queries = _rows(q, rows, sq_n, n, DIM, D0, D1)
+    q = head_of(q, b, h, q_strides)
+    k = head_of(k, b, h, k_strides)
+    prefix = head_of(prefix, b, h, prefix_strides)
+    added = (head_of(bias, b, h, bias_strides), bias_strides[2], bias_strides[3])
+    queries = _rows(q, rows, q_strides[2], n, DIM, D0, D1)
     total = tl.zeros([BM], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
     if PREFIX:
         for start in tl.range(0, m, BN):
             total, top = _add_keys(
-                (total, top), queries, prefix, sp_n, m, start, rows, n, bias, 0, 0, factor,
+                (total, top), queries, prefix, prefix_strides[2], m, start, rows, n, added, factor,
                 DIM, D0, D1, BN, False, PRECISION,
             )  # fmt: skip
     for start in tl.range(0, n, BN):
         total, top = _add_keys(
-            (total, top), queries, k, sk_n, n, start, rows, n, bias, sb_n, sb_s, factor,
+            (total, top), queries, k, k_strides[2], n, start, rows, n, added, factor,
             DIM, D0, D1, BN, BIAS, PRECISION,
         )  # fmt: skip
     nothing = total == 0.0
@@ -108,25 +109,23 @@ def _divide(
 @triton.jit(do_not_specialize=RUNTIME)
 def _vote(
     q, k, bias, divisors, scores, out, factor,
-    sq_b, sq_h, sq_n, sk_b, sk_h, sk_n, sb_b, sb_h, sb_n, sb_s, H, n,
+    q_strides, k_strides, bias_strides, H, n,
     DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A^T scores for a tile of tokens, BN of them."""
     head, b, h, columns = _place(n, H, BN)
-    q += b * sq_b + h * sq_h
-    k += b * sk_b + h * sk_h
-    bias += b * sb_b + h * sb_h
+    q = head_of(q, b, h, q_strides)
+    k = head_of(k, b, h, k_strides)
+    added = (head_of(bias, b, h, bias_strides), bias_strides[2], bias_strides[3])
     divisors += head * n
     scores += head * n
-    keys = _rows(k, columns, sk_n, n, DIM, D0, D1)
+    keys = _rows(k, columns, k_strides[2], n, DIM, D0, D1)
     votes = tl.zeros([BM, BN], tl.float32)
     for start in tl.range(0, n, BM):
         rows = start + tl.arange(0, BM)
-        queries = _rows(q, rows, sq_n, n, DIM, D0, D1)
-        logits = _logits(
-            queries, keys, rows, columns, n, n, bias, sb_n, sb_s, factor, D1, BIAS, PRECISION
-        )
+        queries = _rows(q, rows, q_strides[2], n, DIM, D0, D1)
+        logits = _logits(queries, keys, rows, columns, n, n, added, factor, D1, BIAS, PRECISION)
         divisor = tl.load(divisors + rows, mask=rows < n, other=float("inf"))
         score = tl.load(scores + rows, mask=rows < n, other=0.0)
         votes += tl.exp2(logits - divisor[:, None]) * score[:, None]
@@ -142,8 +141,10 @@ def weighted_pagerank(
     iters: int,
     scale: float,
 ) -> Tensor:
-    """[B, H, n] float32, as `pcx.ops.reference` says; q and k are of the graph's tokens alone, and
-    of one type with the prefix."""
+    """[B, H, n] float32, as `pcx.ops.reference.weighted_pagerank` says.
+
+    q and k are of the graph's tokens alone, and of one type with the prefix.
+    """
     batch, heads, n, dim = q.shape
     scores = init.float().contiguous()
     if not scores.numel() or not iters:
@@ -168,16 +169,16 @@ def weighted_pagerank(
         "num_stages": 2 if single else 3,
         "enable_fp_fusion": True,
     }
-    strides = (*q.stride()[:3], *k.stride()[:3])
+    strides = q.stride()[:3], k.stride()[:3]
     with on_device(q):
         _divide[(batch * heads * triton.cdiv(n, rows),)](
-            q, k, prefix, added, divisors, factor, *strides, *set_strides(prefix), *sb, heads, n, m,
+            q, k, prefix, added, divisors, factor, *strides, set_strides(prefix), sb, heads, n, m,
             BM=rows, BN=columns, PREFIX=m > 0, **options,
         )  # fmt: skip
         for step in range(1, iters + 1):
             voted = torch.empty_like(scores)
             _vote[(batch * heads * triton.cdiv(n, columns),)](
-                q, k, added, divisors, scores, voted, factor, *strides, *sb, heads, n,
+                q, k, added, divisors, scores, voted, factor, *strides, sb, heads, n,
                 BM=rows, BN=columns, **options,
             )  # fmt: skip
             scores = voted

@@ -45,7 +45,7 @@ def test_an_extension_of_another_version_is_left_out_and_said():
         "stale = types.ModuleType('pcx._C'); stale.__file__ = '_C.so'\n"
         "stale.build_info = lambda: {'cuda': False, 'schemas': 0}\n"
         "sys.modules['pcx._C'] = stale\n"
-        "import pcx; from pcx.ops.registration import EXTENSION\n"
+        "import pcx; from pcx.ops.library import EXTENSION\n"
         "assert not EXTENSION"
     )
     assert "_C.so is of another version of pcx and is left out: build it again" in said
@@ -55,7 +55,7 @@ def test_without_the_extension_nothing_is_said_and_all_is_there():
     said = python(
         "import sys, warnings; warnings.simplefilter('error')\n"
         "sys.modules['pcx._C'] = None\n"
-        "import pcx, torch; from pcx.ops.registration import EXTENSION\n"
+        "import pcx, torch; from pcx.ops.library import EXTENSION\n"
         "assert not EXTENSION\n"
         "q, k, v = torch.randn(3, 2, 4, 5, 8, requires_grad=True).unbind()\n"
         "pcx.prefix_attention(q, k, v, *torch.randn(2, 4, 3, 8)).sum().backward()\n"
@@ -70,6 +70,8 @@ def test_without_torch_pure_python_is_installed():
         "assert 'ext_modules' not in got, got\n"
         "assert 'pcx' in got['packages'] and 'pcx.tasks' in got['packages']\n"
         "assert 'pcx.kernels' in got['packages']\n"
+        "assert 'pcx.kernels.prefix_attention' in got['packages']\n"
+        "assert 'pcx.ops.reference' in got['packages']\n"
     )
     assert "installing without the compiled extension" in said
 

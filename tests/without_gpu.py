@@ -39,19 +39,25 @@ def source_of(kernel, args, options):
     from triton.compiler import ASTSource
 
     signature, constants, attributes = {}, {}, {}
-    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=False)):
-        exact = not parameter.do_not_specialize
+
+    def described(value, place, exact):
+        """The type of an argument, or the types of a tuple's items; fills the other two."""
+        if isinstance(value, tuple):
+            return tuple(described(item, (*place, i), exact) for i, item in enumerate(value))
         if isinstance(value, torch.Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        elif value == 1 and exact:
-            signature[parameter.name], constants[parameter.name] = "constexpr", 1
-        else:
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-            if exact and value % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
+            attributes[place] = [["tt.divisibility", 16]]
+            return TYPES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if value == 1 and exact:
+            constants[place] = 1
+            return "constexpr"
+        if exact and value % 16 == 0:
+            attributes[place] = [["tt.divisibility", 16]]
+        return "i32" if abs(value) < 2**31 else "i64"
+
+    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=False)):
+        signature[parameter.name] = described(value, (i,), not parameter.do_not_specialize)
     options = dict(options)
     for parameter in kernel.params[len(args) :]:
         signature[parameter.name] = "constexpr"

@@ -226,11 +226,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   return {dq, dk, dv, dprefix_k.to(q.scalar_type()), dprefix_v.to(q.scalar_type()), dbias};
 }
 
-}  // namespace
-
-void pcx::register_cpu() {
-  static torch::Library library(torch::Library::IMPL, "pcx", c10::DispatchKey::CPU, __FILE__,
-                                __LINE__);
+const pcx::Implementations implementations(c10::DispatchKey::CPU, [](torch::Library& library) {
   library.impl("prefix_attention", &forward);
   library.impl("prefix_attention_backward", &backward);
-}
+});
+
+}  // namespace

@@ -125,10 +125,8 @@ Tensor prompt_score(const Tensor& gradient, const Tensor& prompts, bool layer_no
   return scores;
 }
 
-}  // namespace
-
-void pcx::register_cpu_scores() {
-  static torch::Library library(torch::Library::IMPL, "pcx", c10::DispatchKey::CPU, __FILE__,
-                                __LINE__);
+const pcx::Implementations implementations(c10::DispatchKey::CPU, [](torch::Library& library) {
   library.impl("prompt_score", &prompt_score);
-}
+});
+
+}  // namespace

@@ -95,10 +95,8 @@ Tensor weighted_pagerank(const Tensor& all_q, const Tensor& all_k, const Tensor&
   return scores;
 }
 
-}  // namespace
-
-void pcx::register_cpu_pagerank() {
-  static torch::Library library(torch::Library::IMPL, "pcx", c10::DispatchKey::CPU, __FILE__,
-                                __LINE__);
+const pcx::Implementations implementations(c10::DispatchKey::CPU, [](torch::Library& library) {
   library.impl("weighted_pagerank", &weighted_pagerank);
-}
+});
+
+}  // namespace

@@ -315,13 +315,11 @@ Gradients backward_on_cuda(const Tensor& any_grad_out, const OptionalTensor& gra
   return {dq, dk, dv, dprefix_k, dprefix_v, none()};
 }
 
-}  // namespace
-
-void pcx::register_cuda() {
-  static torch::Library library(torch::Library::IMPL, "pcx", c10::DispatchKey::CUDA, __FILE__,
-                                __LINE__);
+const pcx::Implementations implementations(c10::DispatchKey::CUDA, [](torch::Library& library) {
   library.impl("prefix_attention", &attention_on_cuda);
   library.impl("prefix_attention_backward", &backward_on_cuda);
   library.impl("prefix_attention_query_gradient_hopper", &query_gradient);
   library.impl("prefix_attention_key_gradients_hopper", &key_gradients);
-}
+});
+
+}  // namespace

@@ -1,5 +1,5 @@
-// important_tokens and dissimilar_tokens on CUDA: which calls the kernels take. What they leave is
-// written out in torch.
+// important_tokens and dissimilar_tokens on CUDA: which calls the kernels can run. The operations
+// give every other call to the form written out in torch.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <string>
 
 #include "../dispatch.h"
 #include "../operations.h"
@@ -20,9 +21,46 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-bool fit(const Tensor& scores) {
-  return scores.scalar_type() == at::kFloat && scores.is_contiguous() && scores.numel() &&
-         scores.size(1) <= pcx::kMostHeads && scores.size(2) <= pcx::kMostTokens;
+// Why the kernels cannot run on scores [B, H, N]; empty where they can.
+std::string cannot(const Tensor& scores) {
+  if (scores.scalar_type() != at::kFloat)
+    return std::string("it computes float32 scores, got ") + toString(scores.scalar_type());
+  if (!scores.is_contiguous()) return "the scores are not contiguous in memory";
+  if (scores.numel() == 0) return "there are no scores";
+  if (scores.size(1) > pcx::kMostHeads)
+    return "it needs at most " + std::to_string(pcx::kMostHeads) + " heads, got " +
+           std::to_string(scores.size(1));
+  if (scores.size(2) > pcx::kMostTokens)
+    return "it needs at most " + std::to_string(pcx::kMostTokens) + " tokens, got " +
+           std::to_string(scores.size(2));
+  return {};
+}
+
+std::string cannot_among(const Tensor& scores, const OptionalTensor& among) {
+  if (among && among->stride(1) != 1) return "the tokens of among are not dense in memory";
+  return cannot(scores);
+}
+
+std::string cannot_by_keys(const Tensor& votes, const Tensor& k) {
+  std::string reason = cannot(votes);
+  if (!reason.empty()) return reason;
+  if (!pcx::element(k))
+    return std::string("it computes bfloat16, float16 and float32, k has ") +
+           toString(k.scalar_type());
+  const int64_t dim = k.size(3);
+  if (dim % 8) return "it needs a head dim that is a multiple of 8, got " + std::to_string(dim);
+  if (!pcx::on_lines_of_16_bytes(k)) return "the rows of k do not begin on multiples of 16 bytes";
+  if (pcx::choice_bytes(static_cast<int>(votes.size(2)), static_cast<int>(dim)) + pcx::kOtherBytes >
+      pcx::attribute(k, cudaDevAttrMaxSharedMemoryPerBlockOptin))
+    return "the shared memory of a block cannot hold " + std::to_string(votes.size(2)) +
+           " tokens of " + std::to_string(dim) + " numbers";
+  if (pcx::attribute(k, cudaDevAttrComputeCapabilityMajor) < 8)
+    return "it needs compute capability 8.0 or more";
+  return {};
+}
+
+void hold_to(const std::string& reason) {
+  TORCH_CHECK_VALUE(reason.empty(), "backend: 'cuda' cannot run: ", reason);
 }
 
 pcx::Heads heads_of(const Tensor& scores, double low, double high) {
@@ -34,20 +72,18 @@ pcx::Heads heads_of(const Tensor& scores, double low, double high) {
   };
 }
 
-Tensor important_tokens(const Tensor& scores, int64_t keep, int64_t protected_tokens, double low,
-                        double high, const OptionalTensor& among) {
+void check_important(const Tensor& scores, int64_t keep, int64_t protected_tokens,
+                     const OptionalTensor& among) {
   TORCH_CHECK(
       scores.dim() == 3 && protected_tokens >= 0 && keep >= 0 &&
           protected_tokens + keep <= scores.size(2) &&
           (!among || (among->sizes() == at::IntArrayRef({scores.size(0), scores.size(2)}) &&
                       among->device() == scores.device() && among->scalar_type() == at::kLong)),
       "important_tokens: keep, protected or among does not fit scores");
-  if (!fit(scores) || (among && among->stride(1) != 1)) {
-    using Signature =
-        Tensor(const Tensor&, int64_t, int64_t, double, double, const OptionalTensor&);
-    static const auto written_out = pcx::operation<Signature>("pcx::important_tokens_written_out");
-    return written_out.call(scores, keep, protected_tokens, low, high, among);
-  }
+}
+
+Tensor run_important(const Tensor& scores, int64_t keep, int64_t protected_tokens, double low,
+                     double high, const OptionalTensor& among) {
   const c10::cuda::CUDAGuard guard(scores.device());
   const Tensor out =
       at::empty({scores.size(0), protected_tokens + keep}, scores.options().dtype(at::kLong));
@@ -65,22 +101,34 @@ Tensor important_tokens(const Tensor& scores, int64_t keep, int64_t protected_to
   return out;
 }
 
-Tensor dissimilar_tokens(const Tensor& votes, const Tensor& k, int64_t drop,
-                         int64_t protected_tokens, double low, double high) {
+Tensor important_tokens(const Tensor& scores, int64_t keep, int64_t protected_tokens, double low,
+                        double high, const OptionalTensor& among) {
+  check_important(scores, keep, protected_tokens, among);
+  if (cannot_among(scores, among).empty())
+    return run_important(scores, keep, protected_tokens, low, high, among);
+  using Signature = Tensor(const Tensor&, int64_t, int64_t, double, double, const OptionalTensor&);
+  static const auto written_out = pcx::operation<Signature>("pcx::important_tokens_written_out");
+  return written_out.call(scores, keep, protected_tokens, low, high, among);
+}
+
+// The same where backend="cuda" is asked for, which falls back to nothing.
+Tensor important_in_cuda(const Tensor& scores, int64_t keep, int64_t protected_tokens, double low,
+                         double high, const OptionalTensor& among) {
+  check_important(scores, keep, protected_tokens, among);
+  hold_to(cannot_among(scores, among));
+  return run_important(scores, keep, protected_tokens, low, high, among);
+}
+
+void check_dissimilar(const Tensor& votes, const Tensor& k, int64_t drop,
+                      int64_t protected_tokens) {
   TORCH_CHECK(votes.dim() == 3 && k.dim() == 4 && k.sizes().slice(0, 3) == votes.sizes() &&
                   k.device() == votes.device() && protected_tokens >= 0 && drop >= 0 &&
                   2 * drop <= votes.size(2) - protected_tokens,
               "dissimilar_tokens: k, drop or protected does not fit votes");
-  const auto type = pcx::element(k);
-  const int64_t dim = k.size(3);
-  if (!fit(votes) || !type || dim % 8 || !pcx::on_lines_of_16_bytes(k) ||
-      pcx::choice_bytes(static_cast<int>(votes.size(2)), static_cast<int>(dim)) + pcx::kOtherBytes >
-          pcx::attribute(k, cudaDevAttrMaxSharedMemoryPerBlockOptin) ||
-      pcx::attribute(k, cudaDevAttrComputeCapabilityMajor) < 8) {
-    using Signature = Tensor(const Tensor&, const Tensor&, int64_t, int64_t, double, double);
-    static const auto written_out = pcx::operation<Signature>("pcx::dissimilar_tokens_written_out");
-    return written_out.call(votes, k, drop, protected_tokens, low, high);
-  }
+}
+
+Tensor run_dissimilar(const Tensor& votes, const Tensor& k, int64_t drop, int64_t protected_tokens,
+                      double low, double high) {
   const c10::cuda::CUDAGuard guard(k.device());
   const Tensor out =
       at::empty({votes.size(0), votes.size(2) - drop}, votes.options().dtype(at::kLong));
@@ -93,17 +141,34 @@ Tensor dissimilar_tokens(const Tensor& votes, const Tensor& k, int64_t drop,
       .tokens = static_cast<int>(votes.size(2)),
       .first_patch = static_cast<int>(protected_tokens),
       .drop = static_cast<int>(drop),
-      .dim = static_cast<int>(dim),
+      .dim = static_cast<int>(k.size(3)),
   };
-  C10_CUDA_CHECK(pcx::launch_dissimilar(call, *type, c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(pcx::launch_dissimilar(call, *pcx::element(k), c10::cuda::getCurrentCUDAStream()));
   return out;
 }
 
-}  // namespace
+Tensor dissimilar_tokens(const Tensor& votes, const Tensor& k, int64_t drop,
+                         int64_t protected_tokens, double low, double high) {
+  check_dissimilar(votes, k, drop, protected_tokens);
+  if (cannot_by_keys(votes, k).empty())
+    return run_dissimilar(votes, k, drop, protected_tokens, low, high);
+  using Signature = Tensor(const Tensor&, const Tensor&, int64_t, int64_t, double, double);
+  static const auto written_out = pcx::operation<Signature>("pcx::dissimilar_tokens_written_out");
+  return written_out.call(votes, k, drop, protected_tokens, low, high);
+}
 
-void pcx::register_cuda_token_choice() {
-  static torch::Library library(torch::Library::IMPL, "pcx", c10::DispatchKey::CUDA, __FILE__,
-                                __LINE__);
+Tensor dissimilar_in_cuda(const Tensor& votes, const Tensor& k, int64_t drop,
+                          int64_t protected_tokens, double low, double high) {
+  check_dissimilar(votes, k, drop, protected_tokens);
+  hold_to(cannot_by_keys(votes, k));
+  return run_dissimilar(votes, k, drop, protected_tokens, low, high);
+}
+
+const pcx::Implementations implementations(c10::DispatchKey::CUDA, [](torch::Library& library) {
   library.impl("important_tokens", &important_tokens);
   library.impl("dissimilar_tokens", &dissimilar_tokens);
-}
+  library.impl("important_tokens_cuda", &important_in_cuda);
+  library.impl("dissimilar_tokens_cuda", &dissimilar_in_cuda);
+});
+
+}  // namespace

@@ -1,102 +1,31 @@
-"""Checks of the operations' arguments: each error names the argument, what it got and expected."""
+"""Checks and limits that several ops share."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-
-def check_prefix_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    index: Tensor | None,
-    lengths: Tensor | None,
-    bias: Tensor | None,
-) -> None:
-    """Of `pcx.prefix_attention`; raises TypeError or ValueError."""
-    _check_tensors({"q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v})
-    for name, tensor in {"prefix_index": index, "prefix_lengths": lengths, "bias": bias}.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name}: on {tensor.device}, but q is on {q.device}")
-    *lead, heads, n, dim = q.shape
-    own, m = k.shape[-2], prefix_k.shape[-2]
-    _expect("k", k, (*lead, heads, own, dim))
-    _expect("v", v, (*lead, heads, own, v.shape[-1]))
-    sets = prefix_k.shape[:-3]
-    _expect("prefix_k", prefix_k, (*sets, heads, m, dim))
-    _expect("prefix_v", prefix_v, (*sets, heads, m, v.shape[-1]))
-    _check_sets(torch.Size(lead), sets, m, index, lengths)
-    if bias is not None:
-        _check_bias(bias, q.dtype, (*lead, heads, n, own))
+# What Triton's kernels over heads' rows compute: types, head dims, and offsets of 32 bits.
+TRITON_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+MOST_DIM, MOST_OFFSET = 128, 2**31 - 1
 
 
-def _check_tensors(named: dict[str, Tensor]) -> None:
-    q = named["q"]
-    for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if name.startswith("prefix") and tensor.dim() not in (3, 4):
-            raise ValueError(
-                f"{name}: shape {tuple(tensor.shape)}, expected [H, m, d] or [G, H, m, d]"
-            )
-        if tensor.dim() < 4 and not name.startswith("prefix"):
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected [..., B, H, N, d]")
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{name}: dtype {tensor.dtype}, but q has {q.dtype}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name}: on {tensor.device}, but q is on {q.device}")
-    if q.shape[-1] == 0:
-        raise ValueError(f"q: shape {tuple(q.shape)}, expected a head dim of at least 1")
-    if not q.is_floating_point():
-        raise TypeError(f"q: dtype {q.dtype}, expected a floating one")
-
-
-def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {shape}")
-
-
-def _check_sets(
-    lead: torch.Size, sets: torch.Size, m: int, index: Tensor | None, lengths: Tensor | None
-) -> None:
-    batch, count = lead.numel(), sets[0] if sets else None
-    for name, given in {"prefix_index": index, "prefix_lengths": lengths}.items():
-        if given is not None and count is None:
-            raise ValueError(f"{name}: given, but prefix_k has no set dimension [G, H, m, d]")
-    if index is None or count is None:
-        if count not in (None, batch):
-            raise ValueError(
-                f"prefix_index: needed to choose among {count} prefix sets for a batch of {batch}"
-            )
-    else:
-        if tuple(index.shape) != tuple(lead) or index.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"prefix_index: {index.dtype} of shape {tuple(index.shape)}, expected int64 "
-                f"or int32 {list(lead)}"
-            )
-        _check_values("prefix_index", index, 0, count - 1)
-    if lengths is not None:
-        if tuple(lengths.shape) != (count,) or lengths.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"prefix_lengths: {lengths.dtype} of shape {tuple(lengths.shape)}, expected int64 "
-                f"or int32 ({count},)"
-            )
-        _check_values("prefix_lengths", lengths, 0, m)
-
-
-def _check_values(name: str, given: Tensor, low: int, high: int) -> None:
-    """On the CPU alone: on a GPU it would wait for the device."""
-    if given.device.type == "cpu" and given.numel() and not torch.compiler.is_compiling():
-        least, most = int(given.min()), int(given.max())
-        if least < low or most > high:
-            raise ValueError(f"{name}: values {least}..{most}, expected {low}..{high}")
+def triton_cannot_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+    """None where Triton's kernels compute attention of [B, H, N, d] tensors, or why they do not."""
+    if q.dtype not in TRITON_TYPES:
+        return f"it computes bfloat16, float16 and float32, q has {q.dtype}"
+    if q.shape[-1] != v.shape[-1]:
+        return f"it needs d = dv, got {q.shape[-1]} and {v.shape[-1]}"
+    if q.shape[-1] > MOST_DIM:
+        return f"it needs d <= {MOST_DIM}, got {q.shape[-1]}"
+    for name, tensor in {"q": q, "k": k, "v": v}.items():
+        if any((tensor.shape[i] - 1) * tensor.stride(i) > MOST_OFFSET for i in (-3, -2)):
+            return f"the heads or tokens of {name} lie 2**31 elements apart"
+    if not scale >= torch.finfo(torch.float32).tiny:
+        return f"it needs scale > 0, got {scale}"
+    if k.shape[-2] == 0:
+        return "it needs own keys, S is 0"
+    return None
 
 
 def broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
@@ -107,11 +36,6 @@ def broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
         return False
 
 
-def _check_bias(bias: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if not broadcasts(bias, shape):
-        raise ValueError(
-            f"bias: shape {tuple(bias.shape)} does not broadcast to [B, H, N, S] = {shape}; the "
-            "prefix takes no bias"
-        )
-    if bias.dtype not in (torch.bool, torch.float32, dtype):
-        raise TypeError(f"bias: dtype {bias.dtype}, expected bool, float32 or q's {dtype}")
+def values_known(x: Tensor) -> bool:
+    """Whether a check may read values: on a GPU it would wait for the device."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()

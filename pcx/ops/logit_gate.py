@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pcx.ops import registration  # noqa: F401  defines the operation
+from pcx.ops import hardware
+from pcx.ops.checks import triton_cannot_attend
+from pcx.ops.dispatch import Backend, Dispatch
+from pcx.ops.library import LIBRARY, wide
+from pcx.ops.reference import logit_gate as reference
 
 
 def logit_gate(
@@ -18,6 +23,8 @@ def logit_gate(
     prefix_v: Tensor,
     lse: Tensor,
     scale: float,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """Makes `gate` a leaf whose gradient is that by a number added to a prefix key's logits.
 
@@ -32,22 +39,66 @@ def logit_gate(
         prefix_v: the same shape.
         lse: [B, H, N], as `pcx.prefix_attention` returns it.
         scale: factor on the logits.
+        backend: of the gradient: "triton" (on CUDA) or "reference" (torch). "auto" is the first
+            of these that can run.
 
     Returns:
         `out`, to be used in its place.
+
+    Raises:
+        ValueError: there is no such backend, or the backend asked for cannot run.
     """
-    tensors = (q, prefix_k, prefix_v)
-    return _LogitGate.apply(out, gate, *(t.detach().to(out.dtype) for t in tensors), lse, scale)
+    q, prefix_k, prefix_v = (t.detach().to(out.dtype) for t in (q, prefix_k, prefix_v))
+    if backend != "auto":
+        DISPATCH.check(backend, q, out, scale)
+    return _LogitGate.apply(out, gate, q, prefix_k, prefix_v, lse, scale, backend)
 
 
 class _LogitGate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out, gate, q, prefix_k, prefix_v, lse, scale):
+    def forward(ctx: Any, out, gate, q, prefix_k, prefix_v, lse, scale, backend):
         ctx.save_for_backward(q, prefix_k, prefix_v, out.detach(), lse.detach())
-        ctx.scale, ctx.dtype = scale, gate.dtype
+        ctx.scale, ctx.dtype, ctx.backend = scale, gate.dtype, backend
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor):  # type: ignore[override]
-        slopes = torch.ops.pcx.prefix_logit_gradient(grad_out, *ctx.saved_tensors, ctx.scale)
-        return grad_out, slopes.sum(1).to(ctx.dtype), None, None, None, None, None
+        run: Callable[..., Tensor] = torch.ops.pcx.prefix_logit_gradient
+        if ctx.backend == "reference":
+            run = reference.prefix_logit_gradient
+        slopes = run(grad_out, *ctx.saved_tensors, ctx.scale)
+        return grad_out, slopes.sum(1).to(ctx.dtype), None, None, None, None, None, None
+
+
+def _triton_cannot(q: Tensor, out: Tensor, scale: float) -> str | None:
+    return triton_cannot_attend(q, out, out, scale)
+
+
+DISPATCH = Dispatch(
+    "q",
+    Backend("triton", "cuda", ("triton",), can_run=_triton_cannot),
+    Backend("reference"),
+)
+
+LIBRARY.define(
+    "prefix_logit_gradient(Tensor grad_out, Tensor q, Tensor prefix_k, Tensor prefix_v, "
+    "Tensor out, Tensor lse, float scale) -> Tensor"
+)
+
+
+@torch.library.register_fake("pcx::prefix_logit_gradient", lib=LIBRARY)
+def _fake(grad_out, q, prefix_k, prefix_v, out, lse, scale):
+    return q.new_empty((*q.shape[:2], prefix_k.shape[-2]), dtype=wide(q.dtype))
+
+
+@torch.library.impl(LIBRARY, "prefix_logit_gradient", "CompositeExplicitAutograd")
+def _anywhere(*arguments):
+    return reference.prefix_logit_gradient(*arguments)
+
+
+@torch.library.impl(LIBRARY, "prefix_logit_gradient", "CUDA")
+def _on_cuda(grad_out, q, prefix_k, prefix_v, out, lse, scale):
+    run = reference.prefix_logit_gradient
+    if hardware.TRITON and not _triton_cannot(q, out, scale):
+        from pcx.kernels.logit_gate import prefix_logit_gradient as run
+    return run(grad_out, q, prefix_k, prefix_v, out, lse, scale)

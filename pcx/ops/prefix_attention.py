@@ -1,4 +1,8 @@
-"""Attention over [keys and values shared by the batch; own keys and values]."""
+"""Attention over [keys and values shared by the batch; own keys and values].
+
+With pcx._C the gradient, and the choice of a kernel on CUDA, are C++ (csrc/): Python would take
+longer over them than the GPU. Without it they are the Python below.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pcx.ops import reference, registration
-from pcx.ops.backends import cannot, exporting
-from pcx.ops.checks import check_prefix_attention
-
-BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
+from pcx.ops import hardware
+from pcx.ops.checks import triton_cannot_attend
+from pcx.ops.dispatch import Backend, Dispatch, exporting
+from pcx.ops.library import EXTENSION, LIBRARY, token_major, wide
+from pcx.ops.prefix_attention_checks import check_prefix_attention
+from pcx.ops.reference import prefix_attention as reference
 
 
 def prefix_attention(
@@ -50,11 +55,11 @@ def prefix_attention(
         return_lse: also return the natural log of the softmax's denominator, [B, H, N] in float32
             (float64 for float64), differentiable.
         backend: "cuda" (Hopper, 16 bits, d = 64, no bias; of the backward, the gradients of
-            prefix sets that samples share are Triton's), "triton" (any
-            other on CUDA), "cpu" (C++), "reference" (torch, by concatenation), or "auto": the
-            first of these on CUDA that can run, "cuda" only where it is faster, and torch
-            elsewhere, which is faster there but for the LSE. The first three give the same bits on
-            every run and have no second derivative.
+            prefix sets that samples share are Triton's), "triton" (any other call on CUDA), "cpu"
+            (C++) or "reference" (torch, by concatenation). The first three give the same bits on
+            every run and have no second derivative. "auto" is the first of these that can run on
+            CUDA, "cuda" only where it is faster. Elsewhere "auto" is "reference", which is faster
+            there but for the LSE.
 
     Returns:
         [B, H, N, dv], with the LSE as a second item where asked for.
@@ -75,39 +80,41 @@ def prefix_attention(
     if len(lead) != 1:
         q, k, v = q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4)
     tensors = (q, k, v, prefix_k, prefix_v)
-    chosen = _choose(backend, *tensors, bias, scale)
-    if chosen == "reference":
-        found = reference.prefix_attention(
-            *tensors,
-            prefix_index=prefix_index,
-            prefix_lengths=prefix_lengths,
-            bias=None if bias is None else _four_dimensions(bias, tensors[0].shape[0]),
-            scale=scale,
-            return_lse=return_lse,
-        )
+    if backend == "auto":
+        backend = _automatic(q, k, v, scale)
+    else:
+        DISPATCH.check(backend, *tensors, bias, scale)
+    if backend == "reference":
+        found = _by_reference(tensors, prefix_index, prefix_lengths, bias, scale, return_lse)
         out, lse = found if return_lse else (found, None)
     else:
         _assert_later(prefix_index, prefix_lengths, prefix_k)
         out, lse = torch.ops.pcx.prefix_attention.default(
-            *tensors, prefix_index, prefix_lengths, bias, scale, chosen
+            *tensors, prefix_index, prefix_lengths, bias, scale, backend
         )
     if len(lead) != 1:
         out, lse = out.unflatten(0, lead), None if lse is None else lse.unflatten(0, lead)
     return (out, lse) if return_lse else out
 
 
-def _choose(backend: str, *arguments) -> str:
-    """The backend to call the operation with; "auto" leaves what CUDA runs to the call itself."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: got {backend!r}, expected one of {BACKENDS}")
-    if backend == "auto":
-        if exporting() or arguments[0].device.type != "cuda":
-            return "reference"  # the exported program then needs torch alone
-        return "reference" if cannot("triton", *arguments) else "auto"
-    reason = cannot(backend, *arguments)
-    if reason:
-        raise ValueError(f"backend: {backend!r} cannot run: {reason}")
-    return backend
+def _automatic(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str:
+    """The choice of backend="auto": "auto" leaves that between "cuda" and "triton" to the op."""
+    if exporting() or q.device.type != "cuda":
+        return "reference"  # the exported program then needs torch alone
+    if not hardware.TRITON or triton_cannot_attend(q, k, v, scale):
+        return "reference"
+    return "auto"
+
+
+def _by_reference(tensors: tuple, index, lengths, bias, scale: float, return_lse: bool) -> Any:
+    return reference.prefix_attention(
+        *tensors,
+        prefix_index=index,
+        prefix_lengths=lengths,
+        bias=None if bias is None else _four_dimensions(bias, tensors[0].shape[0]),
+        scale=scale,
+        return_lse=return_lse,
+    )
 
 
 def _autocast(*tensors: Tensor | None) -> tuple:
@@ -156,7 +163,204 @@ def _five_dimensions(bias: Tensor, lead: torch.Size) -> Tensor:
 
 
 def _four_dimensions(bias: Tensor, batch: int) -> Tensor:
-    outer, inner = registration.batches(bias, batch)
+    outer, inner = _batches(bias, batch)
     if bias.shape[:2] == (1, 1):
         return bias[0]
     return bias.expand(outer, inner, *bias.shape[2:]).flatten(0, 1)
+
+
+def _batches(bias: Tensor, batch: int) -> tuple[int, int]:
+    """(B0, B1) of a bias [B0 | 1, B1 | 1, H | 1, N | 1, S | 1] for a batch of B0 * B1."""
+    inner = bias.shape[1] if bias.shape[1] > 1 else batch // bias.shape[0]
+    return (batch // inner if inner else bias.shape[0]), inner  # inner is 0 for no samples
+
+
+# These two take q, k, v, prefix_k, prefix_v, bias and scale, as checked.
+def _triton_cannot(q, k, v, prefix_k, prefix_v, bias, scale) -> str | None:
+    return triton_cannot_attend(q, k, v, scale)
+
+
+def _cpu_cannot(q, k, *_) -> str | None:
+    if q.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        return f"it computes float32, float64 and bfloat16, q has {q.dtype}"
+    if k.shape[-2] == 0:
+        return "it needs own keys, S is 0"
+    return None
+
+
+DISPATCH = Dispatch(
+    "q",
+    # What its kernels cannot run beside, csrc/cuda/prefix_attention.cpp says in the call itself.
+    Backend("cuda", "cuda", ("triton", "cuda extension"), (9,), _triton_cannot),
+    Backend("triton", "cuda", ("triton",), (), _triton_cannot),
+    Backend("cpu", "cpu", ("cpu extension",), (), _cpu_cannot),
+    Backend("reference"),
+)
+
+
+def cpu_cannot(q: Tensor, k: Tensor) -> str | None:
+    """None where backend="cpu" can run with these queries and keys, or the reason why not."""
+    return DISPATCH.cannot("cpu", q, k)
+
+
+LIBRARY.define(
+    "prefix_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
+    "Tensor? prefix_index, Tensor? prefix_lengths, Tensor? bias, float scale, str backend) "
+    "-> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "prefix_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
+    "Tensor prefix_k, Tensor prefix_v, Tensor? prefix_index, Tensor? prefix_lengths, "
+    "Tensor? bias, Tensor out, Tensor lse, float scale, bool[] needs, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+# What the two call on CUDA; without gradients of their own. `hopper` says which of the gradients of
+# queries, own keys and prefix the two below give.
+LIBRARY.define(
+    "prefix_attention_triton(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
+    "Tensor? prefix_index, Tensor? prefix_lengths, Tensor? bias, float scale) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "prefix_attention_backward_triton(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, "
+    "Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor? prefix_index, Tensor? prefix_lengths, "
+    "Tensor? bias, Tensor out, Tensor lse, float scale, bool[] needs, bool[] hopper) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+# The gradient of q, and delta [B, H, N], which the other gradients use; those of a sample's own
+# keys and values, or of a prefix [H, m, d].
+LIBRARY.define(
+    "prefix_attention_query_gradient_hopper(Tensor q, Tensor k, Tensor v, Tensor prefix_k, "
+    "Tensor prefix_v, Tensor? prefix_index, Tensor? prefix_lengths, Tensor out, Tensor lse, "
+    "Tensor grad_out, Tensor? grad_lse, float scale) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "prefix_attention_key_gradients_hopper(Tensor q, Tensor grad_out, Tensor keys, Tensor values, "
+    "Tensor lse, Tensor delta, float scale) -> (Tensor, Tensor)"
+)
+
+
+def _like_prefix(prefix: Tensor) -> Tensor:
+    """[H, m, d], or [G, H, m, d] over memory [G, m, H, d]: one row for each prompt of a set."""
+    if prefix.dim() == 3:
+        return prefix.new_empty(prefix.shape)
+    return token_major(prefix, *prefix.shape[2:])
+
+
+@torch.library.register_fake("pcx::prefix_attention", lib=LIBRARY)
+def _fake(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lengths, bias, scale, backend):
+    batch, heads, n, _ = q.shape
+    lse = q.new_empty(heads, batch, n, dtype=wide(q.dtype)).transpose(0, 1)
+    return token_major(q, n, v.shape[3]), lse
+
+
+@torch.library.register_fake("pcx::prefix_attention_backward", lib=LIBRARY)
+def _fake_backward(
+    grad_out,
+    grad_lse,
+    q,
+    k,
+    v,
+    prefix_k,
+    prefix_v,
+    prefix_index,
+    prefix_lengths,
+    bias,
+    out,
+    lse,
+    scale,
+    needs,
+    backend,
+):
+    need_q, need_own, need_prefix, need_bias = needs
+    own, bias_shape = k.shape[2], (*q.shape[:3], k.shape[2])
+    return (
+        token_major(q, q.shape[2], q.shape[3]) if need_q else q.new_empty(0),
+        token_major(q, own, k.shape[3]) if need_own else q.new_empty(0),
+        token_major(q, own, v.shape[3]) if need_own else q.new_empty(0),
+        _like_prefix(prefix_k) if need_prefix else q.new_empty(0),
+        _like_prefix(prefix_v) if need_prefix else q.new_empty(0),
+        q.new_empty(bias_shape, dtype=wide(q.dtype)) if need_bias else q.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple:
+    *tensors, out, lse = ctx.saved_tensors
+    bias = tensors[7]
+    q, k, v, prefix_k, prefix_v, _, _, bias_too, _, _ = ctx.needs_input_grad
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    dq, dk, dv, dprefix_k, dprefix_v, dbias = torch.ops.pcx.prefix_attention_backward(
+        grad_out,
+        grad_lse,
+        *tensors,
+        out,
+        lse,
+        ctx.scale,
+        [q, k or v, prefix_k or prefix_v, bias_too],
+        ctx.backend,
+    )
+    if bias_too:
+        dbias = dbias.unflatten(0, _batches(bias, out.shape[0])).sum_to_size(bias.shape)
+    return (
+        dq if q else None,
+        dk if k else None,
+        dv if v else None,
+        dprefix_k if prefix_k else None,
+        dprefix_v if prefix_v else None,
+        None,
+        None,
+        dbias.to(bias.dtype) if bias_too else None,
+        None,
+        None,
+    )
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError(
+        "prefix_attention: has no second derivative; use backend='reference' under create_graph"
+    )
+
+
+@torch.library.impl(LIBRARY, "prefix_attention_triton", "CUDA")
+def _triton(*arguments):
+    from pcx.kernels.prefix_attention.forward import forward
+
+    return forward(*arguments)
+
+
+@torch.library.impl(LIBRARY, "prefix_attention_backward_triton", "CUDA")
+def _triton_backward(grad_out, grad_lse, q, *arguments):
+    from pcx.kernels.prefix_attention.backward import backward
+
+    *tensors, needs, hopper = arguments
+    run: Any = backward
+    found = run(grad_out, grad_lse, q, *tensors, tuple(needs), hopper=tuple(hopper))
+    return tuple(q.new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+def _on_cuda(*arguments):
+    *tensors, _ = arguments
+    return torch.ops.pcx.prefix_attention_triton(*tensors)
+
+
+def _backward_on_cuda(*arguments):
+    *tensors, _ = arguments
+    return torch.ops.pcx.prefix_attention_backward_triton(*tensors, [False, False, False])
+
+
+if not EXTENSION:
+    torch.library.register_autograd(
+        "pcx::prefix_attention", _gradients, setup_context=_setup_context, lib=LIBRARY
+    )
+    torch.library.register_autograd(
+        "pcx::prefix_attention_backward", _no_second_derivative, lib=LIBRARY
+    )
+if "cuda" not in EXTENSION:
+    LIBRARY.impl("prefix_attention", _on_cuda, "CUDA")
+    LIBRARY.impl("prefix_attention_backward", _backward_on_cuda, "CUDA")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from pcx.ops import reference, registration  # noqa: F401  registration defines the operation
-from pcx.ops.backends import exporting
-from pcx.ops.checks import broadcasts
+from pcx.ops import hardware
+from pcx.ops.checks import MOST_DIM, MOST_OFFSET, TRITON_TYPES, broadcasts, values_known
+from pcx.ops.dispatch import Backend, Dispatch, exporting
+from pcx.ops.library import EXTENSION, LIBRARY, wide
+from pcx.ops.reference import weighted_pagerank as reference
+from pcx.ops.reference.attention import additive, tokens
 
 
 def weighted_pagerank(
@@ -22,6 +26,7 @@ def weighted_pagerank(
     bias: Tensor | None = None,
     prefix_k: Tensor | None = None,
     among: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Importance of tokens: s <- A^T s with A = softmax(q k^T scale) (Zero-TPrune, Algorithm 1).
 
@@ -40,30 +45,38 @@ def weighted_pagerank(
             on the tokens is scaled to sum to 1 again.
         among: [B, n] int64, the tokens between which the graph is drawn, none twice; all N by
             default, and n is N. Checked to be tokens on the CPU.
+        backend: "cuda" (neither a bias nor a prefix; up to 272 tokens), "triton" (any other call on
+            CUDA), "cpu" (C++) or "reference" (torch, with the attention matrix written out).
+            "auto" is the first of these that can run.
 
     Returns:
         [B, H, n] float32 (float64 for float64). Not differentiable.
 
     Raises:
         TypeError: q or k are not of floating point, or bias is neither that nor boolean.
-        ValueError: a shape or value does not fit; the message names the argument.
+        ValueError: a shape or value does not fit, or the backend asked for cannot run; the message
+            names the argument.
     """
     _check(q, k, iters, init, bias, prefix_k, among)
     batch, heads, n, dim = q.shape
     n = n if among is None else among.shape[1]
-    wide = torch.promote_types(q.dtype, torch.float32)
+    dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.no_grad():
         if init is None:
-            init = q.new_full((1, 1, 1), 1 / max(n, 1), dtype=wide).expand(batch, heads, n)
+            init = q.new_full((1, 1, 1), 1 / max(n, 1), dtype=dtype).expand(batch, heads, n)
         else:
-            init = init.to(wide).expand(batch, heads, n)
+            init = init.to(dtype).expand(batch, heads, n)
             init = init / init.sum(-1, keepdim=True)
         if bias is not None:
-            bias = reference.additive(bias, wide).expand(batch, heads, n, n)
+            bias = additive(bias, dtype).expand(batch, heads, n, n)
         scale = 1 / math.sqrt(dim) if scale is None else float(scale)
+        arguments = (q, k, init, bias, prefix_k, among, iters, scale)
+        if backend != "auto":
+            DISPATCH.check(backend, *arguments)
+            return _NAMED[backend](*arguments)
         # An exported program needs torch alone.
         run = reference.weighted_pagerank if exporting() else torch.ops.pcx.weighted_pagerank
-        return run(q, k, init, bias, prefix_k, among, iters, scale)
+        return run(*arguments)
 
 
 def _check(q, k, iters, init, bias, prefix_k, among) -> None:
@@ -89,7 +102,7 @@ def _check(q, k, iters, init, bias, prefix_k, among) -> None:
                 f"init: shape {tuple(init.shape)}, expected one that broadcasts to [B, H, n] = "
                 f"{(batch, heads, n)}"
             )
-        if _values_known(init) and not ((init >= 0).all() and (init.sum(-1) > 0).all()):
+        if values_known(init) and not ((init >= 0).all() and (init.sum(-1) > 0).all()):
             raise ValueError("init: expected no negative score, and one above 0 in every head")
     if bias is not None:
         if not (bias.is_floating_point() or bias.dtype == torch.bool):
@@ -110,10 +123,73 @@ def _check_among(among: Tensor, batch: int, tokens: int) -> None:
         raise ValueError(
             f"among: {among.dtype} of shape {tuple(among.shape)}, expected int64 [{batch}, n]"
         )
-    if _values_known(among) and not ((among >= 0) & (among < tokens)).all():
+    if values_known(among) and not ((among >= 0) & (among < tokens)).all():
         raise ValueError(f"among: expected tokens, 0 to {tokens - 1}")
 
 
-def _values_known(x: Tensor) -> bool:
-    """Without waiting for a GPU."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+def _triton_cannot(q, k, init, bias, prefix_k, *_) -> str | None:
+    rows = [x for x in (q, k, prefix_k) if x is not None]
+    reach = [(x.shape[-2] - 1) * x.stride(-2) for x in rows]
+    if bias is not None:
+        reach.append((bias.shape[-1] - 1) * (bias.stride(-2) + bias.stride(-1)))
+    if q.dtype not in TRITON_TYPES:
+        return f"it computes bfloat16, float16 and float32, q has {q.dtype}"
+    if any(x.dtype != q.dtype for x in rows):
+        return f"it needs q, k and prefix_k of one dtype, got {[x.dtype for x in rows]}"
+    if q.shape[-1] > MOST_DIM:
+        return f"it needs d <= {MOST_DIM}, got {q.shape[-1]}"
+    if max(reach) > MOST_OFFSET:
+        return "the tokens of q, k, prefix_k or bias lie 2**31 elements apart"
+    return None
+
+
+DISPATCH = Dispatch(
+    "q",
+    # What its kernels cannot run, csrc/cuda/weighted_pagerank_host.cpp says in the call itself.
+    Backend("cuda", "cuda", ("cuda extension",), (8, 9)),
+    Backend("triton", "cuda", ("triton",), can_run=_triton_cannot),
+    Backend("cpu", "cpu", ("cpu extension",)),
+    Backend("reference"),
+)
+
+# Those of "cuda" and "triton" are the kernels alone. The op itself gives calls that "cuda" cannot
+# run to "triton", which gives those that it cannot run to the reference.
+for _kernels in ("", "_cuda", "_triton"):
+    LIBRARY.define(
+        f"weighted_pagerank{_kernels}(Tensor q, Tensor k, Tensor init, Tensor? bias, "
+        "Tensor? prefix_k, Tensor? among, int iters, float scale) -> Tensor"
+    )
+
+_NAMED: dict[str, Callable[..., Tensor]] = {
+    "cuda": torch.ops.pcx.weighted_pagerank_cuda,
+    "triton": torch.ops.pcx.weighted_pagerank_triton,
+    "cpu": torch.ops.pcx.weighted_pagerank,
+    "reference": reference.weighted_pagerank,
+}
+
+
+@torch.library.register_fake("pcx::weighted_pagerank", lib=LIBRARY)
+@torch.library.register_fake("pcx::weighted_pagerank_cuda", lib=LIBRARY)
+@torch.library.register_fake("pcx::weighted_pagerank_triton", lib=LIBRARY)
+def _fake(q, k, init, bias, prefix_k, among, iters, scale):
+    return q.new_empty(init.shape, dtype=wide(q.dtype))
+
+
+@torch.library.impl(LIBRARY, "weighted_pagerank", "CompositeExplicitAutograd")
+def _anywhere(*arguments):
+    return reference.weighted_pagerank(*arguments)
+
+
+@torch.library.impl(LIBRARY, "weighted_pagerank_triton", "CUDA")
+def _in_triton(q, k, init, bias, prefix_k, among, iters, scale):
+    if not hardware.TRITON or _triton_cannot(q, k, init, bias, prefix_k):
+        return reference.weighted_pagerank(q, k, init, bias, prefix_k, among, iters, scale)
+    from pcx.kernels.weighted_pagerank import weighted_pagerank as run
+
+    if among is not None:
+        q, k = tokens(q, among), tokens(k, among)
+    return run(q, k, init, bias, prefix_k, iters, scale)
+
+
+if "cuda" not in EXTENSION:
+    LIBRARY.impl("weighted_pagerank", _in_triton, "CUDA")

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pcx.backbones import attention
 from pcx.backbones.spec import BackboneSpec
 from pcx.models.block_forward import StandIn
-from pcx.ops.backends import exporting
+from pcx.ops.dispatch import exporting
+from pcx.ops.reference.token_choice import pick
 from pcx.token_pruning import stages
 from pcx.token_pruning.handles import Handle, blocks_of, clear, composed, patches_of, spec_of
 from pcx.token_pruning.schedule import Step, arguments_of, check_counts, check_layers, steps_of
@@ -158,7 +159,7 @@ class _PrunedForward(StandIn):
         with torch.no_grad():
             stays = self._choose(call)
         self.stays = None if exporting() else stays  # then nothing to look at
-        return stages.pick(tokens, stays)
+        return pick(tokens, stays)
 
     def _choose(self, call: attention.Call) -> Tensor:
         self.came = call.q.shape[2]

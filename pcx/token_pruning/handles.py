@@ -13,7 +13,7 @@ from pcx.backbones import attention
 from pcx.backbones.spec import BackboneSpec, check_promptable, find_spec
 from pcx.models.base import TunedModel
 from pcx.models.block_forward import StandIn, found_on
-from pcx.ops import reference
+from pcx.ops.reference.attention import additive
 
 # Families whose blocks know nothing of where a token stands.
 FAMILIES = (
@@ -54,7 +54,7 @@ def biased(call: attention.Call, bias: Tensor) -> attention.Call:
     """The call with a bias of its keys besides its own, [B, 1, 1, S], additive or boolean."""
     if call.bias is not None:
         wide = torch.promote_types(call.q.dtype, torch.float32)
-        bias = reference.additive(call.bias, wide) + reference.additive(bias, wide)
+        bias = additive(call.bias, wide) + additive(bias, wide)
     if bias.dtype != torch.bool:
         bias = bias.to(call.q.dtype)
     return dataclasses.replace(call, bias=bias)

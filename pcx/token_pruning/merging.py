@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from pcx.backbones import attention
 from pcx.backbones.spec import BackboneSpec
 from pcx.models.block_forward import Carried, StandIn
-from pcx.ops import reference
-from pcx.ops.backends import exporting
-from pcx.token_pruning import stages
+from pcx.ops.dispatch import exporting
+from pcx.ops.reference.attention import without_autocast
+from pcx.ops.reference.token_choice import pick
 from pcx.token_pruning.handles import Handle, biased, blocks_of, clear, seen, spec_of
 
 
@@ -129,7 +129,7 @@ def match(features: Tensor, r: int, *, protected: int) -> Tensor:
     wide = torch.promote_types(features.dtype, torch.float32)  # 16 bits would see ties
     unit = F.normalize(features.to(wide), dim=-1)
     a, b = (slice(protected + (protected + odd) % 2, None, 2) for odd in (0, 1))
-    with reference.without_autocast(unit):
+    with without_autocast(unit):
         alike, best = (unit[:, a] @ unit[:, b].transpose(1, 2)).max(2)  # [B, |A|]
     order = alike.sort(dim=1, descending=True, stable=True).indices
     goes, stays = order[:, :r], order[:, r:].sort(1).values
@@ -181,7 +181,7 @@ class _MergedForward(StandIn):
 
     def after(self, tokens: Tensor, call: attention.Call, known: Merged | None) -> Tensor | Carried:
         if self.last:
-            return stages.pick(tokens, known.places) if known and self.restores else tokens
+            return pick(tokens, known.places) if known and self.restores else tokens
         r = min(self.r, (tokens.shape[1] - self.protected) // 2)
         with torch.no_grad():
             places = self._places(call.k, r)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from pcx.backbones import attention
 from pcx.backbones.spec import BackboneSpec
 from pcx.models.block_forward import Carried, StandIn
-from pcx.ops import reference
-from pcx.ops.backends import exporting
-from pcx.token_pruning import stages
+from pcx.ops.dispatch import exporting
+from pcx.ops.reference.attention import cls_logits
+from pcx.ops.reference.token_choice import pick
 from pcx.token_pruning.handles import (
     Handle,
     biased,
@@ -152,7 +152,7 @@ def significance(
     Returns:
         [B, N - protected] float32 (float64 for float64), each sample's summing to 1.
     """
-    logits = reference.cls_logits(q, k, bias, scale)  # [B, H, N]
+    logits = cls_logits(q, k, bias, scale)  # [B, H, N]
     weights = logits[..., protected:].softmax(-1)  # [B, H, P]
     taken = weights * v[:, :, protected:].to(weights.dtype).norm(dim=-1)
     return (taken / taken.sum(-1, keepdim=True)).mean(1)
@@ -214,7 +214,7 @@ class _SampledForward(StandIn):
                 alive = alive & known.gather(1, stays)
         # Where a model is exported there is nothing to look at.
         self.stays, self.alive = (None, None) if exporting() else (stays, alive)
-        return Carried(stages.pick(tokens, stays), alive)
+        return Carried(pick(tokens, stays), alive)
 
     def _sampled(self, call: attention.Call, tokens: int) -> Tensor:
         if call.q.device.type == "meta":  # shapes alone: there is nothing to sample

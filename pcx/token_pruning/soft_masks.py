@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from pcx.backbones import attention
 from pcx.backbones.spec import BackboneSpec
 from pcx.models.block_forward import Carried, StandIn, set_read_tokens
-from pcx.ops import reference
+from pcx.ops.reference import weighted_pagerank as reference
+from pcx.ops.reference.attention import additive
+from pcx.ops.reference.token_choice import within
 from pcx.token_pruning import stages
 from pcx.token_pruning.handles import Handle, biased, blocks_of, clear, patches_of, seen, spec_of
 from pcx.token_pruning.schedule import Step, arguments_of, check_counts, check_layers, steps_of
@@ -211,7 +213,7 @@ def importance(
     start = start / start.sum(1, keepdim=True)
     columns = log_mask[:, None, None]  # [B, 1, 1, N]
     if bias is not None:
-        columns = columns + reference.additive(bias, wide)
+        columns = columns + additive(bias, wide)
     scale = 1 / math.sqrt(dim) if scale is None else scale
     init = start[:, None].expand(batch, heads, n)
     # Written out: the op for inference has no gradient.
@@ -228,7 +230,7 @@ def _passed(scores: Tensor, weights: Tensor, low: float, high: float) -> Tensor:
     scores = scores * total[..., None]
     mean = (scores * weights).sum(-1) / total
     variance = ((scores - mean[..., None]).square() * weights).sum(-1) / total
-    return stages.within(variance, low, high)
+    return within(variance, low, high)
 
 
 class Faded(NamedTuple):

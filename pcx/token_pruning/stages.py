@@ -10,58 +10,27 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pcx.ops import reference
-from pcx.ops.backends import exporting
-from pcx.ops.registration import LIBRARY
+from pcx.ops.reference import attention
+from pcx.ops.reference.token_choice import (
+    VARIANCES,
+    check_keep,
+    combine_heads,
+    cosines,
+    filter_heads,
+    least_alike,
+    pick,
+    products,
+    ranked,
+    with_protected,
+)
+from pcx.ops.token_choice import dissimilar_tokens, important_tokens
 from pcx.ops.weighted_pagerank import weighted_pagerank
 
 PARTITIONS = ("sequential-u", "sequential-i", "alternating", "random", "none")
 RANKINGS = ("pagerank", "cls", "average", "random")
 MEASURES = ("cosine", "dot")  # or p of a Minkowski distance
-VARIANCES = (0.01, 0.7)  # of a head's scores, where their mean is 1
-
-
-def filter_heads(scores: Tensor, low: float = VARIANCES[0], high: float = VARIANCES[1]) -> Tensor:
-    """VHF (Sec. 3.2): the heads whose scores vary enough to tell tokens apart, and not too much.
-
-    Scores that sum to 1 over N tokens have a variance of 1/N at most, so that the paper's bounds
-    would reject every head of a small model; the variance is therefore taken of N times the
-    scores, whose mean is 1. Where all heads would be rejected, all are kept.
-
-    Args:
-        scores: [B, H, N], each head's summing to 1.
-        low, high: bounds on the variance, both inclusive.
-
-    Returns:
-        [B, H], boolean.
-    """
-    variance = (scores * scores.shape[-1]).var(-1, correction=0)  # [B, H]
-    return within(variance, low, high)
-
-
-def within(variance: Tensor, low: float, high: float) -> Tensor:
-    """Which heads' variances [B, H] are within the bounds, or all of a sample where none is."""
-    passed = (variance >= low) & (variance <= high)
-    return passed | ~passed.any(-1, keepdim=True)
-
-
-def combine_heads(scores: Tensor, heads: Tensor) -> Tensor:
-    """EIR (Sec. 3.2, Eq. 2): sqrt(sum_h s_h^2 eta_h) / sum_h eta_h.
-
-    A token that matters much to one head comes before one that matters a little to all.
-
-    Args:
-        scores: [B, H, N].
-        heads: [B, H], eta: boolean, at least one of each sample.
-
-    Returns:
-        [B, N].
-    """
-    used = heads[..., None].to(scores.dtype)  # [B, H, 1]
-    return (scores.square() * used).sum(1).sqrt() / used.sum(1)
 
 
 def importance(
@@ -108,7 +77,7 @@ def cls_attention(
     q: Tensor, k: Tensor, *, scale: float | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """A baseline: how much the first token, [CLS], attends to each, mean over heads; [B, N]."""
-    return reference.cls_attention(q, k, bias, scale)
+    return attention.cls_attention(q, k, bias, scale)
 
 
 def average_attention(
@@ -116,25 +85,6 @@ def average_attention(
 ) -> Tensor:
     """A baseline: how much all tokens attend to each, mean over tokens and heads; [B, N]."""
     return weighted_pagerank(q, k, iters=1, scale=scale, bias=bias).mean(1)
-
-
-def most_important(scores: Tensor, keep: int, *, protected: int) -> Tensor:
-    """The I-stage's choice: the `keep` patches of the highest scores, and what is protected.
-
-    Args:
-        scores: [B, N].
-        keep: patches, 0 to N - protected; of equal ones the first stay.
-        protected: tokens at the front.
-
-    Returns:
-        [B, protected + keep] int64, ascending.
-
-    Raises:
-        ValueError: more are to be kept than there are.
-    """
-    _check_keep(keep, scores.shape[1] - protected)
-    best = _ranked(scores[:, protected:])[:, :keep] + protected
-    return _with_protected(best, protected)
 
 
 def without_similar(
@@ -179,7 +129,7 @@ def without_similar(
         chance = torch.rand(batch, patches, generator=generator, device=features.device)
         order = chance.argsort(1)
     else:
-        order = _ranked(scores[:, protected:])  # [B, P], the most important first
+        order = ranked(scores[:, protected:])  # [B, P], the most important first
     a, b = {
         "sequential-u": (order[:, patches - size :], order[:, : patches - size]),
         "sequential-i": (order[:, :size], order[:, size:]),
@@ -191,10 +141,9 @@ def without_similar(
     likeness = _likeness(pick(features, a), pick(features, b), measure)  # [B, |A|, |B|]
     if partition == "none":
         likeness.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-    alike = likeness.amax(2) if likeness.shape[2] else likeness.new_zeros(batch, a.shape[1])
-    left = a.gather(1, _ranked(alike)[:, drop:])  # of A; of equal ones the first go
+    left = least_alike(likeness, a, drop)
     stays = left if partition == "none" else torch.cat([b, left], 1)
-    return _with_protected(stays + protected, protected)
+    return with_protected(stays + protected, protected)
 
 
 def check_choices(partition: str, measure: str | float, ranking: str = "pagerank") -> None:
@@ -215,11 +164,6 @@ def check_variances(variances: tuple[float, float]) -> None:
     low, high = variances if len(variances) == 2 else (math.nan, math.nan)
     if not 0 <= low <= high:
         raise ValueError(f"variances: {variances!r}, expected (low, high) with 0 <= low <= high")
-
-
-def _check_keep(keep: int, patches: int) -> None:
-    if not 0 <= keep <= patches:
-        raise ValueError(f"keep: {keep} of {patches} patches")
 
 
 def _check_drop(drop: int, patches: int, partition: str) -> None:
@@ -278,13 +222,12 @@ def prune(
     check_choices(partition, measure, ranking)
     patches = q.shape[2] - protected
     _check_drop(similar, patches, partition)
-    _check_keep(keep, patches - similar)
+    check_keep(keep, patches - similar)
     stays = None
     if similar:
         votes = weighted_pagerank(q, k, iters=1, scale=scale, bias=bias)
         if partition == "sequential-u" and measure == "cosine":
-            dissimilar = _dissimilar_tokens if exporting() else torch.ops.pcx.dissimilar_tokens
-            stays = dissimilar(votes, k, similar, protected, *variances)
+            stays = dissimilar_tokens(votes, k, similar, protected=protected, variances=variances)
         else:
             stays = _without_similar(votes, k, similar, protected, variances, partition, measure)
         bias = None if bias is None else _among(bias, stays)
@@ -298,11 +241,10 @@ def prune(
         scores = torch.rand(q.shape[0], 1, q.shape[2] - similar, device=q.device)
     else:
         if stays is not None:
-            q, k = reference.tokens(q, stays), reference.tokens(k, stays)
+            q, k = attention.tokens(q, stays), attention.tokens(k, stays)
         baseline = cls_attention if ranking == "cls" else average_attention
         scores = baseline(q, k, scale=scale, bias=bias)[:, None]
-    important = _important_tokens if exporting() else torch.ops.pcx.important_tokens
-    return important(scores, keep, protected, *variances, stays)
+    return important_tokens(scores, keep, protected=protected, variances=variances, among=stays)
 
 
 def _without_similar(votes, k, drop, protected, variances, partition, measure) -> Tensor:
@@ -315,40 +257,6 @@ def _without_similar(votes, k, drop, protected, variances, partition, measure) -
         partition=partition,
         measure=measure,
     )
-
-
-@torch.library.impl(LIBRARY, "dissimilar_tokens", "CompositeExplicitAutograd")
-@torch.library.impl(LIBRARY, "dissimilar_tokens_written_out", "CompositeExplicitAutograd")
-def _dissimilar_tokens(votes, k, drop, protected, low, high):
-    """VHF and EIR of [B, H, N] votes, then S as the paper has it."""
-    return _without_similar(votes, k, drop, protected, (low, high), "sequential-u", "cosine")
-
-
-@torch.library.impl(LIBRARY, "important_tokens", "CompositeExplicitAutograd")
-@torch.library.impl(LIBRARY, "important_tokens_written_out", "CompositeExplicitAutograd")
-def _important_tokens(scores, keep, protected, low, high, among):
-    """VHF and EIR of [B, H, N] scores, then the choice of I; [B, protected + keep] of `among`."""
-    combined = combine_heads(scores, filter_heads(scores, low, high))
-    best = most_important(combined, keep, protected=protected)
-    return best if among is None else among.gather(1, best)
-
-
-def pick(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens [B, N, F] at [B, n] -> [B, n, F]."""
-    batch, tokens, features = x.shape
-    first = torch.arange(batch, device=x.device)[:, None] * tokens
-    rows = x.flatten(0, 1).index_select(0, (index + first).flatten())  # in half of gather's time
-    return rows.reshape(batch, index.shape[1], features)
-
-
-def _ranked(scores: Tensor) -> Tensor:
-    """Indices from the highest to the lowest; equal ones in their order."""
-    return scores.sort(dim=1, descending=True, stable=True).indices
-
-
-def _with_protected(patches: Tensor, protected: int) -> Tensor:
-    first = torch.arange(protected, device=patches.device).expand(patches.shape[0], -1)
-    return torch.cat([first, patches.sort(1).values], 1)
 
 
 def _among(bias: Tensor, index: Tensor) -> Tensor:
@@ -366,10 +274,7 @@ def _among(bias: Tensor, index: Tensor) -> Tensor:
 
 def _likeness(a: Tensor, b: Tensor, measure: str | float) -> Tensor:
     """[B, n, F] and [B, m, F] -> [B, n, m], the higher the more alike."""
-    if measure == "cosine":
-        a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
     if measure in MEASURES:
-        with reference.without_autocast(a):
-            return a @ b.transpose(1, 2)
+        return cosines(a, b) if measure == "cosine" else products(a, b)
     wide = torch.promote_types(a.dtype, torch.float32)
     return -torch.cdist(a.to(wide), b.to(wide), p=float(measure))

@@ -9,9 +9,10 @@ import os
 import pytest
 import torch
 
-from pcx.kernels import prefix_attention as kernel
-from pcx.ops import reference
+from pcx.kernels.prefix_attention.backward import backward
+from pcx.kernels.prefix_attention.forward import forward
 from pcx.ops.prefix_attention import _five_dimensions, _four_dimensions
+from pcx.ops.reference import prefix_attention as reference
 
 assert os.environ["TRITON_INTERPRET"] == "1"
 SMALL = (16, 16, 4, 1)  # several tiles of small inputs
@@ -50,11 +51,11 @@ def check(tensors, index=None, lengths=None, bias=None, scale=None, poison=True,
         scale=scale,
         return_lse=True,
     )
-    out, lse = kernel.forward(*tensors, index, lengths, five, scale, SMALL)
+    out, lse = forward(*tensors, index, lengths, five, scale, SMALL)
     grad_out, grad_lse = rand(*out.shape, seed=7, dtype=q.dtype), rand(*lse.shape, seed=8)
     finite = expected_lse.detach().isfinite()
     grad_lse = grad_lse * finite
-    found = kernel.backward(
+    found = backward(
         grad_out,
         grad_lse,
         *tensors,
@@ -133,12 +134,12 @@ def test_sets_and_saved_tensors_of_other_strides():
     check((q, k, v, pk, pv), index=apart[0], lengths=apart[1])
     one = torch.tensor([1]).expand(5)
     check((q, k, v, pk, pv), index=one)
-    out, lse = kernel.forward(q, k, v, pk, pv, index, lengths, None, 0.25, SMALL)
+    out, lse = forward(q, k, v, pk, pv, index, lengths, None, 0.25, SMALL)
     rest = (q, k, v, pk, pv, index, lengths, None)
-    right = kernel.backward(out, None, *rest, out, lse, 0.25, ALL, TILES)
+    right = backward(out, None, *rest, out, lse, 0.25, ALL, TILES)
     moved = out.mT.contiguous().mT, lse.contiguous()
     for a, b in zip(
-        kernel.backward(out, None, *rest, *moved, 0.25, ALL, TILES)[:5], right[:5], strict=True
+        backward(out, None, *rest, *moved, 0.25, ALL, TILES)[:5], right[:5], strict=True
     ):
         assert torch.equal(a, b)
 
@@ -170,7 +171,7 @@ def test_windows_share_a_bias():
     """Swin's: 3 windows per image, the same bias for every image."""
     q, k, v, pk, pv = inputs(batch=6)
     bias = rand(1, 3, 2, 21, 21)
-    out, _ = kernel.forward(q, k, v, pk, pv, None, None, bias, 0.25, SMALL)
+    out, _ = forward(q, k, v, pk, pv, None, None, bias, 0.25, SMALL)
     for b in range(6):
         alone = (t[b : b + 1] for t in (q, k, v))
         expected = reference.prefix_attention(*alone, pk, pv, bias=bias[:, b % 3], scale=0.25)
@@ -179,10 +180,10 @@ def test_windows_share_a_bias():
 
 def test_what_is_not_needed_is_not_computed():
     q, k, v, pk, pv = inputs()
-    out, lse = kernel.forward(q, k, v, pk, pv, None, None, None, 0.25, SMALL)
+    out, lse = forward(q, k, v, pk, pv, None, None, None, 0.25, SMALL)
     rest = (out, None, q, k, v, pk, pv, None, None, None, out, lse, 0.25)
-    whole = kernel.backward(*rest, ALL, TILES)
-    part = kernel.backward(*rest, (False, False, True, False), TILES)
+    whole = backward(*rest, ALL, TILES)
+    part = backward(*rest, (False, False, True, False), TILES)
     assert [g is None for g in part] == [True, True, True, False, False, True]
     assert torch.equal(part[3], whole[3])
     assert torch.equal(part[4], whole[4])
@@ -191,25 +192,25 @@ def test_what_is_not_needed_is_not_computed():
 def test_the_gradient_of_a_bias_alone():
     q, k, v, pk, pv = inputs()
     bias = rand(1, 1, 2, 21, 21)
-    out, lse = kernel.forward(q, k, v, pk, pv, None, None, bias, 0.25, SMALL)
+    out, lse = forward(q, k, v, pk, pv, None, None, bias, 0.25, SMALL)
     rest = (out, None, q, k, v, pk, pv, None, None, bias, out, lse, 0.25)
-    whole = kernel.backward(*rest, (True, True, True, True), TILES)
-    alone = kernel.backward(*rest, (False, False, False, True), TILES)
+    whole = backward(*rest, (True, True, True, True), TILES)
+    alone = backward(*rest, (False, False, False, True), TILES)
     assert alone[:5] == (None,) * 5
     assert torch.equal(alone[5], whole[5])
 
 
 def test_repeats_bit_by_bit():
     q, k, v, pk, pv = inputs(batch=40, n=17, heads=1)
-    out, lse = kernel.forward(q, k, v, pk, pv, None, None, None, 0.25, SMALL)
+    out, lse = forward(q, k, v, pk, pv, None, None, None, 0.25, SMALL)
     rest = (out, None, q, k, v, pk, pv, None, None, None, out, lse, 0.25)
-    one, two = (kernel.backward(*rest, ALL, TILES) for _ in range(2))
+    one, two = (backward(*rest, ALL, TILES) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one[:5], two[:5], strict=True))
 
 
 def test_layout_is_the_fake_s():
     q, k, v, pk, pv = inputs()
-    out, lse = kernel.forward(q, k, v, pk, pv, None, None, None, 0.25)
+    out, lse = forward(q, k, v, pk, pv, None, None, None, 0.25)
     assert out.transpose(1, 2).is_contiguous()
     assert lse.transpose(0, 1).is_contiguous()
 
@@ -218,6 +219,6 @@ def test_layout_is_the_fake_s():
 def test_what_is_not_finite_is_passed_on():
     q, k, v, pk, pv = inputs()
     q[0, 0, 1, 0], v[1, 1, 2, 3] = math.nan, math.inf
-    out, _ = kernel.forward(q, k, v, pk, pv, None, None, None, 0.25, SMALL)
+    out, _ = forward(q, k, v, pk, pv, None, None, None, 0.25, SMALL)
     expected = reference.prefix_attention(q, k, v, pk, pv, scale=0.25)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, equal_nan=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pcx.kernels import weighted_pagerank as kernel
-from pcx.ops import reference
+from pcx.ops.reference import weighted_pagerank as reference
 
 
 def graph(n, dim, dtype, batch=2, heads=2, peaked=3.0):

@@ -13,21 +13,25 @@ def test_in_the_interpreter():
 
 @pytest.fixture
 def recorded(monkeypatch):
-    from pcx.kernels import prefix_attention as kernel
+    from pcx.kernels.prefix_attention import forward, key_gradients, query_gradient
 
-    names = ("_forward", "_query_gradient", "_key_gradients")
-    recorders = {name: Recorder(getattr(kernel, name)) for name in names}
-    for name, recorder in recorders.items():
-        monkeypatch.setattr(kernel, name, recorder)
-    return kernel, recorders
+    recorders = {}
+    for file in (forward, query_gradient, key_gradients):
+        name = "_" + file.__name__.rpartition(".")[2]
+        recorders[name] = Recorder(getattr(file, name))
+        monkeypatch.setattr(file, name, recorders[name])
+    return recorders
 
 
-def launch(kernel, m, dim, dtype, n=197):
+def launch(m, dim, dtype, n=197):
+    from pcx.kernels.prefix_attention.backward import backward
+    from pcx.kernels.prefix_attention.forward import forward
+
     q, k, v = torch.empty(4, n, 3, 12, dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
     pk, pv = torch.empty(2, 12, m, dim, dtype=dtype).unbind(0)
-    out, lse = kernel.forward(q, k, v, pk, pv, None, None, None, 0.125)
+    out, lse = forward(q, k, v, pk, pv, None, None, None, 0.125)
     needs = (True, True, True, False)
-    kernel.backward(out, None, q, k, v, pk, pv, None, None, None, out, lse, 0.125, needs)
+    backward(out, None, q, k, v, pk, pv, None, None, None, out, lse, 0.125, needs)
 
 
 @pytest.mark.parametrize(
@@ -39,10 +43,11 @@ def launch(kernel, m, dim, dtype, n=197):
     ],
 )
 def test_compiles_without_spilling(recorded, capability, m, dim, dtype, monkeypatch):
-    kernel, recorders = recorded
-    monkeypatch.setattr(kernel, "products_of_warps", lambda q: capability != 90)
-    launch(kernel, m, dim, dtype)
-    for name, recorder in recorders.items():
+    from pcx.kernels.prefix_attention import launch as configurations
+
+    monkeypatch.setattr(configurations, "products_of_warps", lambda q: capability != 90)
+    launch(m, dim, dtype)
+    for name, recorder in recorded.items():
         for args, options in recorder.launches:
             found = compiled(recorder.kernel, args, options, capability)
             assert not spills(found), f"{name} at {options} spills registers"
@@ -52,13 +57,12 @@ def test_compiles_without_spilling(recorded, capability, m, dim, dtype, monkeypa
 
 def test_at_most_five_forms_of_the_forward_up_to_200_prompts(recorded):
     """Every layer of a condensed model has its own number of prompts."""
-    kernel, recorders = recorded
     forms = set()
     for m in range(201):
-        recorders["_forward"].launches.clear()
-        launch(kernel, m, 64, torch.bfloat16)
-        ((args, options),) = recorders["_forward"].launches
-        source, options = source_of(recorders["_forward"].kernel, args, options)
+        recorded["_forward"].launches.clear()
+        launch(m, 64, torch.bfloat16)
+        ((args, options),) = recorded["_forward"].launches
+        source, options = source_of(recorded["_forward"].kernel, args, options)
         forms.add(
             (
                 str(sorted(source.signature.items())),

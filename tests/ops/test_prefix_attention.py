@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch._subclasses import FakeTensorMode
 
 from pcx import prefix_attention
-from pcx.ops import reference
-from pcx.ops.backends import exporting
-from pcx.ops.registration import EXTENSION
+from pcx.ops.dispatch import exporting
+from pcx.ops.library import EXTENSION
+from pcx.ops.reference import prefix_attention as reference
 
 B, H, N, S, M, D, DV = 3, 2, 5, 7, 4, 8, 6
 

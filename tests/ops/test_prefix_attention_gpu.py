@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from pcx import prefix_attention
-from pcx.ops import reference
+from pcx.ops.reference import prefix_attention as reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -405,7 +405,7 @@ def test_a_second_derivative_is_refused():
 WITHOUT_THE_EXTENSION = """
 import sys; sys.modules["pcx._C"] = None
 import test_prefix_attention_gpu as own
-from pcx.ops.registration import EXTENSION
+from pcx.ops.library import EXTENSION
 assert not EXTENSION
 for backend in ("triton", "auto"):
     own.check(own.inputs(), backend)

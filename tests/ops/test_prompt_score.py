@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pcx.ops import reference
 from pcx.ops.prompt_score import prompt_score
+from pcx.ops.reference import prompt_score as reference
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

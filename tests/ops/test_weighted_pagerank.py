@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import pcx
-from pcx.ops import reference
+from pcx.ops.reference import weighted_pagerank as reference
+from pcx.ops.reference.attention import additive
 
 BACKENDS = ["operation", "reference"]
 
@@ -36,7 +37,7 @@ def call(backend, q, k, iters, **arguments):
         q,
         k,
         init / init.sum(-1, keepdim=True),
-        None if bias is None else reference.additive(bias, wide).expand(*q.shape[:2], n, n),
+        None if bias is None else additive(bias, wide).expand(*q.shape[:2], n, n),
         arguments.get("prefix_k"),
         arguments.get("among"),
         iters,

@@ -5,7 +5,7 @@ import torch
 from ops.test_weighted_pagerank import by_definition, graph
 
 import pcx
-from pcx.ops.registration import EXTENSION
+from pcx.ops.library import EXTENSION
 
 pytestmark = [
     pytest.mark.gpu,
@@ -120,6 +120,32 @@ def test_the_kernels_are_taken_where_they_fit():
         q, k = on_gpu(n, dtype, dim=64)
         found = pcx.weighted_pagerank(q, k, iters=iters)
         assert torch.equal(found, in_triton(q, k, iters)) == same
+
+
+def test_a_named_backend_runs_or_says_why():
+    q, k = on_gpu(197, torch.float32, dim=64)
+    found = {
+        backend: pcx.weighted_pagerank(q, k, iters=5, backend=backend)
+        for backend in ("auto", "cuda", "triton", "reference")
+    }
+    assert torch.equal(found["cuda"], found["auto"])
+    assert torch.equal(found["triton"], in_triton(q, k, 5))
+    assert not torch.equal(found["cuda"], found["triton"])
+    for scores in found.values():
+        torch.testing.assert_close(scores, found["reference"], rtol=1e-4, atol=0)
+    for backend, tensors, arguments, reason in (
+        ("cuda", (q, k), {"bias": torch.zeros(197, 197, device="cuda")}, "it takes no bias"),
+        ("cuda", (q, k), {"prefix_k": k[0, :, :3]}, "it takes no prefix_k"),
+        ("cuda", (q, k), {"iters": 0}, "iters of at least 1, got 0"),
+        ("cuda", on_gpu(273, torch.float32, dim=64), {}, "at most 272 tokens, got 273"),
+        ("cuda", (q[..., :62], k[..., :62]), {}, "multiple of 8, at most 128, got 62"),
+        ("cuda", (q.double(), k.double()), {}, "q has Double"),
+        ("triton", (q.double(), k.double()), {}, "q has torch.float64"),
+        ("triton", on_gpu(20, torch.float32, dim=136), {}, "it needs d <= 128, got 136"),
+        ("cpu", (q, k), {}, "it needs CPU tensors, q is on cuda"),
+    ):
+        with pytest.raises(ValueError, match=f"backend: '{backend}' cannot run: .*{reason}"):
+            pcx.weighted_pagerank(*tensors, **{"iters": 2, **arguments}, backend=backend)
 
 
 def test_the_attention_matrix_is_never_there():

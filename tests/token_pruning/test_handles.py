@@ -10,7 +10,7 @@ from torch import nn
 import pcx
 from pcx.backbones.attention import Call
 from pcx.models.block_forward import StandIn
-from pcx.ops import reference
+from pcx.ops.reference.attention import additive
 from pcx.token_pruning import ats, soft_prune, tome
 from pcx.token_pruning.handles import biased
 
@@ -30,7 +30,7 @@ def test_biases_add_up(own, given):
     call = biased(Call(q, k, v, own and biases[own], 0.3), keys[given])
     logits = q @ k.transpose(-2, -1) * 0.3
     for bias in (biases[own], keys[given]):
-        logits = logits + reference.additive(bias, torch.float64)
+        logits = logits + additive(bias, torch.float64)
     expected = (logits.softmax(-1) @ v).nan_to_num()  # a row that attends to nothing
     torch.testing.assert_close(call.output().nan_to_num(), expected)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import pcx
 from pcx.backbones.attention import MissedCall
+from pcx.ops.reference.token_choice import most_important
 from pcx.token_pruning import soft_prune, stages
 from pcx.token_pruning.soft_masks import importance, log_soft_mask
 
@@ -44,7 +45,7 @@ def test_as_many_as_are_to_stay_lie_above_the_threshold(seed, keep, temperature,
     scores = rand(3, 12, seed=seed)
     mask = log_soft_mask(scores, keep, temperature, protected=1).exp()
     assert ((mask[:, 1:] > 0.5).sum(1) == keep).all()
-    stays = stages.most_important(scores, keep, protected=1)
+    stays = most_important(scores, keep, protected=1)
     assert (mask.gather(1, stays) > 0.5).all()
     again = log_soft_mask(scores + raised, keep, temperature, protected=1).exp()
     torch.testing.assert_close(again, mask, rtol=1e-6, atol=1e-6)

@@ -7,34 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pcx.ops.reference.token_choice import most_important
 from pcx.token_pruning import stages
 
 
 def rand(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed + sum(shape))
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-def test_a_head_s_emphasis_is_the_paper_s_example():
-    """Table 4: A, B and C have [9, 9, 9], [9, 0, 0] and [3, 3, 3]; averages would say B = C."""
-    scores = torch.tensor([[[9.0, 9, 3], [9, 0, 3], [9, 0, 3]]])  # [1, heads, tokens]
-    a, b, c = stages.combine_heads(scores, torch.ones(1, 3, dtype=torch.bool))[0].tolist()
-    assert a > b > c
-    assert a == pytest.approx(math.sqrt(3 * 81) / 3)
-    only_first = torch.tensor([[True, False, False]])
-    assert stages.combine_heads(scores, only_first)[0].tolist() == [9, 9, 3]
-
-
-def test_heads_are_filtered_by_the_variance_of_scores_whose_mean_is_one():
-    n = 100
-    flat, peaked = torch.full((n,), 1.0), torch.zeros(n)
-    peaked[0] = n  # a variance of 99
-    some = torch.cat([torch.full((n // 2,), 0.5), torch.full((n // 2,), 1.5)])  # 0.25
-    scores = torch.stack([flat, some, peaked])[None] / n
-    assert stages.filter_heads(scores).tolist() == [[False, True, False]]
-    assert stages.filter_heads(scores, 0.25, 0.25).tolist() == [[False, True, False]]
-    assert stages.filter_heads(scores, 0.0, 0.2).tolist() == [[True, False, False]]
-    assert stages.filter_heads(scores, 1.0, 2.0).tolist() == [[True, True, True]]
 
 
 def by_hand(q, k, iters, boost):
@@ -67,16 +46,6 @@ def test_the_boost_of_cls_acts():
     q, k = 2 * rand(1, 2, 9, 8), rand(1, 2, 9, 8, seed=1)
     plain, boosted = (stages.importance(q, k, iters=1, cls_boost=b) for b in (False, True))
     assert not torch.allclose(plain, boosted)
-
-
-def test_the_most_important_stay_in_their_order():
-    scores = torch.tensor([[0.0, 5, 1, 4, 1, 3], [9, 1, 2, 3, 4, 5]])
-    found = stages.most_important(scores, 2, protected=1)
-    assert found.tolist() == [[0, 1, 3], [0, 4, 5]]
-    assert stages.most_important(scores, 0, protected=2).tolist() == [[0, 1]] * 2
-    assert stages.most_important(scores, 5, protected=1).tolist() == [list(range(6))] * 2
-    with pytest.raises(ValueError, match="keep: 6 of 5 patches"):
-        stages.most_important(scores, 6, protected=1)
 
 
 # Six patches behind one protected token, the first the most important. Copies: 1 = 5, 2 = 3.
@@ -162,7 +131,7 @@ def test_a_layer_is_its_stages_one_after_the_other(similar):
             q[[b]][:, :, left], k[[b]][:, :, left], iters=5, cls_boost=True,
             bias=bias[:, :, left][..., left],
         )  # fmt: skip
-        assert found[b].tolist() == left[stages.most_important(scores, 6, protected=2)[0]].tolist()
+        assert found[b].tolist() == left[most_important(scores, 6, protected=2)[0]].tolist()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 9), (2, 1, 9, 9), (9, 9), (1, 3, 9, 1)])
@@ -199,7 +168,7 @@ def test_rankings(ranking):
     }[ranking]
     torch.manual_seed(5)
     found = stages.prune(q, k, keep=3, similar=0, iters=4, protected=2, ranking=ranking, bias=bias)
-    assert torch.equal(found, stages.most_important(scores, 3, protected=2))
+    assert torch.equal(found, most_important(scores, 3, protected=2))
 
 
 def test_autocast_does_not_round_likeness():

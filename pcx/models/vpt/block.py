@@ -14,9 +14,8 @@ from pcx.backbones import attention
 from pcx.backbones.residual import Wrapper
 from pcx.models.vpt.probes import Probe
 from pcx.models.vpt.prompts import dropped, neighbours, per_sample
-from pcx.ops import reference
-from pcx.ops.backends import cpu_cannot
-from pcx.ops.prefix_attention import prefix_attention
+from pcx.ops.prefix_attention import cpu_cannot, prefix_attention
+from pcx.ops.reference.attention import additive
 
 PATHS = ("folded", "concat")
 
@@ -249,7 +248,7 @@ class PromptedBlock(Wrapper):
             if self.probe.gate is not None:
                 after = call.k.shape[-2] - start - width
                 gate = F.pad(self.probe.gate, (start, after))[:, None, None]  # [B, 1, 1, N+m]
-                bias = gate if bias is None else reference.additive(bias, call.q.dtype) + gate
+                bias = gate if bias is None else additive(bias, call.q.dtype) + gate
         if bias is not None and bias.is_floating_point():
             bias = bias.to(call.q.dtype)
         return attention.Call(call.q, call.k, call.v, bias, call.scale).output()

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from pcx.backbones import attention
-from pcx.ops import reference
 from pcx.ops.logit_gate import logit_gate
+from pcx.ops.reference.attention import cls_attention
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Probe:
     def see_columns(self, call: attention.Call, columns: slice) -> None:
         """Records the attention of [CLS] to prompts among the keys, mean over heads."""
         if self.watch_cls:
-            weights = reference.cls_attention(call.q, call.k, call.bias, call.scale)[:, columns]
+            weights = cls_attention(call.q, call.k, call.bias, call.scale)[:, columns]
             self.cls_attention.append(weights.detach())
 
 

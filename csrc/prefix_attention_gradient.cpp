@@ -1,5 +1,6 @@
-// The gradient of prefix_attention. Python defines the same where there is no compiled part; there
-// a call takes some hundred microseconds, longer than the GPU works on it.
+// The gradient of prefix_attention. Python defines the same in pcx/ops/prefix_attention.py, for
+// where there is no compiled part; there a call takes some hundred microseconds, longer than the
+// GPU works on it. tests/ops/test_prefix_attention_gradient.py compares the two.
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -148,11 +149,9 @@ Gradients attention_backward(const Tensor& grad_out, const OptionalTensor& grad_
   return {once[0], once[1], once[2], once[3], once[4], once[5]};
 }
 
-}  // namespace
-
-void pcx::register_autograd() {
-  static torch::Library library(torch::Library::IMPL, "pcx", c10::DispatchKey::Autograd, __FILE__,
-                                __LINE__);
+const pcx::Implementations implementations(c10::DispatchKey::Autograd, [](torch::Library& library) {
   library.impl("prefix_attention", &attention);
   library.impl("prefix_attention_backward", &attention_backward);
-}
+});
+
+}  // namespace

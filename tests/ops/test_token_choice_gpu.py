@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from pcx.ops.registration import EXTENSION
+from pcx.ops.library import EXTENSION
+from pcx.ops.reference import token_choice as reference
+from pcx.ops.token_choice import dissimilar_tokens, important_tokens
 from pcx.token_pruning import stages
 
 pytestmark = [
@@ -26,12 +28,12 @@ def scores_of(batch, heads, n, seed=0, flat=False):
 @pytest.mark.parametrize(("heads", "flat"), [(1, False), (6, False), (6, True), (65, False)])
 def test_important_tokens(n, heads, flat):
     scores = scores_of(9, heads, n, flat=flat)
-    variances = stages.filter_heads(scores)
+    variances = reference.filter_heads(scores)
     if heads == 6:
         assert variances.all() == flat  # where none passes all are used
     for protected in (0, 1):
         for keep in {0, 1, (n - protected) // 2, n - protected}:
-            arguments = (scores, keep, protected, *stages.VARIANCES)
+            arguments = (scores, keep, protected, *reference.VARIANCES)
             found = OPERATIONS.important_tokens(*arguments, None)
             expected = OPERATIONS.important_tokens_written_out(*arguments, None)
             assert torch.equal(found, expected)
@@ -42,23 +44,25 @@ def test_important_tokens(n, heads, flat):
 
 def test_equal_scores_and_numbers_that_are_none():
     scores = torch.full((2, 1, 40), 1 / 40, device="cuda")
-    found = OPERATIONS.important_tokens(scores, 7, 2, *stages.VARIANCES, None)
+    found = OPERATIONS.important_tokens(scores, 7, 2, *reference.VARIANCES, None)
     assert found.tolist() == [list(range(9))] * 2
     scores[1, 0, 20] = torch.nan
     for keep in (5, 38):
-        found = OPERATIONS.important_tokens(scores, keep, 2, *stages.VARIANCES, None)
-        expected = OPERATIONS.important_tokens_written_out(scores, keep, 2, *stages.VARIANCES, None)
+        found = OPERATIONS.important_tokens(scores, keep, 2, *reference.VARIANCES, None)
+        expected = OPERATIONS.important_tokens_written_out(
+            scores, keep, 2, *reference.VARIANCES, None
+        )
         assert torch.equal(found, expected)
 
 
 def similarity(votes, keys, protected):
     """[B, |A|] largest cosines in float64, of group A in the order of tokens, and the group."""
-    combined = stages.combine_heads(votes, stages.filter_heads(votes))[:, protected:]
+    combined = reference.combine_heads(votes, reference.filter_heads(votes))[:, protected:]
     order = combined.sort(dim=1, descending=True, stable=True).indices + protected
     size = order.shape[1] // 2
     a, b = order[:, -size:].sort(1).values, order[:, :-size]
     features = torch.nn.functional.normalize(keys.double().mean(1), dim=-1)
-    alike = stages.pick(features, a) @ stages.pick(features, b).mT
+    alike = reference.pick(features, a) @ reference.pick(features, b).mT
     return alike.amax(2), a
 
 
@@ -74,7 +78,7 @@ def test_dissimilar_tokens(n, dim, dtype):
     votes = scores_of(batch, heads, n)
     alike, a = similarity(votes, keys, protected)
     for drop in {1, a.shape[1] // 3, a.shape[1]}:
-        found = OPERATIONS.dissimilar_tokens(votes, keys, drop, protected, *stages.VARIANCES)
+        found = OPERATIONS.dissimilar_tokens(votes, keys, drop, protected, *reference.VARIANCES)
         assert found.shape == (batch, n - drop)
         for sample in range(batch):
             stays = found[sample].tolist()
@@ -90,9 +94,9 @@ def test_dissimilar_tokens(n, dim, dtype):
 def test_equal_patches_go_in_their_order():
     keys = torch.ones(1, 2, 12, 16, device="cuda")
     votes = torch.full((1, 2, 12), 1 / 12, device="cuda")
-    found = OPERATIONS.dissimilar_tokens(votes, keys, 2, 2, *stages.VARIANCES)
+    found = OPERATIONS.dissimilar_tokens(votes, keys, 2, 2, *reference.VARIANCES)
     assert found.tolist() == [[0, 1, 2, 3, 4, 5, 6, 9, 10, 11]]  # A is the last five
-    expected = OPERATIONS.dissimilar_tokens_written_out(votes, keys, 2, 2, *stages.VARIANCES)
+    expected = OPERATIONS.dissimilar_tokens_written_out(votes, keys, 2, 2, *reference.VARIANCES)
     assert torch.equal(found, expected)
 
 
@@ -117,6 +121,23 @@ def test_a_layer_as_on_the_cpu(ranking, iters, similar):
     found = stages.prune(q.cuda(), k.cuda(), **arguments).cpu()
     same = [len(set(a) & set(b)) for a, b in zip(found.tolist(), expected.tolist(), strict=True)]
     assert min(same) >= 120  # of 121; two scores may be equal but for rounding
+
+
+def test_a_named_backend_runs_or_says_why():
+    scores, keys = scores_of(5, 3, 40), torch.randn(5, 3, 40, 64, device="cuda")
+    for call in (
+        lambda backend: important_tokens(scores, 7, protected=1, backend=backend),
+        lambda backend: dissimilar_tokens(scores, keys, 7, protected=1, backend=backend),
+    ):
+        assert torch.equal(call("cuda"), call("auto"))
+        assert "kernel" in kernels_of(lambda call=call: call("cuda"))
+        assert "important_kernel" not in kernels_of(lambda call=call: call("reference"))
+    many, wide = scores_of(2, 3, 1025), scores.double()
+    for found, reason in ((many, "at most 1024 tokens, got 1025"), (wide, "float32 scores, got")):
+        with pytest.raises(ValueError, match=f"backend: 'cuda' cannot run: .*{reason}"):
+            important_tokens(found, 7, protected=1, backend="cuda")
+    with pytest.raises(ValueError, match="'cuda' cannot run: .* multiple of 8, got 62"):
+        dissimilar_tokens(scores, keys[..., :62], 7, protected=1, backend="cuda")
 
 
 def kernels_of(call):

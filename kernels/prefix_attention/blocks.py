@@ -1,0 +1,48 @@
+"""Blocks of rows that the kernels of prefix_attention read and write alike."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def bias_of(bias, b, h, B1, strides):
+    """Where the bias [B0, B1, H, N, S] of head h of sample b begins."""
+    return bias + ((b // B1) * strides[0] + (b % B1) * strides[1] + h * strides[2])
+
+
+@triton.jit
+def set_of(b, index, G, INDEXED: tl.constexpr):
+    """The prefix set of a sample; an index out of range, asserted elsewhere, is clamped."""
+    chosen = b
+    if INDEXED:
+        chosen = tl.minimum(tl.maximum(tl.load(index + b), 0), G - 1)
+    return chosen.to(tl.int64)
+
+
+@triton.jit
+def rows_at(pointer, offsets, inside, DIM: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+            MASKED: tl.constexpr):  # fmt: skip
+    """[rows, WIDTH] of rows that begin anywhere; zeros outside of them."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    pointers = pointer + offsets[:, None] + columns[None, :]
+    if MASKED:
+        values = tl.load(pointers, mask=inside[:, None] & (columns < DIM)[None, :], other=0.0)
+    elif FIRST + WIDTH > DIM:
+        values = tl.load(pointers, mask=(columns < DIM)[None, :], other=0.0)
+    else:
+        values = tl.load(pointers)
+    return values
+
+
+@triton.jit
+def store(pointer, rows, stride, limit, values, DIM: tl.constexpr, FIRST: tl.constexpr,
+          WIDTH: tl.constexpr):  # fmt: skip
+    """The counterpart of `tile`: writes [rows, WIDTH] from column FIRST, where there are such."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    inside = (rows < limit)[:, None]
+    if FIRST + WIDTH > DIM:
+        inside = inside & (columns < DIM)[None, :]
+    pointers = pointer + rows[:, None] * stride + columns[None, :]
+    tl.store(pointers, values.to(pointer.dtype.element_ty), mask=inside)

@@ -1,0 +1,110 @@
+"""Checks of `pcx.prefix_attention`'s arguments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pcx.ops.checks import broadcasts, values_known
+
+
+def check_prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    index: Tensor | None,
+    lengths: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    """Raises a TypeError or ValueError that names the argument, what it got and what it may be."""
+    _check_tensors({"q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v})
+    for name, tensor in {"prefix_index": index, "prefix_lengths": lengths, "bias": bias}.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name}: on {tensor.device}, but q is on {q.device}")
+    *lead, heads, n, dim = q.shape
+    own, m = k.shape[-2], prefix_k.shape[-2]
+    _expect("k", k, (*lead, heads, own, dim))
+    _expect("v", v, (*lead, heads, own, v.shape[-1]))
+    sets = prefix_k.shape[:-3]
+    _expect("prefix_k", prefix_k, (*sets, heads, m, dim))
+    _expect("prefix_v", prefix_v, (*sets, heads, m, v.shape[-1]))
+    _check_sets(torch.Size(lead), sets, m, index, lengths)
+    if bias is not None:
+        _check_bias(bias, q.dtype, (*lead, heads, n, own))
+
+
+def _check_tensors(named: dict[str, Tensor]) -> None:
+    q = named["q"]
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if name.startswith("prefix") and tensor.dim() not in (3, 4):
+            raise ValueError(
+                f"{name}: shape {tuple(tensor.shape)}, expected [H, m, d] or [G, H, m, d]"
+            )
+        if tensor.dim() < 4 and not name.startswith("prefix"):
+            raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected [..., B, H, N, d]")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name}: dtype {tensor.dtype}, but q has {q.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name}: on {tensor.device}, but q is on {q.device}")
+    if q.shape[-1] == 0:
+        raise ValueError(f"q: shape {tuple(q.shape)}, expected a head dim of at least 1")
+    if not q.is_floating_point():
+        raise TypeError(f"q: dtype {q.dtype}, expected a floating one")
+
+
+def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected {shape}")
+
+
+def _check_sets(
+    lead: torch.Size, sets: torch.Size, m: int, index: Tensor | None, lengths: Tensor | None
+) -> None:
+    batch, count = lead.numel(), sets[0] if sets else None
+    for name, given in {"prefix_index": index, "prefix_lengths": lengths}.items():
+        if given is not None and count is None:
+            raise ValueError(f"{name}: given, but prefix_k has no set dimension [G, H, m, d]")
+    if index is None or count is None:
+        if count not in (None, batch):
+            raise ValueError(
+                f"prefix_index: needed to choose among {count} prefix sets for a batch of {batch}"
+            )
+    else:
+        if tuple(index.shape) != tuple(lead) or index.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"prefix_index: {index.dtype} of shape {tuple(index.shape)}, expected int64 "
+                f"or int32 {list(lead)}"
+            )
+        _check_values("prefix_index", index, 0, count - 1)
+    if lengths is not None:
+        if tuple(lengths.shape) != (count,) or lengths.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"prefix_lengths: {lengths.dtype} of shape {tuple(lengths.shape)}, expected int64 "
+                f"or int32 ({count},)"
+            )
+        _check_values("prefix_lengths", lengths, 0, m)
+
+
+def _check_values(name: str, given: Tensor, low: int, high: int) -> None:
+    if values_known(given) and given.numel():
+        least, most = int(given.min()), int(given.max())
+        if least < low or most > high:
+            raise ValueError(f"{name}: values {least}..{most}, expected {low}..{high}")
+
+
+def _check_bias(bias: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if not broadcasts(bias, shape):
+        raise ValueError(
+            f"bias: shape {tuple(bias.shape)} does not broadcast to [B, H, N, S] = {shape}; the "
+            "prefix takes no bias"
+        )
+    if bias.dtype not in (torch.bool, torch.float32, dtype):
+        raise TypeError(f"bias: dtype {bias.dtype}, expected bool, float32 or q's {dtype}")

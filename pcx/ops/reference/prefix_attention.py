@@ -1,0 +1,73 @@
+"""`pcx.prefix_attention` in plain torch, by concatenation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pcx.ops.reference.attention import additive
+
+
+def prefix_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    prefix_index: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """`pcx.prefix_attention` by concatenation; arguments are taken as checked."""
+    keys = _joined(prefix_k, k, prefix_index)  # [B, H, m+S, d]
+    values = _joined(prefix_v, v, prefix_index)  # [B, H, m+S, dv]
+    mask = _joint_bias(q, k, prefix_k.shape[-2], prefix_index, prefix_lengths, bias)
+    if not return_lse:
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = (q @ keys.transpose(-2, -1)).to(wide) * scale  # [B, H, N, m+S]
+    if mask is not None:
+        logits = logits + mask
+    nothing = (logits == -math.inf).all(-1, keepdim=True)  # such a row gives zeros, as SDPA's
+    logits = logits.masked_fill(nothing, 0)
+    lse = logits.logsumexp(dim=-1, keepdim=True)  # [B, H, N, 1]
+    weights = (logits - lse).exp().masked_fill(nothing, 0).to(v.dtype)
+    return weights @ values, lse.masked_fill(nothing, -math.inf).squeeze(-1)
+
+
+def _joined(prefix: Tensor, own: Tensor, index: Tensor | None) -> Tensor:
+    if prefix.shape[-2] == 0 and not prefix.requires_grad:  # joining nothing would still copy
+        return own
+    if index is not None:
+        prefix = prefix.index_select(0, index)
+    return torch.cat([prefix.expand(own.shape[0], *prefix.shape[-3:]), own], dim=-2)
+
+
+def _joint_bias(
+    q: Tensor,
+    k: Tensor,
+    m: int,
+    index: Tensor | None,
+    lengths: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor | None:
+    """One additive bias over [prefix; own] keys, or None where there is nothing to add."""
+    if bias is None and lengths is None:
+        return None
+    own = additive(bias, q.dtype) if bias is not None else q.new_zeros(1, 1, 1, k.shape[-2])
+    front = q.new_zeros(1, 1, 1, m)
+    if lengths is not None:
+        per_sample = lengths if index is None else lengths[index]
+        absent = torch.arange(m, device=q.device) >= per_sample[:, None]  # [B, m]
+        front = front.masked_fill(absent[:, None, None], -math.inf)
+    own = own.expand(*own.shape[:-1], k.shape[-2])
+    shape = torch.broadcast_shapes(own.shape[:-1], front.shape[:-1])
+    return torch.cat([front.expand(*shape, m), own.expand(*shape, k.shape[-2])], dim=-1)

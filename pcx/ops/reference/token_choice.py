@@ -1,0 +1,145 @@
+"""The ops that choose a pruning layer's tokens in plain torch (Zero-TPrune, Sec. 3).
+
+The stages of `pcx.token_pruning.stages` are made of the same parts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pcx.ops.reference.attention import without_autocast
+
+VARIANCES = (0.01, 0.7)  # of a head's scores, where their mean is 1
+
+
+def important_tokens(
+    scores: Tensor, keep: int, protected: int, low: float, high: float, among: Tensor | None
+) -> Tensor:
+    """`pcx.ops.token_choice.important_tokens`: VHF and EIR, then the choice of the I-stage."""
+    combined = combine_heads(scores, filter_heads(scores, low, high))
+    best = most_important(combined, keep, protected=protected)
+    return best if among is None else among.gather(1, best)
+
+
+def dissimilar_tokens(
+    votes: Tensor, k: Tensor, drop: int, protected: int, low: float, high: float
+) -> Tensor:
+    """`pcx.ops.token_choice.dissimilar_tokens`: VHF and EIR, then the paper's S-stage."""
+    scores = combine_heads(votes, filter_heads(votes, low, high))[:, protected:]
+    features = k.mean(1, dtype=torch.promote_types(k.dtype, torch.float32))[:, protected:]
+    size = scores.shape[1] // 2  # of group A
+    if not 0 <= drop <= size:
+        raise ValueError(
+            f"drop: {drop} similar patches, but partition 'sequential-u' of {scores.shape[1]} "
+            f"offers {size}"
+        )
+    order = ranked(scores)  # [B, P], the most important first
+    b, a = order[:, : scores.shape[1] - size], order[:, scores.shape[1] - size :].sort(1).values
+    left = least_alike(cosines(pick(features, a), pick(features, b)), a, drop)
+    return with_protected(torch.cat([b, left], 1) + protected, protected)
+
+
+def filter_heads(scores: Tensor, low: float = VARIANCES[0], high: float = VARIANCES[1]) -> Tensor:
+    """VHF (Sec. 3.2): the heads whose scores vary enough to tell tokens apart, and not too much.
+
+    Scores that sum to 1 over N tokens have a variance of 1/N at most, so that the paper's bounds
+    would reject every head of a small model; the variance is therefore taken of N times the
+    scores, whose mean is 1. Where all heads would be rejected, all are kept.
+
+    Args:
+        scores: [B, H, N], each head's summing to 1.
+        low, high: bounds on the variance, both inclusive.
+
+    Returns:
+        [B, H], boolean.
+    """
+    variance = (scores * scores.shape[-1]).var(-1, correction=0)  # [B, H]
+    return within(variance, low, high)
+
+
+def within(variance: Tensor, low: float, high: float) -> Tensor:
+    """Which heads' variances [B, H] are within the bounds, or all of a sample where none is."""
+    passed = (variance >= low) & (variance <= high)
+    return passed | ~passed.any(-1, keepdim=True)
+
+
+def combine_heads(scores: Tensor, heads: Tensor) -> Tensor:
+    """EIR (Sec. 3.2, Eq. 2): sqrt(sum_h s_h^2 eta_h) / sum_h eta_h.
+
+    A token that matters much to one head comes before one that matters a little to all.
+
+    Args:
+        scores: [B, H, N].
+        heads: [B, H], eta: boolean, at least one of each sample.
+
+    Returns:
+        [B, N].
+    """
+    used = heads[..., None].to(scores.dtype)  # [B, H, 1]
+    return (scores.square() * used).sum(1).sqrt() / used.sum(1)
+
+
+def most_important(scores: Tensor, keep: int, *, protected: int) -> Tensor:
+    """The I-stage's choice: the `keep` patches of the highest scores, and what is protected.
+
+    Args:
+        scores: [B, N].
+        keep: patches, 0 to N - protected; of equal ones the first stay.
+        protected: tokens at the front.
+
+    Returns:
+        [B, protected + keep] int64, ascending.
+
+    Raises:
+        ValueError: more are to be kept than there are.
+    """
+    check_keep(keep, scores.shape[1] - protected)
+    best = ranked(scores[:, protected:])[:, :keep] + protected
+    return with_protected(best, protected)
+
+
+def check_keep(keep: int, patches: int) -> None:
+    """Raises a ValueError where there are not so many patches."""
+    if not 0 <= keep <= patches:
+        raise ValueError(f"keep: {keep} of {patches} patches")
+
+
+def ranked(scores: Tensor) -> Tensor:
+    """Indices from the highest to the lowest score [B, N]; equal ones in their order."""
+    return scores.sort(dim=1, descending=True, stable=True).indices
+
+
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens [B, N, F] at [B, n] -> [B, n, F]."""
+    batch, tokens, features = x.shape
+    first = torch.arange(batch, device=x.device)[:, None] * tokens
+    rows = x.flatten(0, 1).index_select(0, (index + first).flatten())  # in half of gather's time
+    return rows.reshape(batch, index.shape[1], features)
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """[B, n, F] and [B, m, F] -> [B, n, m], not rounded by autocast."""
+    return products(F.normalize(a, dim=-1), F.normalize(b, dim=-1))
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """[B, n, F] and [B, m, F] -> [B, n, m], not rounded by autocast."""
+    with without_autocast(a):
+        return a @ b.transpose(1, 2)
+
+
+def least_alike(likeness: Tensor, a: Tensor, drop: int) -> Tensor:
+    """What is left of the patches `a` [B, n] when the `drop` most like a patch of B are gone.
+
+    The likeness is [B, n, m], of each patch in A to each in B. Of equal ones the first go.
+    """
+    alike = likeness.amax(2) if likeness.shape[2] else likeness.new_zeros(a.shape)
+    return a.gather(1, ranked(alike)[:, drop:])
+
+
+def with_protected(patches: Tensor, protected: int) -> Tensor:
+    """Patches [B, n] in ascending order, after the `protected` tokens at the front."""
+    first = torch.arange(protected, device=patches.device).expand(patches.shape[0], -1)
+    return torch.cat([first, patches.sort(1).values], 1)
