@@ -28,7 +28,9 @@ COMMANDS = {
     "train": Listed("pcx.cli.train:train", "Trains prompts and head on a task."),
     "condense": Listed("pcx.cli.condense:condense", "Scores, selects and fine-tunes prompts."),
     "eval": Listed("pcx.cli.evaluate:evaluate", "Accuracy of a saved model on a split."),
-    "prune": Listed("pcx.cli.prune:prune", "Accuracy of a saved model with image tokens pruned."),
+    "prune": Listed(
+        "pcx.cli.prune:prune", "Accuracy of a saved model whole and with tokens pruned."
+    ),
     "search": Listed("pcx.cli.search:search", "Searches settings of pcx prune at a budget."),
     "env": Listed("pcx.cli.env:env", "Versions, devices, and which backend runs each operation."),
 }

@@ -100,11 +100,15 @@ def _checked(ctx: typer.Context, option: Any, value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
         raise ValueError(f"{where}: got a table, expected a value")
     if flag != isinstance(value, bool):
-        raise ValueError(f"{where}: got {value!r}, expected {'true or false' if flag else 'text'}")
-    if not flag:  # as text, since a whole number must not be cut out of 2.5
-        value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        raise ValueError(
+            f"{where}: got {value!r}, expected {'true or false' if flag else 'a number or text'}"
+        )
+    if flag:
+        return value
+    # As text, since a whole number must not be cut out of 2.5.
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     try:
-        option.process_value(ctx, value)
+        option.process_value(ctx, text)
     except typer.BadParameter as error:
-        raise ValueError(f"{where}: {error.message}") from None
-    return value
+        raise ValueError(f"{where}: got {value!r}: {error.message}") from None
+    return text

@@ -35,7 +35,7 @@ def prune(
     workers: o.Workers = 0,
     config: o.Config = None,
 ) -> None:
-    """Accuracy of a saved model whole and with image tokens pruned (Zero-TPrune), untrained."""
+    """Accuracy of a saved model whole and with tokens pruned (Zero-TPrune), untrained."""
     from pcx.backbones.inputs import data_config
     from pcx.tasks import load_task
     from pcx.token_pruning.dropping import zero_tprune
