@@ -102,6 +102,18 @@ def load(path: str | os.PathLike, backbone: nn.Module | None = None) -> Any:
     return model.eval()
 
 
+def backbone_in(path: str | os.PathLike) -> dict[str, Any]:
+    """The backbone that a file was trained on: name, arguments, fingerprint and architecture.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: as `load` raises it of a file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path: no file {path}")
+    return _read(Path(path))[0]["backbone"]
+
+
 def _description(model: TunedModel, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """All of a file but its tensors; the record's entries stand beside the file's own."""
     plain = model.plain_backbone()

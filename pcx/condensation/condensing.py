@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
+from pcx.condensation.scores_file import write_scores
 from pcx.condensation.scoring import score
 from pcx.condensation.selection import select
 from pcx.models.record import Condensation
@@ -15,6 +17,7 @@ from pcx.models.vpt.model import VPT
 from pcx.training.evaluation import evaluate, standard_error
 from pcx.training.fitting import fit
 from pcx.training.objectives import Criterion
+from pcx.training.run_folder import writable_folder
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
 
@@ -37,6 +40,8 @@ def condense(
     criterion: Criterion | None = None,
     amp: str = "no",
     seed: int = 0,
+    checkpoint_dir: str | os.PathLike | None = None,
+    resume: bool = False,
     progress: bool = True,
 ) -> VPT:
     """Prompt Condensation (Algorithm 1): keeps the prompts that matter and fine-tunes them.
@@ -55,16 +60,21 @@ def condense(
         val_loader: validation data; needed by "auto", reported per epoch otherwise.
         max_drop: percentage points, for "auto".
         opt, weight_decay, clip_grad, criterion, amp, seed, progress: as `pcx.fit` takes them.
+        checkpoint_dir: folder for `scores.json` (scores and kept indices) and for what `pcx.fit`
+            writes of the fine-tuning. "auto" has a folder in it for each keep, such as keep_0.3.
+        resume: continue the fine-tuning from that folder. The scores are computed again.
 
     Returns:
         A new VPT whose `.condensation` tells how it came about.
 
     Raises:
-        ValueError: an argument does not fit, no learning rate is known, or "auto" lacks validation
-            data.
+        ValueError: an argument does not fit, no learning rate is known, "auto" lacks validation
+            data, or the folder is of another condensation.
     """
     if epochs < 0:
         raise ValueError(f"epochs: {epochs}, expected 0 or more")
+    if resume and checkpoint_dir is None:
+        raise ValueError("resume: needs checkpoint_dir")
     if epochs and lr is None:
         if model.trained_lr is None:
             raise ValueError(
@@ -78,6 +88,7 @@ def condense(
         raise ValueError("val_loader: keep='auto' needs validation data")
     if not isinstance(keep, str):  # before anything is computed
         select([torch.zeros(m) for m in model.counts], keep, scope=scope)
+    folder = None if checkpoint_dir is None else writable_folder(checkpoint_dir)
     ranking: Sequence[Tensor]
     if scores is None:
         ranking = score(
@@ -99,6 +110,9 @@ def condense(
         small = model.keep(kept)
         small.set_dropout(0.0)
         small.condensation = Condensation(method, scope, fraction, list(ranking), kept)
+        own = folder / f"keep_{fraction}" if folder and keep == "auto" else folder
+        if own:
+            write_scores(own, small.condensation, resume=resume)
         if epochs:
             small.condensation.history = fit(
                 small,
@@ -113,13 +127,18 @@ def condense(
                 criterion=criterion,
                 amp=amp,
                 seed=seed,
+                checkpoint_dir=own,
+                resume=resume,
                 progress=progress,
             )
         small.trained_lr = model.trained_lr
         return small
 
     if isinstance(keep, str):
-        return _smallest(model, at, val_loader, max_drop, criterion, amp, progress)
+        best = _smallest(model, at, val_loader, max_drop, criterion, amp, progress)
+        if folder and best.condensation is not None:
+            write_scores(folder, best.condensation)
+        return best
     return at(keep)
 
 

@@ -42,6 +42,7 @@ class Backend:
         device: the type of the device that its tensors lie on; any by default.
         needs: what of NEEDS must be installed.
         majors: the major compute capabilities of the GPUs that it is written for; any by default.
+        auto: whether "auto" takes it; False of one that is used where it is named alone.
         can_run: takes the op's checked arguments, from the first tensor on; None where the backend
             can run, or the reason why it cannot.
     """
@@ -50,6 +51,7 @@ class Backend:
     device: str | None = None
     needs: tuple[str, ...] = ()
     majors: tuple[int, ...] = ()
+    auto: bool = True
     can_run: Callable[..., str | None] = _anything
 
 
@@ -123,14 +125,15 @@ class Line(NamedTuple):
     op: str
     backend: str
     reason: str | None
+    auto: bool  # whether "auto" may take it
 
 
 def report() -> list[Line]:
     """Every op's backends on this machine, the preferred ones first; needs no tensors."""
     return [
-        Line(op, name, dispatch.unavailable(name))
+        Line(op, row.name, dispatch.unavailable(row.name), row.auto)
         for op, dispatch in OPS.items()
-        for name in dispatch.rows
+        for row in dispatch.rows.values()
     ]
 
 

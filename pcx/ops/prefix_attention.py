@@ -191,9 +191,9 @@ def _cpu_cannot(q, k, *_) -> str | None:
 DISPATCH = Dispatch(
     "q",
     # What its kernels cannot run beside, csrc/cuda/prefix_attention.cpp says in the call itself.
-    Backend("cuda", "cuda", ("triton", "cuda extension"), (9,), _triton_cannot),
-    Backend("triton", "cuda", ("triton",), (), _triton_cannot),
-    Backend("cpu", "cpu", ("cpu extension",), (), _cpu_cannot),
+    Backend("cuda", "cuda", ("triton", "cuda extension"), (9,), can_run=_triton_cannot),
+    Backend("triton", "cuda", ("triton",), can_run=_triton_cannot),
+    Backend("cpu", "cpu", ("cpu extension",), auto=False, can_run=_cpu_cannot),
     Backend("reference"),
 )
 

@@ -33,6 +33,7 @@ from pcx.training.recipe import (
     positive_count,
     updates_per_epoch_of,
 )
+from pcx.training.run_folder import RunFolder, facts_of
 
 CHECK_EVERY = 10  # steps between looks at the loss: a look at every step would stall a GPU
 LAST = "last.pt"
@@ -86,8 +87,9 @@ def fit(
         amp: "no", "bf16" or "fp16".
         seed: Python's, NumPy's and torch's generators are seeded from it before each epoch, so
             that a resumed run continues as the whole one would have gone.
-        checkpoint_dir: folder for `last.pt`, written whole or not at all after every epoch.
-        resume: continue from that file, where it exists.
+        checkpoint_dir: folder for `last.pt`, written whole or not at all after every epoch, and
+            for the run's config.json, environment.json and history.csv.
+        resume: continue from last.pt, where it exists.
         progress: show a bar and the run's facts.
 
     Returns:
@@ -95,7 +97,8 @@ def fit(
         samples, lr, seconds, and val_loss, val_accuracy where there is a val_loader.
 
     Raises:
-        ValueError: an argument does not fit, or the checkpoint is of another run.
+        ValueError: an argument does not fit, checkpoint_dir cannot be written to, or the
+            checkpoint is of another run.
         NonFiniteLoss: the loss became NaN or infinite; the model is back at the start of that epoch
             and the last checkpoint stays.
     """
@@ -118,28 +121,35 @@ def fit(
             frozen=None if checkpoint_dir is None else _frozen(model, names),
         )
         check_recipe(recipe)
+        folder = None if checkpoint_dir is None else RunFolder(checkpoint_dir)
         console = Console(quiet=not (progress and accelerator.is_main_process))
         _say_facts(console, model, names, recipe, accelerator)
         run = _Run(accelerator, model, names, recipe, loader, val_loader, criterion)
-        history = _train(run, checkpoint_dir, resume, console)
+        history = _train(run, folder, resume, console)
     if isinstance(model, TunedModel):
         model.record.trained_lr = recipe.lr
         model.record.recipe = {k: v for k, v in asdict(recipe).items() if k != "frozen"}
     return history
 
 
-def _train(run: _Run, checkpoint_dir, resume: bool, console: Console) -> list[dict]:
+def _train(run: _Run, folder: RunFolder | None, resume: bool, console: Console) -> list[dict]:
     epochs = run.recipe.epochs
-    file = None if checkpoint_dir is None else Path(checkpoint_dir) / LAST
+    file = None if folder is None else folder.path / LAST
     if resume and file is not None and file.exists():
         run.restore(file)
         console.print(f"resumed {file} after epoch {len(run.history)}")
+    if not run.accelerator.is_main_process:
+        folder = file = None
+    if folder is not None:
+        config = {"recipe": asdict(run.recipe), **run.facts}
+        folder.start(config, str(run.accelerator.device), run.history)
     with _bar(console) as bar:
         task = bar.add_task("training", total=epochs, completed=len(run.history), note="")
         while len(run.history) < epochs:
             row = run.epoch()
-            if file is not None and run.accelerator.is_main_process:
+            if folder is not None and file is not None:
                 run.save(file)
+                folder.add_epoch(run.history)
             bar.update(task, advance=1, note=_note(row))
     return run.history
 
@@ -162,6 +172,7 @@ class _Run:
         self.names = names
         self.recipe = recipe
         self.criterion = criterion
+        self.facts = facts_of(model, names, loader, val_loader)
         self.generators = _generators(loader)
         # Accelerate's own wrapping would leave marks on the user's model for later calls to trip
         # over.

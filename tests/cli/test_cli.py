@@ -55,6 +55,7 @@ def test_train_condense_and_eval(tmp_path):
         "vpt.safetensors",
         "vpt.safetensors.ckpt",
         "small.safetensors",
+        "small.safetensors.ckpt",
         "kept.png",
     }
 

@@ -107,7 +107,8 @@ def test_resuming_continues_to_the_same_weights(backbone, loader, tmp_path, monk
     assert_equal(weights(resumed), weights(whole))
     strip = [{k: v for k, v in row.items() if k != "seconds"} for row in history]
     assert strip == [{k: v for k, v in row.items() if k != "seconds"} for row in expected]
-    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+    files = {"last.pt", "config.json", "environment.json", "history.csv"}
+    assert {p.name for p in tmp_path.iterdir()} == files
 
 
 def test_resuming_another_run_is_an_error(backbone, loader, tmp_path):
@@ -173,7 +174,7 @@ def test_weights_that_overflow_are_never_saved(backbone, dataset, tmp_path):
 
     with pytest.raises(pcx.NonFiniteLoss, match="no longer finite after epoch 1: lower lr"):
         pcx.fit(model, loader, lr=1e38, criterion=steep, **arguments, **QUIET)
-    assert not list(tmp_path.iterdir())
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "environment.json"}
     assert_equal(weights(model), before)
 
 

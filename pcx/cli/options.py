@@ -1,0 +1,154 @@
+"""Options that commands share, and what commands make of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from pcx.cli.config_file import use_config
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pcx.models.vpt.model import VPT
+    from pcx.tasks import Task
+
+EMBEDDED = "pcx_scenes_vit"  # pcx.backbones.NAME, which would import torch
+BACKBONE, DATA, OPTIMISATION, RUN = "Backbone", "Data", "Optimisation", "Run"
+
+
+def option(help: str, panel: str, *names: str) -> Any:
+    """An option that help lists under a heading."""
+    return typer.Option(*names, help=help, rich_help_panel=panel)
+
+
+# Backbone
+Backbone = Annotated[str, option(f"a timm model name, or {EMBEDDED}, the embedded one", BACKBONE)]
+FileBackbone = Annotated[
+    str | None, option("a timm model name; by default the one that the file names", BACKBONE)
+]
+Weights = Annotated[
+    Path | None, option("a file of the backbone's weights, in place of timm's download", BACKBONE)
+]
+ModelFile = Annotated[Path, typer.Argument(help="a file that pcx train or condense wrote")]
+
+# Data
+TaskName = Annotated[
+    str, option("digits, sprites:..., vtab:..., fgvc:..., or timm's name", DATA, "--task")
+]
+Root = Annotated[Path | None, option("folder of data sets on disk", DATA)]
+Split = Annotated[str, option("train, val, trainval or test", DATA)]
+BatchSize = Annotated[int, option("images in a batch", DATA)]
+Workers = Annotated[int, option("processes that read images", DATA)]
+
+# Optimisation
+Epochs = Annotated[int, option("passes over the training data", OPTIMISATION)]
+ClipGrad = Annotated[float | None, option("largest norm of the gradient", OPTIMISATION)]
+Amp = Annotated[str, option("no, bf16 or fp16", OPTIMISATION)]
+Seed = Annotated[int, option("of all random numbers", OPTIMISATION)]
+
+# Run
+Resume = Annotated[bool, option("continue from the run's checkpoint", RUN)]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="a TOML file of options, at the top level or in a table named after the command; "
+        "options given here win over it",
+        is_eager=True,
+        callback=use_config,
+        rich_help_panel=RUN,
+    ),
+]
+Ranking = Annotated[str, typer.Option(help="pagerank, cls, average or random")]
+
+
+def new_backbone(name: str, num_classes: int, weights: Path | None = None) -> nn.Module:
+    """The embedded backbone or one of timm, with timm's weights or those of a file."""
+    from pcx.backbones.building import build_backbone
+
+    _check_backbone(name, weights)
+    return build_backbone(name, num_classes=num_classes, weights=weights)
+
+
+def backbone_data_config(name: str, weights: Path | None = None) -> dict:
+    """The images that a backbone expects, without reading its weights.
+
+    A seed fixes a head by the numbers that are drawn after the backbone was built with it. The
+    backbone must therefore be built when the task's number of classes is known.
+    """
+    import timm
+    from accelerate import init_empty_weights
+
+    from pcx.backbones import scenes_vit
+    from pcx.backbones.inputs import data_config
+
+    _check_backbone(name, weights)
+    with init_empty_weights():
+        if name == EMBEDDED:
+            return data_config(scenes_vit(0, pretrained=False))
+        return data_config(timm.create_model(name, pretrained=False, num_classes=0))
+
+
+def _check_backbone(name: str, weights: Path | None) -> None:
+    import timm
+
+    if name == EMBEDDED:
+        if weights is not None:
+            raise ValueError(f"--weights: {EMBEDDED} has its own; give --backbone as well")
+        return
+    if not timm.is_model(name):
+        raise ValueError(f"--backbone: timm knows no {name!r}; see timm.list_models()")
+    if weights is not None and not weights.is_file():
+        raise FileNotFoundError(f"--weights: no file {weights}")
+
+
+def loaded_model(file: Path, backbone: str | None, weights: Path | None) -> Any:
+    """A saved model on the backbone of that name, or on the one that its file names."""
+    from pcx.checkpoints.saving import backbone_in, load
+
+    if backbone is None and weights is None:
+        return load(file)
+    named = backbone_in(file)["name"] if backbone is None else backbone
+    return load(file, new_backbone(named, 0, weights))
+
+
+def run_folder_of(out: Path) -> Path:
+    """The run folder of a command, beside the file that it writes."""
+    return out.with_name(f"{out.name}.ckpt")
+
+
+def say(text: str) -> None:
+    """Prints a line of results."""
+    Console().print(text)
+
+
+def say_accuracy(
+    model: VPT, data: Task, batch_size: int, amp: str, split: str = "test", workers: int = 0
+) -> None:
+    """Evaluates a model on a split and prints what it found."""
+    from pcx.training.evaluation import evaluate, standard_error
+
+    found = evaluate(model, data.loader(split, batch_size, num_workers=workers), amp=amp)
+    say(
+        f"{data.name} {split}: {found['accuracy']:.2f} ± {standard_error(found):.2f}% "
+        f"on {found['samples']} images, loss {found['loss']:.4f}"
+    )
+
+
+def numbers(name: str, text: str, kind: Any) -> list:
+    """The numbers of an option such as 1,2,3."""
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--{name}: {text!r}, expected numbers as 1,2,3") from None
+
+
+def one_or_more(name: str, text: str, kind: Any) -> Any:
+    """A number where the option has one, or a list of numbers."""
+    found = numbers(name, text, kind)
+    return found[0] if len(found) == 1 else found

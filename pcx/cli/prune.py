@@ -1,0 +1,77 @@
+"""pcx prune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pcx.cli import options as o
+
+if TYPE_CHECKING:
+    from pcx.models.vpt.model import VPT
+    from pcx.token_pruning.dropping import Pruning
+
+
+def prune(
+    model: o.ModelFile,
+    task: o.TaskName,
+    layers: Annotated[str, typer.Option(help="after which to drop patches, from 1, as 2,4")],
+    keep: Annotated[str, typer.Option(help="share of the patches that stays, one or one each")],
+    iters: Annotated[str, typer.Option(help="of PageRank, one or one each")] = "5",
+    similar: Annotated[
+        str, typer.Option(help="similar patches to drop first, one or one each")
+    ] = "0",
+    ranking: o.Ranking = "pagerank",
+    out: Annotated[Path | None, typer.Option(help="a PNG of what is left of some images")] = None,
+    images: Annotated[int, typer.Option(help="drawn in it")] = 4,
+    backbone: o.FileBackbone = None,
+    weights: o.Weights = None,
+    split: o.Split = "test",
+    batch_size: o.BatchSize = 64,
+    root: o.Root = None,
+    amp: o.Amp = "no",
+    workers: o.Workers = 0,
+    config: o.Config = None,
+) -> None:
+    """Accuracy of a saved model whole and with tokens pruned (Zero-TPrune), untrained."""
+    from pcx.backbones.inputs import data_config
+    from pcx.tasks import load_task
+    from pcx.token_pruning.dropping import zero_tprune
+
+    if images < 1:
+        raise ValueError(f"--images: {images}, expected 1 or more")
+    loaded = o.loaded_model(model, backbone, weights).eval()
+    data = load_task(task, data_config(loaded), root=root)
+    settings: dict[str, Any] = {
+        "layers": o.numbers("layers", layers, int),
+        "keep": o.one_or_more("keep", keep, float),
+        "iters": o.one_or_more("iters", iters, int),
+        "similar": o.one_or_more("similar", similar, int),
+        "ranking": ranking,
+        "cls_boost": loaded.spec.has_cls,
+    }
+    pruning = zero_tprune(loaded, **settings)
+    if out is not None:  # first, since a picture that cannot be written need not wait
+        _draw(loaded, pruning, next(iter(data.loader(split, images)))[0], out)
+    pruning.remove()
+    o.say_accuracy(loaded, data, batch_size, amp, split, workers)
+    zero_tprune(loaded, **settings)
+    o.say("pruned:")
+    o.say_accuracy(loaded, data, batch_size, amp, split, workers)
+
+
+def _draw(model: VPT, pruning: Pruning, images: Any, out: Path) -> None:
+    """Draws what a pruned model leaves of images [B, C, H, W]."""
+    import torch
+
+    from pcx.analysis.kept_patches import draw_kept
+    from pcx.backbones.inputs import data_config
+
+    with torch.no_grad():
+        model(images.to(next(model.parameters()).device))
+    config = data_config(model)
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    draw_kept(images.cpu() * std + mean, pruning, out)
+    o.say(f"wrote {out}")

@@ -1,0 +1,61 @@
+"""pcx search."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pcx.cli import options as o
+
+
+def search(
+    model: o.ModelFile,
+    task: o.TaskName,
+    budget: Annotated[float, typer.Option(help="share of the multiply-adds, or a number of them")],
+    trials: Annotated[int, typer.Option(help="settings to evaluate on images of val")] = 100,
+    images: Annotated[int, typer.Option(help="of val, the same for all settings")] = 1024,
+    ranking: o.Ranking = "pagerank",
+    storage: Annotated[
+        str | None, typer.Option(help="Optuna's, as sqlite:///search.db; goes on where it stopped")
+    ] = None,
+    backbone: o.FileBackbone = None,
+    weights: o.Weights = None,
+    split: Annotated[str, o.option("on which the best one is evaluated", o.DATA)] = "test",
+    batch_size: o.BatchSize = 64,
+    root: o.Root = None,
+    amp: o.Amp = "no",
+    seed: o.Seed = 0,
+    workers: o.Workers = 0,
+    config: o.Config = None,
+) -> None:
+    """Searches settings of pcx prune at a budget, and evaluates the best (Zero-TPrune, 4.1)."""
+    import optuna
+
+    from pcx.backbones.inputs import data_config
+    from pcx.tasks import load_task
+    from pcx.token_pruning.budget_search import search as search_settings
+    from pcx.token_pruning.dropping import zero_tprune
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # the bar says how it goes
+    loaded = o.loaded_model(model, backbone, weights).eval()
+    data = load_task(task, data_config(loaded), root=root)
+    found = search_settings(
+        loaded,
+        data.loader("val", batch_size, num_workers=workers),
+        budget=budget,
+        trials=trials,
+        images=images,
+        seed=seed,
+        fixed={"ranking": ranking, "cls_boost": loaded.spec.has_cls},
+        storage=storage,
+        amp=amp,
+    )
+    options = {name: found.best[name] for name in ("layers", "keep", "iters", "similar")}
+    said = " ".join(f"--{name} {','.join(map(str, values))}" for name, values in options.items())
+    Console(soft_wrap=True).print(f"pcx prune {said} --ranking {ranking}", highlight=False)
+    o.say_accuracy(loaded, data, batch_size, amp, split, workers)
+    zero_tprune(loaded, **found.best)
+    o.say("pruned:")
+    o.say_accuracy(loaded, data, batch_size, amp, split, workers)
