@@ -18,7 +18,7 @@ from torch.utils.data import DistributedSampler, IterableDataset
 from pcx.models.vpt.model import VPT
 from pcx.training.batches import images_and_labels
 from pcx.training.loaders import rebuilt
-from pcx.training.objectives import Criterion, check_labels, label_range, per_sample_loss
+from pcx.training.objectives import Objective
 
 FLOAT16_LOSS_SCALE = 1024.0  # of the sum over a batch; gradients would vanish without
 
@@ -33,19 +33,19 @@ class Reader:
         self,
         model: VPT,
         loader: Any,
-        criterion: Criterion | None,
+        objective: Objective,
         amp: torch.dtype | None,
         progress: bool,
     ):
-        self.model, self.criterion, self.amp = model, criterion, amp
+        self.model, self.objective, self.amp = model, objective, amp
         self.device = model.prompts[0].device
         self.loss_scale = FLOAT16_LOSS_SCALE if amp == torch.float16 else 1.0
         self.rank, self.processes = _processes()
         self.loader = _share(loader, self.rank, self.processes)
         self.samples = self.number = 0  # samples read here in this pass, and batches
         self.total = 0  # read by all processes
-        self.classes: int | None = None  # of the logits seen so far
-        self.labels = (0, 0)  # lowest and highest of this batch
+        self.shape: torch.Size | None = None  # of the logits seen so far
+        self.seen: Any = None  # what the objective saw of this batch's labels
         self.bar = Progress(disable=not progress or self.rank > 0, transient=True)
 
     def batches(
@@ -79,12 +79,12 @@ class Reader:
     def _look_at(self, labels: Tensor) -> None:
         """Before they go to a GPU, which would have to be waited for, and where wrong ones end all.
 
-        What else could be wrong with them `per_sample_loss` says.
+        What else could be wrong with them the objective says with the loss.
         """
-        if self.criterion is None and labels.dim() == 1 and not labels.is_floating_point():
-            self.labels = label_range(labels.long())
-            if self.classes is not None:
-                check_labels(self.labels, self.classes)
+        if self.objective.criterion is None:
+            self.seen = self.objective.look_at(labels)
+            if self.shape is not None:
+                self.objective.check_seen(self.seen, self.shape)
 
     def _check_done(self, done: tuple[int, int]) -> None:
         if (self.number, self.samples) != done:
@@ -111,9 +111,10 @@ class Reader:
                 logits = functional_call(self.model, prompts, (images,))
             else:
                 logits = self.model(images)
-        self.classes = logits.shape[-1]
-        check_labels(self.labels, self.classes)
-        return per_sample_loss(logits, labels, self.criterion, check=False)
+        self.shape = logits.shape
+        if self.objective.criterion is None:
+            self.objective.check_seen(self.seen, logits.shape)
+        return self.objective.losses(logits, labels, check=False)
 
     def check(self, losses: Tensor) -> Tensor:
         """Waits for the losses of the batch at hand and gives them back."""

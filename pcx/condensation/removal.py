@@ -18,7 +18,6 @@ from pcx.condensation.reading import Reader, Scores
 from pcx.condensation.score_methods import ByRemoval
 from pcx.models.block_forward import Replay
 from pcx.models.vpt.model import VPT
-from pcx.training.objectives import criterion_name
 
 
 def _zeros(reader: Reader) -> list[Tensor]:
@@ -45,7 +44,7 @@ class Sums:
         self.run = {
             "data": data,
             "model": fingerprint(reader.model.state_dict().items()),
-            "criterion": criterion_name(reader.criterion),
+            "criterion": reader.objective.described,
         }
         if resume and self.file.exists():
             self._load(self.file, reader.device)

@@ -19,7 +19,7 @@ from pcx.condensation.removal import Sums, score_by_removal
 from pcx.condensation.score_methods import ByRemoval, FromPrompts, PerSample
 from pcx.models.vpt.model import VPT
 from pcx.training.loaders import plain_loader
-from pcx.training.objectives import Criterion
+from pcx.training.objectives import Criterion, Objective, objective_for
 from pcx.training.precision import AMP, weights_cast
 
 
@@ -30,6 +30,7 @@ def score(
     *,
     method: str = "taylor",
     criterion: Criterion | None = None,
+    objective: str | Objective = "single-label",
     amp: str = "no",
     cuda_graph: bool = False,
     seed: int = 0,
@@ -46,6 +47,7 @@ def score(
     *,
     method: Sequence[str],
     criterion: Criterion | None = None,
+    objective: str | Objective = "single-label",
     amp: str = "no",
     cuda_graph: bool = False,
     seed: int = 0,
@@ -61,6 +63,7 @@ def score(
     *,
     method: str | Sequence[str] = "taylor",
     criterion: Criterion | None = None,
+    objective: str | Objective = "single-label",
     amp: str = "no",
     cuda_graph: bool = False,
     seed: int = 0,
@@ -90,7 +93,7 @@ def score(
         model: a VPT; not changed.
         loader: yields (images, labels); not divided among processes.
         method: a method, or several, whose gradients then come from the same pass.
-        criterion: (logits, labels) -> one loss per sample [B]; cross-entropy by default.
+        criterion, objective: as `pcx.fit` takes them.
         amp: "no", "bf16" or "fp16", of what is differentiated. The small differences of "exact" and
             "exact-zero" would drown in it and are always computed without.
         cuda_graph: on CUDA, record what one batch's gradients take in a CUDA graph and replay it
@@ -125,7 +128,8 @@ def score(
         plain = plain_loader(loader, data_config(model))
         one_pass = {n: each for n, each in methods.items() if isinstance(each, PerSample)}
         with _as_scored(model):
-            reader = Reader(model, plain.loader, criterion, AMP[amp], progress)
+            chosen = objective_for(objective, criterion)
+            reader = Reader(model, plain.loader, chosen, AMP[amp], progress)
             with weights_cast(model.backbone, AMP[amp]):
                 execution = "cuda-graph" if cuda_graph else "eager"
                 found |= score_in_one_pass(reader, one_pass, execution)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from timm.optim import param_groups_weight_decay
 from torch import nn
 
 from pcx.models.base import TunedModel
@@ -34,3 +37,9 @@ class Full(TunedModel):
     ):
         super().__init__(backbone, num_classes=num_classes, head_init=head_init)
         self.own()
+
+    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """As the backbone's library has it: position embeddings and the like do not decay."""
+        spared: set[str] = getattr(self.backbone, "no_weight_decay", set)()
+        names = [f"backbone.{name}" for name in spared]
+        return param_groups_weight_decay(self, weight_decay, no_weight_decay_list=names)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from pcx.backbones.outputs import logits_of
 from pcx.training.batches import images_and_labels
-from pcx.training.objectives import Criterion, per_sample_loss
+from pcx.training.execution import prepared
+from pcx.training.objectives import Criterion, Objective, objective_for
 
 
 @contextmanager
@@ -42,52 +43,59 @@ def gathered(accelerator: Accelerator, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def evaluate(
-    model: nn.Module, loader, *, criterion: Criterion | None = None, amp: str = "no"
+    model: nn.Module,
+    loader,
+    *,
+    criterion: Criterion | None = None,
+    objective: str | Objective = "single-label",
+    amp: str = "no",
 ) -> dict:
-    """Accuracy and mean loss; each sample counts once, also where processes share the loader.
+    """Metrics and mean loss; each sample counts once, also where processes share the loader.
 
     Args:
-        model: maps images to logits [B, C]; moved to the accelerator's device and put in eval mode
-            for the length of the call.
+        model: maps images to logits [B, C], or to an output with logits; moved to the accelerator's
+            device and put in eval mode for the length of the call.
         loader: yields (images, labels), or dicts of "pixel_values" and "labels".
-        criterion: (logits, labels) -> one loss per sample [B]; cross-entropy by default.
+        criterion: (logits, labels) -> one loss per sample [B]; the objective's own by default.
+        objective: a name in `pcx.training.OBJECTIVES`, or an `Objective`: what labels look like.
         amp: "no", "bf16" or "fp16".
 
     Returns:
-        {"accuracy": percent, "loss": mean, "samples": count}.
+        {"accuracy": percent, "loss": mean, "samples": count}, with the objective's metrics in place
+        of the accuracy.
 
     Raises:
         ValueError: the loader is empty, or the criterion does not give one value per sample.
     """
     with accelerator_for(amp) as accelerator:
         model.to(accelerator.device)
-        return evaluate_on(accelerator, model, accelerator.prepare(loader), criterion)
+        chosen = objective_for(objective, criterion)
+        return evaluate_on(accelerator, model, accelerator.prepare(loader), chosen)
 
 
 @torch.no_grad()
-def evaluate_on(
-    accelerator: Accelerator, model: nn.Module, loader, criterion: Criterion | None = None
-) -> dict:
+def evaluate_on(accelerator: Accelerator, model: nn.Module, loader, objective: Objective) -> dict:
     """`evaluate` with a model on the accelerator's device and a loader it has prepared."""
     modes = [(module, module.training) for module in model.modules()]
-    loss, correct, samples = 0.0, 0, 0
+    metrics, loss, samples = objective.metrics(), 0.0, 0
+    run = prepared(lambda: lambda images: logits_of(model(images)), accelerator.device)
     model.eval()
     try:
         for batch in loader:
             images, labels = images_and_labels(batch)
             with accelerator.autocast():
-                logits = logits_of(model(images))
-            losses = per_sample_loss(logits, labels, criterion)
-            losses, hits = gathered(accelerator, losses, logits.argmax(-1) == labels)
+                logits = run(images)
+            losses = objective.losses(logits, labels)
+            losses, *seen = gathered(accelerator, losses, *objective.observed(logits, labels))
             loss += float(losses.double().sum())
-            correct += int(hits.sum())
+            metrics.update(*seen)
             samples += len(losses)
     finally:
         for module, training in modes:
             module.training = training
     if not samples:
         raise ValueError("loader: it yielded no sample")
-    return {"accuracy": 100 * correct / samples, "loss": loss / samples, "samples": samples}
+    return {**metrics.compute(), "loss": loss / samples, "samples": samples}
 
 
 def standard_error(found: dict) -> float:

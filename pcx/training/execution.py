@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 EXECUTIONS = ("eager", "cuda-graph")
-Run = Callable[..., tuple[Tensor, ...]]
+Run = Callable[..., Any]
 
 
 def prepared(make: Callable[[], Run], device: torch.device, execution: str = "eager") -> Run:
     """A function of batches that is run in the way asked for.
 
     Args:
-        make: gives the function, from tensors to tensors.
+        make: gives the function, from batches to tensors.
         device: where the batches are.
         execution: "eager", or "cuda-graph" to record the function for batches of the first one's
             shape and replay it (CUDA alone).
@@ -55,7 +55,7 @@ class Replayed:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.run: Run = self._aside(make)
 
-    def __call__(self, *batch: Any) -> tuple[Tensor, ...]:
+    def __call__(self, *batch: Any) -> Any:
         other = next((x for x in batch if not isinstance(x, Tensor)), None)
         if other is not None:
             raise ValueError(

@@ -7,31 +7,30 @@ import random
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pcx.backbones.inputs import data_config
 from pcx.backbones.outputs import logits_of
 from pcx.checkpoints.files import written_whole
 from pcx.checkpoints.fingerprint import fingerprint
 from pcx.models.base import TunedModel, copy_state, state_of
 from pcx.training.batches import images_and_labels
+from pcx.training.callbacks import bar_of, note_of, say_facts
 from pcx.training.evaluation import accelerator_for, evaluate_on, gathered
-from pcx.training.objectives import Criterion, criterion_name, per_sample_loss
+from pcx.training.execution import prepared
+from pcx.training.objectives import Criterion, Objective, objective_for
 from pcx.training.recipe import (
     Recipe,
     check_recipe,
     cosine_schedule,
-    learning_rate_of,
-    positive_count,
-    updates_per_epoch_of,
+    rates_of,
 )
 from pcx.training.run_folder import RunFolder, facts_of
 
@@ -58,23 +57,23 @@ def fit(
     warmup_epochs: float | None = None,
     clip_grad: float | None = None,
     criterion: Criterion | None = None,
+    objective: str | Objective = "single-label",
     amp: str = "no",
     seed: int = 0,
     checkpoint_dir: str | os.PathLike | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> list[dict]:
-    """Trains prompts and head as the VPT paper does (Appendix, Table 6).
+    """Trains what a method adds to a backbone, as the VPT paper does (Appendix, Table 6).
 
     SGD with momentum, weight decay on prompts and head weight but not on the head's bias, linear
     warm-up, then cosine to zero, cross-entropy. The schedule moves with every update.
 
     Args:
-        model: a `pcx.VPT`, or any module some of whose parameters require gradients.
-        loader: yields (images [B, 3, H, W] as the backbone expects them, labels [B] integers), or
-            dicts of "pixel_values" and "labels"; it has a length. With persistent workers, random
-            transforms that draw from NumPy or Python go on from where the workers stand, which a
-            resumed run cannot repeat.
+        model: a tuned model, or any module some of whose parameters require gradients.
+        loader: yields (images [B, 3, H, W] as the backbone expects them, labels), or dicts of
+            "pixel_values" and "labels"; it has a length. A resumed run cannot repeat what random
+            transforms of persistent workers draw from NumPy or Python.
         epochs: passes over the loader.
         lr: the learning rate itself.
         base_lr: instead of lr, scaled by batch / 256 as in the paper.
@@ -83,18 +82,19 @@ def fit(
             SGD with momentum, its "sgd" Nesterov's.
         warmup_epochs: a tenth of the epochs by default (the paper's 10 of 100).
         clip_grad: largest gradient norm, None for no clipping.
-        criterion: (logits, labels) -> one loss per sample [B]; cross-entropy by default.
+        criterion: (logits, labels) -> one loss per sample [B]; the objective's own by default.
+        objective: a name in `pcx.training.OBJECTIVES`, or an `Objective`: what labels look like.
         amp: "no", "bf16" or "fp16".
-        seed: Python's, NumPy's and torch's generators are seeded from it before each epoch, so
-            that a resumed run continues as the whole one would have gone.
+        seed: of Python's, NumPy's and torch's generators, which each epoch seeds anew.
         checkpoint_dir: folder for `last.pt`, written whole or not at all after every epoch, and
             for the run's config.json, environment.json and history.csv.
         resume: continue from last.pt, where it exists.
         progress: show a bar and the run's facts.
 
     Returns:
-        One dict per epoch (the model stays in training mode): epoch, loss, accuracy (percent),
-        samples, lr, seconds, and val_loss, val_accuracy where there is a val_loader.
+        One dict per epoch (the model stays in training mode): epoch, loss, accuracy (percent, or
+        the objective's metrics), samples, lr, seconds, and with a val_loader val_loss,
+        val_accuracy.
 
     Raises:
         ValueError: an argument does not fit, checkpoint_dir cannot be written to, or the
@@ -102,29 +102,25 @@ def fit(
         NonFiniteLoss: the loss became NaN or infinite; the model is back at the start of that epoch
             and the last checkpoint stays.
     """
-    names = _trainable(model)
+    names, chosen = _trainable(model), objective_for(objective, criterion)
     if resume and checkpoint_dir is None:
         raise ValueError("resume: needs checkpoint_dir")
+    given: dict[str, Any] = {
+        "weight_decay": weight_decay,
+        "momentum": momentum,
+        "opt": opt,
+        "amp": amp,
+    }
+    given |= {"clip_grad": clip_grad, "seed": seed, "criterion": chosen.described}
+    frozen = None if checkpoint_dir is None else _frozen(model, names)
     with accelerator_for(amp, seed) as accelerator:
-        recipe = Recipe(
-            epochs=positive_count("epochs", epochs),
-            lr=learning_rate_of(lr, base_lr, loader, accelerator),
-            weight_decay=weight_decay,
-            momentum=momentum,
-            opt=opt,
-            warmup_epochs=epochs / 10 if warmup_epochs is None else warmup_epochs,
-            clip_grad=clip_grad,
-            amp=amp,
-            seed=seed,
-            updates_per_epoch=updates_per_epoch_of(loader, accelerator),
-            criterion=criterion_name(criterion),
-            frozen=None if checkpoint_dir is None else _frozen(model, names),
-        )
+        rates = rates_of(epochs, lr, base_lr, warmup_epochs, loader, accelerator)
+        recipe = Recipe(**rates, **given, frozen=frozen)
         check_recipe(recipe)
         folder = None if checkpoint_dir is None else RunFolder(checkpoint_dir)
         console = Console(quiet=not (progress and accelerator.is_main_process))
-        _say_facts(console, model, names, recipe, accelerator)
-        run = _Run(accelerator, model, names, recipe, loader, val_loader, criterion)
+        say_facts(console, model, names, recipe, accelerator.device)
+        run = _Run(accelerator, model, names, recipe, loader, val_loader, chosen)
         history = _train(run, folder, resume, console)
     if isinstance(model, TunedModel):
         model.record.trained_lr = recipe.lr
@@ -143,14 +139,14 @@ def _train(run: _Run, folder: RunFolder | None, resume: bool, console: Console) 
     if folder is not None:
         config = {"recipe": asdict(run.recipe), **run.facts}
         folder.start(config, str(run.accelerator.device), run.history)
-    with _bar(console) as bar:
+    with bar_of(console) as bar:
         task = bar.add_task("training", total=epochs, completed=len(run.history), note="")
         while len(run.history) < epochs:
             row = run.epoch()
             if folder is not None and file is not None:
                 run.save(file)
                 folder.add_epoch(run.history)
-            bar.update(task, advance=1, note=_note(row))
+            bar.update(task, advance=1, note=note_of(row))
     return run.history
 
 
@@ -165,13 +161,13 @@ class _Run:
         recipe: Recipe,
         loader,
         val_loader,
-        criterion: Criterion | None,
+        objective: Objective,
     ):
         self.accelerator = accelerator
         self.plain = model.to(accelerator.device)
         self.names = names
         self.recipe = recipe
-        self.criterion = criterion
+        self.objective = objective
         self.facts = facts_of(model, names, loader, val_loader)
         self.generators = _generators(loader)
         # Accelerate's own wrapping would leave marks on the user's model for later calls to trip
@@ -179,8 +175,12 @@ class _Run:
         self.model = model
         if accelerator.num_processes > 1:
             self.model = DistributedDataParallel(model)
+        self.step = prepared(lambda: self._step, accelerator.device)
+        trained: Any = model
+        if isinstance(model, TunedModel):
+            trained = model.param_groups(recipe.weight_decay)
         optimizer = create_optimizer_v2(
-            model,
+            trained,
             opt=recipe.opt,
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
@@ -204,8 +204,9 @@ class _Run:
             row = {"epoch": number + 1, **self._pass(number)}
             self._check_parameters(number)
             if self.val_loader is not None:
-                found = evaluate_on(self.accelerator, self.plain, self.val_loader, self.criterion)
-                row |= {"val_loss": found["loss"], "val_accuracy": found["accuracy"]}
+                found = evaluate_on(self.accelerator, self.plain, self.val_loader, self.objective)
+                del found["samples"]
+                row |= {"val_loss": found.pop("loss"), **{f"val_{k}": v for k, v in found.items()}}
         except NonFiniteLoss:
             copy_state(good, state_of(self.plain))
             raise
@@ -228,39 +229,41 @@ class _Run:
         )
 
     def _pass(self, number: int) -> dict:
-        totals = torch.zeros(3, dtype=torch.float64)  # loss, correct, samples
+        metrics = self.objective.metrics()
+        totals = torch.zeros(2, dtype=torch.float64)  # loss, samples
         recent: list[Tensor] = []
         lr = 0.0
         for step, batch in enumerate(self.loader):
             images, labels = images_and_labels(batch)
             self.scheduler.step_update(self.updates)
             lr = self.optimizer.param_groups[0]["lr"]
-            with self.accelerator.autocast():
-                logits = logits_of(self.model(images))
-            losses = per_sample_loss(logits, labels, self.criterion, check=number == 0)
-            self.optimizer.zero_grad()
-            self.accelerator.backward(losses.mean())
-            if self.recipe.clip_grad is not None:
-                self.accelerator.clip_grad_norm_(self._parameters().values(), self.recipe.clip_grad)
-            self.optimizer.step()
+            logits, losses = self.step(images, labels, number == 0)
             self.updates += 1
-            hits = logits.detach().argmax(-1) == labels
-            losses, hits = gathered(self.accelerator, losses.detach(), hits)
-            recent.append(torch.stack([losses.double().sum(), hits.sum(), _count(losses)]))
+            seen = self.objective.observed(logits, labels)
+            losses, *rows = gathered(self.accelerator, losses.detach(), *seen)
+            metrics.update(*rows)
+            recent.append(torch.stack([losses.double().sum(), _count(losses)]))
             if (step + 1) % CHECK_EVERY == 0:
                 totals += self._checked(recent, number, step)
                 recent = []
         if recent:
             totals += self._checked(recent, number, step)
-        loss, correct, samples = totals.tolist()
+        loss, samples = totals.tolist()
         if not samples:
             raise ValueError("loader: it yielded no sample")
-        return {
-            "loss": loss / samples,
-            "accuracy": 100 * correct / samples,
-            "samples": int(samples),
-            "lr": lr,
-        }
+        return {"loss": loss / samples, **metrics.compute(), "samples": int(samples), "lr": lr}
+
+    def _step(self, images: Any, labels: Tensor, check: bool) -> tuple[Tensor, Tensor]:
+        """One update: forward, loss, backward, clipping, optimiser; gives logits and losses."""
+        with self.accelerator.autocast():
+            logits = logits_of(self.model(images))
+        losses = self.objective.losses(logits, labels, check=check)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(losses.mean())
+        if self.recipe.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(self._parameters().values(), self.recipe.clip_grad)
+        self.optimizer.step()
+        return logits, losses
 
     def _checked(self, recent: list[Tensor], number: int, step: int) -> Tensor:
         rows = torch.stack(recent).cpu()
@@ -356,39 +359,3 @@ def _frozen(model: nn.Module, names: list[str]) -> str:
 
 def _count(losses: Tensor) -> Tensor:
     return torch.tensor(len(losses), dtype=torch.float64, device=losses.device)
-
-
-def _say_facts(console: Console, model, names, recipe: Recipe, accelerator) -> None:
-    parameters = dict(model.named_parameters())
-    trained = sum(parameters[n].numel() for n in names)
-    total = sum(p.numel() for p in parameters.values())
-    console.print(
-        f"training {trained:,} of {total:,} parameters ({100 * trained / total:.2f}%), "
-        f"lr {recipe.lr:g}, {recipe.epochs} epochs, on {accelerator.device}"
-    )
-    if not isinstance(model, TunedModel):
-        return
-    config = data_config(model)
-    console.print(
-        f"the backbone expects images of {'x'.join(map(str, config['input_size']))} normalised by "
-        f"mean {tuple(config['mean'])} and std {tuple(config['std'])}"
-    )
-
-
-def _bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        disable=console.quiet,
-    )
-
-
-def _note(row: dict) -> str:
-    note = f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.1f}%"
-    if "val_accuracy" in row:
-        note += f"  validation {row['val_accuracy']:.1f}%"
-    return note

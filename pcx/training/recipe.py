@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from accelerate import Accelerator
 from timm.scheduler import create_scheduler_v2
@@ -27,7 +28,33 @@ class Recipe:
     frozen: str | None  # fingerprint of the frozen weights, of a run that writes checkpoints
 
 
+def rates_of(
+    epochs: int,
+    lr: float | None,
+    base_lr: float | None,
+    warmup_epochs: float | None,
+    loader: Any,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """A recipe's epochs, lr, warmup_epochs and updates_per_epoch.
+
+    Raises:
+        ValueError: one of them does not fit, or the loader has no length.
+    """
+    return {
+        "epochs": positive_count("epochs", epochs),
+        "lr": learning_rate_of(lr, base_lr, loader, accelerator),
+        "warmup_epochs": epochs / 10 if warmup_epochs is None else warmup_epochs,
+        "updates_per_epoch": updates_per_epoch_of(loader, accelerator),
+    }
+
+
 def learning_rate_of(lr, base_lr, loader, accelerator: Accelerator) -> float:
+    """The learning rate itself, from lr or from base_lr times the batch over all processes / 256.
+
+    Raises:
+        ValueError: none or both are given, or the rate is not a positive number.
+    """
     if (lr is None) == (base_lr is None):
         raise ValueError(f"lr: give lr or base_lr, one of them; got lr={lr}, base_lr={base_lr}")
     if lr is None:
@@ -41,6 +68,7 @@ def learning_rate_of(lr, base_lr, loader, accelerator: Accelerator) -> float:
 
 
 def check_recipe(recipe: Recipe) -> None:
+    """Raises a ValueError where warm-up, weight decay or clipping are out of range."""
     if not 0 <= recipe.warmup_epochs < recipe.epochs:
         raise ValueError(
             f"warmup_epochs: {recipe.warmup_epochs}, expected 0 or more and under {recipe.epochs}"
@@ -52,12 +80,14 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def positive_count(name: str, value: int) -> int:
+    """The value, a whole number of at least 1; a ValueError names the argument otherwise."""
     if int(value) != value or value < 1:
         raise ValueError(f"{name}: {value}, expected a whole number of at least 1")
     return int(value)
 
 
 def updates_per_epoch_of(loader, accelerator: Accelerator) -> int:
+    """How many updates one process makes in an epoch, by the length of the loader."""
     try:
         return max(1, math.ceil(len(loader) / accelerator.num_processes))
     except TypeError:
@@ -65,6 +95,7 @@ def updates_per_epoch_of(loader, accelerator: Accelerator) -> int:
 
 
 def cosine_schedule(optimizer, recipe: Recipe):
+    """timm's schedule: a linear warm-up, then cosine to zero, moved with every update."""
     warmup = recipe.warmup_epochs
     scheduler, _ = create_scheduler_v2(
         optimizer,

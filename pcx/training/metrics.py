@@ -1,0 +1,114 @@
+"""Metrics over a pass: each adds up what batches show and gives numbers at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Metrics:
+    """Adds up what an objective observed of each batch; a subclass says how."""
+
+    def update(self, *observed: Tensor) -> None:
+        """Adds one batch; a GPU is not waited for."""
+        raise NotImplementedError
+
+    def compute(self) -> dict[str, float]:
+        """The numbers by name, the most telling one first; {} before any sample."""
+        raise NotImplementedError
+
+
+class Accuracy(Metrics):
+    """The share of rows that are true, in percent."""
+
+    def __init__(self) -> None:
+        self.right: Any = 0
+        self.samples = 0
+
+    def update(self, *observed: Tensor) -> None:
+        """Adds hits [B], boolean."""
+        (hits,) = observed
+        self.right = self.right + hits.sum()
+        self.samples += len(hits)
+
+    def compute(self) -> dict[str, float]:
+        """{"accuracy": percent}."""
+        return {"accuracy": 100 * int(self.right) / self.samples} if self.samples else {}
+
+
+class AveragePrecision(Metrics):
+    """The mean over classes of the average precision (mAP), in percent."""
+
+    def __init__(self) -> None:
+        self.scores: list[Tensor] = []
+        self.targets: list[Tensor] = []
+
+    def update(self, *observed: Tensor) -> None:
+        """Adds logits [B, C] and targets [B, C] of 0 and 1."""
+        scores, targets = observed
+        self.scores.append(scores.detach().float().cpu())
+        self.targets.append(targets.detach().long().cpu())
+
+    def compute(self) -> dict[str, float]:
+        """{"mean_average_precision": percent}; classes without a positive sample are left out."""
+        from torchmetrics.functional.classification import multilabel_average_precision
+
+        if not self.scores:
+            return {}
+        scores, targets = torch.cat(self.scores), torch.cat(self.targets)
+        seen = targets.any(0)
+        if not seen.any():
+            return {"mean_average_precision": float("nan")}
+        # As probabilities: torchmetrics would take logits in [0, 1] for these.
+        found = multilabel_average_precision(
+            scores[:, seen].sigmoid(), targets[:, seen], num_labels=int(seen.sum()), average="macro"
+        )
+        return {"mean_average_precision": 100 * float(found)}
+
+
+class Errors(Metrics):
+    """Mean absolute error, and the share of the targets' variance that is explained (R2)."""
+
+    def __init__(self) -> None:
+        self.found: list[Tensor] = []
+        self.targets: list[Tensor] = []
+
+    def update(self, *observed: Tensor) -> None:
+        """Adds outputs [B, K] and targets [B, K]."""
+        found, targets = observed
+        self.found.append(found.detach().double().cpu())
+        self.targets.append(targets.detach().double().cpu())
+
+    def compute(self) -> dict[str, float]:
+        """{"mean_absolute_error": in the targets' unit, "r2": 1 at best, mean over outputs}."""
+        if not self.found:
+            return {}
+        found, targets = torch.cat(self.found), torch.cat(self.targets)
+        left = (found - targets).square().sum(0)
+        whole = (targets - targets.mean(0)).square().sum(0)
+        r2 = torch.where(whole > 0, 1 - left / whole, torch.nan)
+        error = (found - targets).abs().mean()
+        return {"mean_absolute_error": float(error), "r2": float(r2.mean())}
+
+
+class IntersectionOverUnion(Metrics):
+    """The mean over classes of intersection over union (mIoU), in percent."""
+
+    def __init__(self) -> None:
+        self.confusion: Any = 0  # [C, C], rows by target
+
+    def update(self, *observed: Tensor) -> None:
+        """Adds confusion matrices [B, C, C] of pixels, rows by target."""
+        (confusion,) = observed
+        self.confusion = self.confusion + confusion.sum(0)
+
+    def compute(self) -> dict[str, float]:
+        """{"mean_iou": percent}; classes that neither targets nor outputs have are left out."""
+        if not isinstance(self.confusion, Tensor):
+            return {}
+        counts = self.confusion.double().cpu()
+        union = counts.sum(0) + counts.sum(1) - counts.diagonal()
+        share = counts.diagonal()[union > 0] / union[union > 0]
+        return {"mean_iou": 100 * float(share.mean())}
