@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pcx.cli import options as o
+from pcx.models import METHODS
 
 
 def train(
+    ctx: typer.Context,
     task: o.TaskName,
     out: Annotated[Path, typer.Option(help="file for prompts and head (.safetensors)")],
     backbone: o.Backbone = o.EMBEDDED,
     weights: o.Weights = None,
+    method: Annotated[str, typer.Option(help=f"one of {', '.join(METHODS)}")] = "vpt",
     prompts: Annotated[
-        str, typer.Option(help="per layer, or one count per layer as 8,8,4; 0 is a linear probe")
+        str, typer.Option(help="of vpt: per layer, or one count per layer as 8,8,4; 0 is allowed")
     ] = "20",
-    kind: Annotated[str, typer.Option(help="deep, shallow or prefix")] = "deep",
-    dropout: Annotated[float, typer.Option(help="of prompt elements, in training")] = 0.0,
+    kind: Annotated[str, typer.Option(help="of vpt: deep, shallow or prefix")] = "deep",
+    dropout: Annotated[
+        float, typer.Option(help="of vpt: share of prompt elements, in training")
+    ] = 0.0,
     epochs: o.Epochs = 100,
     lr: Annotated[float | None, o.option("the learning rate itself", o.OPTIMISATION)] = None,
     base_lr: Annotated[float | None, o.option("scaled by batch / 256", o.OPTIMISATION)] = None,
@@ -37,25 +43,25 @@ def train(
     resume: o.Resume = False,
     config: o.Config = None,
 ) -> None:
-    """Trains prompts and head on a task."""
+    """Trains what a method adds to a backbone, and its head, on a task."""
     import torch
 
     from pcx.checkpoints.saving import save
-    from pcx.models.vpt.model import VPT
     from pcx.tasks import load_task
     from pcx.training.fitting import fit
 
+    METHODS.get_checked(method)
     data = load_task(task, o.backbone_data_config(backbone, weights), root=root)
     if split not in ("train", "trainval"):
         raise ValueError(f"--split: got {split!r}, expected train or trainval")
     torch.manual_seed(seed)
-    model = VPT(
+    given = {"prompts": prompts, "kind": kind, "dropout": dropout}
+    model = METHODS[method](
         o.new_backbone(backbone, data.num_classes, weights),
-        o.one_or_more("prompts", prompts, int),
-        kind=kind,
-        dropout=dropout,
         head_init=head_init,
+        **_arguments(ctx, method, given),
     )
+    model.record.task = task
     val = data.loader("val", batch_size, num_workers=workers) if split == "train" else None
     fit(
         model,
@@ -74,3 +80,25 @@ def train(
     save(model, out)
     o.say(f"wrote {out}")
     o.say_accuracy(model, data, batch_size, amp)
+
+
+def _arguments(ctx: typer.Context, method: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a method's own options.
+
+    Raises:
+        ValueError: an option is given that the method does not have, or the method is not built
+            from a backbone alone.
+    """
+    taken = inspect.signature(METHODS[method]).parameters
+    if "backbone" not in taken:
+        raise ValueError(f"--method: {method!r} is not built from a backbone; use it in Python")
+    arguments = {}
+    for option, value in options.items():
+        name = {"prompts": "num_prompts"}.get(option, option)
+        if name in taken:
+            arguments[name] = value
+        elif getattr(ctx.get_parameter_source(option), "name", None) != "DEFAULT":
+            raise ValueError(f"--{option}: --method {method} has no such option; leave it out")
+    if "num_prompts" in arguments:
+        arguments["num_prompts"] = o.one_or_more("prompts", arguments["num_prompts"], int)
+    return arguments

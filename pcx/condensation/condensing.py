@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,7 +19,7 @@ from pcx.models.record import Condensation
 from pcx.models.vpt.model import VPT
 from pcx.training.evaluation import evaluate, standard_error
 from pcx.training.fitting import fit
-from pcx.training.objectives import Criterion
+from pcx.training.objectives import Criterion, Objective, objective_for
 from pcx.training.run_folder import writable_folder
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
@@ -38,6 +41,7 @@ def condense(
     weight_decay: float = 1e-3,
     clip_grad: float | None = None,
     criterion: Criterion | None = None,
+    objective: str | Objective = "single-label",
     amp: str = "no",
     seed: int = 0,
     checkpoint_dir: str | os.PathLike | None = None,
@@ -59,7 +63,8 @@ def condense(
         scores: scores computed before; None computes them.
         val_loader: validation data; needed by "auto", reported per epoch otherwise.
         max_drop: percentage points, for "auto".
-        opt, weight_decay, clip_grad, criterion, amp, seed, progress: as `pcx.fit` takes them.
+        opt, weight_decay, clip_grad, criterion, objective, amp, seed, progress: as `pcx.fit` takes
+            them.
         checkpoint_dir: folder for `scores.json` (scores and kept indices) and for what `pcx.fit`
             writes of the fine-tuning. "auto" has a folder in it for each keep, such as keep_0.3.
         resume: continue the fine-tuning from that folder. The scores are computed again.
@@ -71,10 +76,41 @@ def condense(
         ValueError: an argument does not fit, no learning rate is known, "auto" lacks validation
             data, or the folder is of another condensation.
     """
-    if epochs < 0:
-        raise ValueError(f"epochs: {epochs}, expected 0 or more")
+    lr = _checked_rate(model, keep, scope, epochs, lr, val_loader)
     if resume and checkpoint_dir is None:
         raise ValueError("resume: needs checkpoint_dir")
+    folder = None if checkpoint_dir is None else writable_folder(checkpoint_dir)
+    chosen = objective_for(objective, criterion)
+    shared: dict[str, Any] = {"objective": chosen, "amp": amp, "seed": seed, "progress": progress}
+    if scores is None:
+        scores = score(model, loader, method=method, **shared)
+    else:
+        method = "given"
+    if [len(s) for s in scores] != list(model.counts):
+        raise ValueError(f"scores: {[len(s) for s in scores]} per layer, expected {model.counts}")
+    options = {"opt": opt, "weight_decay": weight_decay, "clip_grad": clip_grad, "lr": lr}
+    options |= {"epochs": epochs, "val_loader": val_loader, "resume": resume, **shared}
+    tuning = _Tuning(model, loader, method, scope, list(scores), folder, options)
+    if not isinstance(keep, str):
+        return tuning.at(keep, folder)
+    best = _smallest(tuning, max_drop)
+    if folder and best.condensation is not None:
+        write_scores(folder, best.condensation)
+    return best
+
+
+def _checked_rate(model: Any, keep, scope, epochs, lr, val_loader) -> float | None:
+    """The learning rate of the fine-tuning, None where there is none; before anything is computed.
+
+    Raises:
+        ValueError: an argument of `condense` does not fit.
+    """
+    if not isinstance(model, VPT):
+        raise ValueError(
+            f"model: a {type(model).__name__}, expected a pcx.VPT: other methods have no prompts"
+        )
+    if epochs < 0:
+        raise ValueError(f"epochs: {epochs}, expected 0 or more")
     if epochs and lr is None:
         if model.trained_lr is None:
             raise ValueError(
@@ -86,73 +122,65 @@ def condense(
         raise ValueError(f"keep: {keep!r}, expected a fraction, a count or 'auto'")
     if keep == "auto" and val_loader is None:
         raise ValueError("val_loader: keep='auto' needs validation data")
-    if not isinstance(keep, str):  # before anything is computed
+    if not isinstance(keep, str):
         select([torch.zeros(m) for m in model.counts], keep, scope=scope)
-    folder = None if checkpoint_dir is None else writable_folder(checkpoint_dir)
-    ranking: Sequence[Tensor]
-    if scores is None:
-        ranking = score(
-            model,
-            loader,
-            method=method,
-            criterion=criterion,
-            amp=amp,
-            seed=seed,
-            progress=progress,
-        )
-    else:
-        ranking, method = scores, "given"
-    if [len(s) for s in ranking] != list(model.counts):
-        raise ValueError(f"scores: {[len(s) for s in ranking]} per layer, expected {model.counts}")
+    return lr
 
-    def at(fraction: float | int, epochs: int = epochs) -> VPT:
-        kept = select(ranking, fraction, scope=scope)
-        small = model.keep(kept)
+
+@dataclass(frozen=True)
+class _Tuning:
+    """What condensing to several shares has in common."""
+
+    model: VPT
+    loader: Any
+    method: str
+    scope: str
+    ranking: list[Tensor]
+    folder: Path | None
+    options: dict[str, Any]  # of fit
+
+    def at(self, keep: float | int, folder: Path | None, *, tuned: bool = True) -> VPT:
+        """The model condensed to a share or count, and fine-tuned where it is asked for."""
+        kept = select(self.ranking, keep, scope=self.scope)
+        small = self.model.keep(kept)
         small.set_dropout(0.0)
-        small.condensation = Condensation(method, scope, fraction, list(ranking), kept)
-        own = folder / f"keep_{fraction}" if folder and keep == "auto" else folder
-        if own:
-            write_scores(own, small.condensation, resume=resume)
-        if epochs:
-            small.condensation.history = fit(
-                small,
-                loader,
-                epochs=epochs,
-                lr=lr,
-                val_loader=val_loader,
-                warmup_epochs=0,
-                opt=opt,
-                weight_decay=weight_decay,
-                clip_grad=clip_grad,
-                criterion=criterion,
-                amp=amp,
-                seed=seed,
-                checkpoint_dir=own,
-                resume=resume,
-                progress=progress,
-            )
-        small.trained_lr = model.trained_lr
+        found = Condensation(self.method, self.scope, keep, self.ranking, kept)
+        small.condensation = found
+        if folder:
+            write_scores(folder, found, resume=self.options["resume"])
+        if tuned and self.options["epochs"]:
+            options = {**self.options, "warmup_epochs": 0, "checkpoint_dir": folder}
+            found.history = fit(small, self.loader, **options)
+        small.trained_lr = self.model.trained_lr
         return small
 
-    if isinstance(keep, str):
-        best = _smallest(model, at, val_loader, max_drop, criterion, amp, progress)
-        if folder and best.condensation is not None:
-            write_scores(folder, best.condensation)
-        return best
-    return at(keep)
+    def evaluated(self, model: VPT) -> dict:
+        """On the validation data.
+
+        Raises:
+            ValueError: the objective has no accuracy to compare.
+        """
+        shared = {name: self.options[name] for name in ("objective", "amp")}
+        found = evaluate(model, self.options["val_loader"], **shared)
+        if "accuracy" not in found:
+            raise ValueError(
+                f"keep: 'auto' compares accuracies, and the objective "
+                f"{shared['objective'].name!r} has none; give a fraction or a count"
+            )
+        return found
 
 
-def _smallest(model: VPT, at, val_loader, max_drop, criterion, amp, progress) -> VPT:
+def _smallest(tuning: _Tuning, max_drop: float) -> VPT:
     """Fine-tunes at every keep of the grid and returns the smallest that holds its accuracy.
 
     Where none does, that is a copy of the model with all its prompts.
     """
-    whole = evaluate(model, val_loader, criterion=criterion, amp=amp)
-    total = sum(model.counts)
-    grid = [fraction for fraction in GRID if fraction * total >= 1]
-    candidates = [at(fraction) for fraction in grid]
+    model, folder = tuning.model, tuning.folder
+    whole = tuning.evaluated(model)
+    grid = [fraction for fraction in GRID if fraction * sum(model.counts) >= 1]
+    candidates = [tuning.at(f, folder and folder / f"keep_{f}") for f in grid]
     curve = [
-        _point(fraction, small, evaluate(small, val_loader, criterion=criterion, amp=amp))
+        _point(fraction, small, tuning.evaluated(small))
         for fraction, small in zip(grid, candidates, strict=True)
     ]
     curve.append(_point(1.0, model, whole))
@@ -160,10 +188,11 @@ def _smallest(model: VPT, at, val_loader, max_drop, criterion, amp, progress) ->
     holding = [
         small for small, row in zip(candidates, curve, strict=False) if row["accuracy"] >= floor
     ]
-    best = holding[0] if holding else at(1.0, epochs=0)  # the model as it was
+    # Where none holds, the model as it was.
+    best: Any = holding[0] if holding else tuning.at(1.0, None, tuned=False)
     best.condensation.curve = curve
     samples = whole["samples"]
-    Console(quiet=not progress).print(
+    Console(quiet=not tuning.options["progress"]).print(
         f"keep {best.condensation.keep}: the smallest within {max_drop} points of "
         f"{whole['accuracy']:.1f}% "
         f"on {samples} validation images, where one image is {100 / samples:.2f} points and the "

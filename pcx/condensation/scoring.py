@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import torch
 from rich.console import Console
@@ -126,21 +127,32 @@ def score(
     }
     if set(methods) - set(found):
         plain = plain_loader(loader, data_config(model))
-        one_pass = {n: each for n, each in methods.items() if isinstance(each, PerSample)}
         with _as_scored(model):
             chosen = objective_for(objective, criterion)
             reader = Reader(model, plain.loader, chosen, AMP[amp], progress)
-            with weights_cast(model.backbone, AMP[amp]):
-                execution = "cuda-graph" if cuda_graph else "eager"
-                found |= score_in_one_pass(reader, one_pass, execution)
-            for name, each in methods.items():
-                if isinstance(each, ByRemoval):
-                    sums = Sums(reader, name, plain.description, checkpoint_dir, resume)
-                    found[name] = score_by_removal(reader, name, each, sums)
-        Console(quiet=not progress or reader.rank > 0).print(
-            f"scored {sum(model.counts)} prompts on {reader.total} samples; {plain.description}"
-        )
+            sums = partial(Sums, data=plain.description, folder=checkpoint_dir, resume=resume)
+            found |= _from_data(reader, methods, "cuda-graph" if cuda_graph else "eager", sums)
+        _say(reader, plain.description)
     return found[method] if isinstance(method, str) else {name: found[name] for name in names}
+
+
+def _from_data(
+    reader: Reader, methods: Mapping[str, Any], execution: str, sums: Callable[..., Sums]
+) -> dict[str, Scores]:
+    """The scores of the methods that read data: in one pass, then by removal one after another."""
+    one_pass = {n: each for n, each in methods.items() if isinstance(each, PerSample)}
+    with weights_cast(reader.model.backbone, reader.amp):
+        found = score_in_one_pass(reader, one_pass, execution)
+    for name, each in methods.items():
+        if isinstance(each, ByRemoval):
+            found[name] = score_by_removal(reader, name, each, sums(reader, name))
+    return found
+
+
+def _say(reader: Reader, data: str) -> None:
+    Console(quiet=reader.bar.disable).print(
+        f"scored {sum(reader.model.counts)} prompts on {reader.total} samples; {data}"
+    )
 
 
 def _check(model, names, amp, cuda_graph, checkpoint_dir, resume) -> None:

@@ -78,8 +78,8 @@ def fit(
         lr: the learning rate itself.
         base_lr: instead of lr, scaled by batch / 256 as in the paper.
         val_loader: evaluated after each epoch.
-        weight_decay, momentum, opt: as timm's optimiser factory takes them; its "momentum" is plain
-            SGD with momentum, its "sgd" Nesterov's.
+        weight_decay, momentum, opt: as timm's factory takes them; "momentum" is SGD's plain form,
+            "sgd" Nesterov's.
         warmup_epochs: a tenth of the epochs by default (the paper's 10 of 100).
         clip_grad: largest gradient norm, None for no clipping.
         criterion: (logits, labels) -> one loss per sample [B]; the objective's own by default.
@@ -92,13 +92,11 @@ def fit(
         progress: show a bar and the run's facts.
 
     Returns:
-        One dict per epoch (the model stays in training mode): epoch, loss, accuracy (percent, or
-        the objective's metrics), samples, lr, seconds, and with a val_loader val_loss,
-        val_accuracy.
+        One dict per epoch: epoch, loss, accuracy (percent, or the objective's metrics), samples,
+        lr, seconds, and with a val_loader val_loss, val_accuracy. The model stays in training mode.
 
     Raises:
-        ValueError: an argument does not fit, checkpoint_dir cannot be written to, or the
-            checkpoint is of another run.
+        ValueError: an argument does not fit, or the checkpoint is of another run.
         NonFiniteLoss: the loss became NaN or infinite; the model is back at the start of that epoch
             and the last checkpoint stays.
     """

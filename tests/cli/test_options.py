@@ -92,3 +92,24 @@ def test_env_says_what_runs_and_why_not_the_rest(monkeypatch):
     used = [line for line in lines if "used" in line]
     assert len(used) == len({op for op, _ in rows})
     assert all("reference" in line for line in used)
+
+
+def test_train_takes_any_method_that_is_built_from_a_backbone(tmp_path, monkeypatch):
+    monkeypatch.setattr(options, "say_accuracy", lambda *arguments: None)
+    out = tmp_path / "a.safetensors"
+    arguments = ["train", "--task", "digits", "--out", str(out), "--epochs", "1", "--lr", "0.1"]
+    for method in ("linear", "full"):
+        found = CliRunner().invoke(app, [*arguments, "--method", method], catch_exceptions=False)
+        assert found.exit_code == 0
+        loaded = pcx.load(out)
+        assert loaded.method == method
+        assert loaded.record.task == "digits"
+    help_text = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"}).output
+    assert all(method in help_text for method in pcx.METHODS)
+    for wrong, message in (
+        (["--method", "liner"], "Did you mean 'linear'"),
+        (["--method", "linear", "--prompts", "3"], "--prompts: --method linear has no such"),
+        (["--method", "peft"], "--method: 'peft' is not built from a backbone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CliRunner().invoke(app, [*arguments, *wrong], catch_exceptions=False)
