@@ -43,7 +43,10 @@ def train(
     resume: o.Resume = False,
     config: o.Config = None,
 ) -> None:
-    """Trains what a method adds to a backbone, and its head, on a task."""
+    """Trains a method on a task.
+
+    What the method adds to the backbone is trained, and the head.
+    """
     import torch
 
     from pcx.checkpoints.saving import save

@@ -53,16 +53,17 @@ class RunFolder:
             history: a row for each epoch of the run that this one continues; empty for a new run.
         """
         write_json(self.path / CONFIG, config)
-        environment = environment_of(device)
-        before = _read_json(self.path / ENVIRONMENT) if history else {}
-        if before:  # the machine of the start stays on top
-            resumed = [*before.get("resumed", []), environment]
-            environment = {**before, "resumed": resumed}
-        write_json(self.path / ENVIRONMENT, environment)
+        write_json(self.path / ENVIRONMENT, self._environment(device, bool(history)))
         if history:
             self._write_whole(history)
         else:
             (self.path / HISTORY).unlink(missing_ok=True)
+
+    def _environment(self, device: str, resumed: bool) -> dict[str, Any]:
+        """That of the first start, with those of later ones as a list in it."""
+        now = environment_of(device)
+        first = _read_json(self.path / ENVIRONMENT) if resumed else {}
+        return {**first, "resumed": [*first.get("resumed", []), now]} if first else now
 
     def add_epoch(self, history: Sequence[dict]) -> None:
         """Appends the last row of a run's history."""
@@ -95,15 +96,20 @@ def writable_folder(checkpoint_dir: str | os.PathLike) -> Path:
     if path.exists() and not path.is_dir():
         raise ValueError(f"checkpoint_dir: {path} is a file, expected a folder")
     try:
-        with written_whole(path / "probe") as part:
-            part.touch()
-        (path / "probe").unlink(missing_ok=True)  # of another process, maybe
+        _write_probe(path)
     except OSError as error:
         raise ValueError(
             f"checkpoint_dir: {path} cannot be written to ({error.strerror}); "
             "give a folder that can"
         ) from error
     return path
+
+
+def _write_probe(path: Path) -> None:
+    """Writes a file and removes it, as what modes say is not all that decides."""
+    with written_whole(path / "probe") as part:
+        part.touch()
+    (path / "probe").unlink(missing_ok=True)  # another process may have done it
 
 
 def facts_of(model: nn.Module, names: Sequence[str], loader, val_loader) -> dict[str, Any]:
