@@ -2,9 +2,9 @@
 
 BASE is the folder of the other checkout, with its extension built in place. The script writes
 `results/checkouts_<gpu>.csv`: for each measurement the median of each checkout over the turns, and
-their ratio. Each turn is a process of its own, so that both checkouts meet the same state of the
-GPU. "graph" rows are CUDA graphs, "compiled" rows are compiled models in CUDA graphs, and "call"
-rows are what a plain call takes, Python included.
+the median, lowest and highest ratio of the turns. Each turn is two processes, one for each
+checkout, and begins with the other one every time. "graph" rows are CUDA graphs, "compiled" rows
+are compiled models in CUDA graphs, and "call" rows are what a plain call takes, Python included.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import timm
@@ -28,8 +28,9 @@ from gpu_timing import graph_of, quantiles, table
 
 HERE = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
-TURNS, BATCH, PROMPTS = 3, 64, 200
-FIELDS = "what work mode prompts batch base_us new_us new_over_base gpu torch triton turns"
+BATCH, PROMPTS = 64, 200
+MODES = ("graph", "call", "compiled")
+FIELDS = "what work mode prompts batch base_us new_us new_over_base lowest highest gpu torch triton turns"
 ROW = tuple[str, str, str, int, int]  # what, work, mode, prompts, batch
 
 
@@ -52,9 +53,10 @@ def attention(prompts: int) -> Iterator[tuple[ROW, Callable[[], object]]]:
     def both() -> object:
         return torch.autograd.grad(pcx.prefix_attention(*tensors), tensors, gradient)
 
-    pairs = zip(tensors[3:], (k, v), strict=True)
-    joined = [torch.cat([p.expand(BATCH, *p.shape), x], 2) for p, x in pairs]
-    expected = torch.nn.functional.scaled_dot_product_attention(q, *joined)
+    with torch.no_grad():  # a graph that is kept would tie the leaves to this stream
+        pairs = zip(tensors[3:], (k, v), strict=True)
+        joined = [torch.cat([p.expand(BATCH, *p.shape), x], 2) for p, x in pairs]
+        expected = torch.nn.functional.scaled_dot_product_attention(q, *joined)
     assert (forward() - expected).norm() < 2e-2 * expected.norm()
     for mode in ("graph", "call"):
         yield ("prefix_attention", "forward", mode, prompts, BATCH), forward
@@ -92,7 +94,6 @@ def vpt(mode: str, batch: int) -> Iterator[tuple[ROW, Callable[[], object]]]:
 def microseconds(run: Callable[[], object], mode: str) -> float:
     """The median time of a call: replayed from a graph, or made from Python as it is."""
     if mode != "call":
-        run()
         return quantiles(graph_of([run]).replay, repeats=20, per_repeat=3)[1]
     for _ in range(5):
         run()
@@ -106,19 +107,20 @@ def microseconds(run: Callable[[], object], mode: str) -> float:
     return statistics.median(times)
 
 
-def measure() -> None:
+def measure(modes: Sequence[str]) -> None:
     """Prints a line of JSON for each measurement of the pcx that is imported."""
     for prompts in (0, 50, 200):
         for row, run in attention(prompts):
-            print(json.dumps([row, microseconds(run, row[2])]), flush=True)
+            if row[2] in modes:
+                print(json.dumps([row, microseconds(run, row[2])]), flush=True)
     for mode, batch in (("graph", BATCH), ("call", BATCH), ("call", 1), ("compiled", BATCH)):
-        for row, run in vpt(mode, batch):
+        for row, run in vpt(mode, batch) if mode in modes else ():
             print(json.dumps([row, microseconds(run, row[2])]), flush=True)
 
 
-def one_turn(checkout: Path) -> dict[ROW, float]:
+def one_turn(checkout: Path, modes: Sequence[str]) -> dict[ROW, float]:
     """The measurements of a checkout, in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--measure"]
+    command = [sys.executable, str(Path(__file__).resolve()), "--measure", "--modes", *modes]
     found = subprocess.run(
         command,
         check=True,
@@ -134,29 +136,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", type=Path, nargs="?")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--measure", action="store_true", help="of the pcx that is imported")
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
+    parser.add_argument("--turns", type=int, default=3)
     arguments = parser.parse_args()
     if arguments.measure:
-        return measure()
+        return measure(arguments.modes)
     if arguments.base is None:
         parser.error("base: give the folder of the other checkout")
     found: dict[ROW, tuple[list[float], list[float]]] = {}
-    for turn in range(TURNS):
-        for i, checkout in enumerate((arguments.base.resolve(), HERE)):
-            for row, us in one_turn(checkout).items():
+    for turn in range(arguments.turns):
+        pair = list(enumerate((arguments.base.resolve(), HERE)))
+        for i, checkout in pair[:: 1 if turn % 2 == 0 else -1]:
+            for row, us in one_turn(checkout, arguments.modes).items():
                 found.setdefault(row, ([], []))[i].append(us)
-            print(f"turn {turn + 1} of {TURNS}: {'new' if i else 'base'} is done", flush=True)
+        print(f"turn {turn + 1} of {arguments.turns} is done", flush=True)
     file, _ = table(arguments.out, "checkouts")
     import triton
 
     with open(file, "w", newline="") as output:
         writer = csv.writer(output)
         writer.writerow(FIELDS.split())
-        for row, times in found.items():
-            base, new = map(statistics.median, times)
-            machine = (torch.cuda.get_device_name(), torch.__version__, triton.__version__, TURNS)
-            writer.writerow([*row, round(base, 1), round(new, 1), round(new / base, 4), *machine])
-            print(*row, round(base, 1), round(new, 1), f"{new / base:.3f}", flush=True)
+        for row, (base, new) in found.items():
+            ratios = sorted(b / a for a, b in zip(base, new, strict=True))
+            numbers = [statistics.median(base), statistics.median(new)]
+            numbers = [round(x, 1) for x in numbers]
+            numbers += [round(x, 4) for x in (statistics.median(ratios), ratios[0], ratios[-1])]
+            machine = (torch.cuda.get_device_name(), torch.__version__, triton.__version__)
+            writer.writerow([*row, *numbers, *machine, len(ratios)])
+            print(*row, *numbers, flush=True)
 
 
 if __name__ == "__main__":
