@@ -30,7 +30,8 @@ HERE = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
 BATCH, PROMPTS = 64, 200
 MODES = ("graph", "call", "compiled")
-FIELDS = "what work mode prompts batch base_us new_us new_over_base lowest highest gpu torch triton turns"
+FIELDS = "what work mode prompts batch base_us new_us new_over_base lowest highest"
+MACHINE = "gpu torch triton turns"
 ROW = tuple[str, str, str, int, int]  # what, work, mode, prompts, batch
 
 
@@ -156,7 +157,7 @@ def main() -> None:
 
     with open(file, "w", newline="") as output:
         writer = csv.writer(output)
-        writer.writerow(FIELDS.split())
+        writer.writerow([*FIELDS.split(), *MACHINE.split()])
         for row, (base, new) in found.items():
             ratios = sorted(b / a for a, b in zip(base, new, strict=True))
             numbers = [statistics.median(base), statistics.median(new)]

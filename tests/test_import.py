@@ -10,7 +10,7 @@ import pytest
 
 import pcx
 
-HEAVY = ("torch", "timm", "accelerate", "optuna", "matplotlib", "typer", "torchmetrics")
+HEAVY = ("torch", "timm", "accelerate", "optuna", "matplotlib", "typer", "torchmetrics", "sklearn")
 
 
 def printed(code):

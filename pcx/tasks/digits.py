@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 NUM_CLASSES = 10
@@ -12,6 +11,8 @@ SIZES = {"train": 200, "val": 200}  # the rest, 1397, is the test split
 
 def digits() -> dict[str, tuple[Tensor, Tensor]]:
     """Images [N, 3, 8, 8] uint8 and labels [N] of "train", "val" and "test", always split alike."""
+    from sklearn.datasets import load_digits  # loads scipy, which nothing else here needs
+
     data = load_digits()
     images = torch.from_numpy(data.images).float().mul(255 / 16).round().to(torch.uint8)
     images = images[:, None].expand(-1, 3, -1, -1)

@@ -72,14 +72,13 @@ def fit(
     Args:
         model: a tuned model, or any module some of whose parameters require gradients.
         loader: yields (images [B, 3, H, W] as the backbone expects them, labels), or dicts of
-            "pixel_values" and "labels"; it has a length. A resumed run cannot repeat what random
-            transforms of persistent workers draw from NumPy or Python.
+            "pixel_values" and "labels"; it has a length. Resuming does not repeat what persistent
+            workers draw from NumPy or Python.
         epochs: passes over the loader.
         lr: the learning rate itself.
         base_lr: instead of lr, scaled by batch / 256 as in the paper.
         val_loader: evaluated after each epoch.
-        weight_decay, momentum, opt: as timm's factory takes them; "momentum" is SGD's plain form,
-            "sgd" Nesterov's.
+        weight_decay, momentum, opt: as timm's factory takes them ("sgd" is Nesterov's form).
         warmup_epochs: a tenth of the epochs by default (the paper's 10 of 100).
         clip_grad: largest gradient norm, None for no clipping.
         criterion: (logits, labels) -> one loss per sample [B]; the objective's own by default.
