@@ -85,7 +85,7 @@ def _behind_blocks(
     norm: bool,
     inputs: dict[str, Any],
 ) -> list[Tensor]:
-    """What blocks gave [B, N, C], of a library that has no function for it."""
+    """Collects the blocks' outputs [B, N, C] by hooks, for a library without a function for it."""
     if not spec.blocks:
         raise ValueError(f"model: this {spec.family} has no maps of image tokens: {spec.no_blocks}")
     wanted, _ = feature_take_indices(len(spec.blocks), layers)
@@ -116,7 +116,7 @@ def _grid(backbone: Any, spec: BackboneSpec, x: Tensor) -> tuple[int, int]:
 
 
 def _as_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The last H * W of [B, N, C] tokens as [B, C, H, W]; what comes before them is no image."""
+    """Lays the last H * W of [B, N, C] tokens out as [B, C, H, W]; the others are no patches."""
     count = grid[0] * grid[1]
     if tokens.shape[1] < count:
         raise ValueError(

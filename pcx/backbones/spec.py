@@ -95,7 +95,7 @@ def library_facts(backbone: nn.Module) -> dict[str, Any]:
 
 
 def _finder(backbone: nn.Module) -> Any:
-    """By the package of the class or of one that it derives from; timm's of any other model."""
+    """Chooses by the package of the model's class or of a base class; by default timm's."""
     packages = [cls.__module__.partition(".")[0] for cls in type(backbone).__mro__]
     return FINDERS[next((p for p in packages if p in FINDERS), "timm")]
 

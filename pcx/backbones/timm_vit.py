@@ -42,7 +42,7 @@ def listed_in(backbone: nn.Module, container: str) -> tuple[str, ...]:
 
 
 def _read_tokens(backbone: Any) -> int | None:
-    """Exact only where the pooling takes tokens at the front that no position rotates."""
+    """How many tokens the head reads, where these stand at the front and are not rotated."""
     pool = getattr(backbone, "global_pool", None)
     if getattr(backbone, "attn_pool", None) is not None or pool != "token":
         return None

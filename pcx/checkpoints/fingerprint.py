@@ -27,7 +27,7 @@ def checksum(tensor: Tensor) -> str:
 
 
 def backbone_fingerprint(model: TunedModel) -> str:
-    """Of the frozen weights, named as the backbone names them, without our wrappers."""
+    """The fingerprint of the frozen weights, by the names that the plain backbone gives them."""
     return fingerprint((f"backbone.{n}", p) for n, p in model.frozen_state().items())
 
 

@@ -115,7 +115,7 @@ def backbone_in(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _description(model: TunedModel, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """All of a file but its tensors; the record's entries stand beside the file's own."""
+    """Describes a model as a file's JSON: the record's entries stand beside the file's own."""
     plain = model.plain_backbone()
     known = model.record.backbone or {
         "name": backbone_name(plain),
@@ -173,7 +173,7 @@ def _differ(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a file of format 1 or 2 describes, as format 2 has it, and its tensors."""
+    """Reads a file of format 1 or 2: its description, as format 2 has it, and its tensors."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

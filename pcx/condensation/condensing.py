@@ -129,7 +129,7 @@ def _checked_rate(model: Any, keep, scope, epochs, lr, val_loader) -> float | No
 
 @dataclass(frozen=True)
 class _Tuning:
-    """What condensing to several shares has in common."""
+    """The settings that condensing to one share or several has in common."""
 
     model: VPT
     loader: Any
@@ -155,7 +155,7 @@ class _Tuning:
         return small
 
     def evaluated(self, model: VPT) -> dict:
-        """On the validation data.
+        """Evaluates a model on the validation data.
 
         Raises:
             ValueError: the objective has no accuracy to compare.

@@ -22,7 +22,7 @@ AddScores = Callable[[int, Tensor], None]  # of a layer, [2, B, m] as prompt_sco
 def score_in_one_pass(
     reader: Reader, methods: Mapping[str, PerSample], execution: str
 ) -> dict[str, Scores]:
-    """Per-sample gradients by giving every sample its own prompts, or their keys and values."""
+    """Scores every sample in one pass: each sample has prompts, or keys and values, of its own."""
     if not methods:
         return {}
     counts = reader.model.counts
@@ -57,7 +57,7 @@ class _GradientPass:
                 }
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses [B], and scores of the methods for all layers' prompts [methods, B, all m]."""
+        """Computes a batch's losses [B] and the methods' scores [methods, B, all layers' m]."""
         scale = self.reader.loss_scale
         arrived: dict[int, Tensor] = {}
         anchor = torch.zeros((), device=self.reader.device, requires_grad=True)

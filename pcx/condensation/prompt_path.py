@@ -33,7 +33,7 @@ class _Run:
 
     @property
     def entry(self) -> Tensor:
-        """What gradients are led back to."""
+        """The tensor that gradients are led back to."""
         return self.prompt if self.normed is None else self.normed
 
     def back(self, grads: Sequence[Tensor], batched: bool) -> Tensor:
@@ -45,7 +45,7 @@ class _Run:
 
 
 class PromptPath:
-    """Scores of a layer's prompts from each sample's gradients by their keys and values.
+    """Computes a layer's scores from each sample's gradients by the prompts' keys and values.
 
     What lies between a prompt and its key and value is the block's own and taken as it is: it is
     run once, and autograd leads the gradients of all samples back. Two things that most blocks have
@@ -114,7 +114,7 @@ def _plain(layer: PromptedBlock, prompts: Tensor) -> _Run:
 
 
 def _through_norm(layer: PromptedBlock, prompts: Tensor) -> _Run | None:
-    """With the graph cut behind the LayerNorm, where everything goes through it, else None."""
+    """Cuts the graph behind the LayerNorm; None where not everything goes through one."""
     leaf = prompts.clone().requires_grad_()
     with _cut_behind_norms(layer.block, leaf) as cuts:
         pairs = layer.prefixes(leaf)
@@ -162,7 +162,7 @@ def _cut_behind_norms(block: nn.Module, prompts: Tensor) -> Iterator[list]:
 
 
 def _matrices(layer: PromptedBlock, run: _Run) -> tuple[Tensor, ...]:
-    """Those [all heads' d, D] from the gradients of one prompt's key, value, ... to its entry.
+    """The matrices [all heads' d, D] from gradients by a key, value, ... to those by the entry.
 
     None at all where they are not the same for all prompts: norms of keys, positions, mixing of
     tokens.

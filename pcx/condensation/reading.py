@@ -77,7 +77,7 @@ class Reader:
             self.bar.remove_task(task)
 
     def _look_at(self, labels: Tensor) -> None:
-        """Before they go to a GPU, which would have to be waited for, and where wrong ones end all.
+        """Looks at labels on the CPU: on a GPU they would stall it, and wrong ones end the process.
 
         What else could be wrong with them the objective says with the loss.
         """
@@ -127,7 +127,7 @@ class Reader:
         return losses
 
     def means(self, totals: list[Tensor]) -> Scores:
-        """Over the samples of all processes, from this one's sums [m_l] float64."""
+        """Divides the sums [m_l] of all processes by their samples; sums are float64."""
         sums = torch.cat([*totals, totals[0].new_tensor([self.samples])])
         if self.processes > 1:
             torch.distributed.all_reduce(sums)
@@ -150,7 +150,7 @@ def _processes() -> tuple[int, int]:
 
 
 def _share(loader: Any, rank: int, processes: int) -> Any:
-    """Every `processes`-th batch, the others not even read where the loader lets them be."""
+    """Gives this process every `processes`-th batch; a loader with a sampler reads no others."""
     if processes == 1:
         return loader
     batches = getattr(loader, "batch_sampler", None)
@@ -165,7 +165,7 @@ def _share(loader: Any, rank: int, processes: int) -> Any:
 
 
 class _Every:
-    """Every `step`-th of what `items` gives, each time that it is iterated."""
+    """Yields every `step`-th of the items from `first` on, each time that it is iterated."""
 
     def __init__(self, items: Any, first: int, step: int):
         self.items, self.first, self.step = items, first, step

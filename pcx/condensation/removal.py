@@ -25,7 +25,7 @@ def _zeros(reader: Reader) -> list[Tensor]:
 
 
 class Sums:
-    """Sums over the batches so far, kept in a file where there is a folder for it."""
+    """The sums over the batches so far; a folder keeps them in a file."""
 
     def __init__(
         self,

@@ -24,7 +24,7 @@ OBSERVABLE = ("gradient", "gate", "cls")
 
 @dataclass(frozen=True)
 class Seen:
-    """What one batch showed of every prompt, [B, all layers' m]; None of what was not observed.
+    """What a batch showed of every prompt, [B, all layers' m]; None where it was not observed.
 
     Attributes:
         norm: "gradient": ||g * p||_2, g the gradient of the sample's own loss by prompt p.

@@ -41,7 +41,7 @@ class Frozen(nn.Module):
 
 @torch.no_grad()
 def freeze(model: TunedModel, *, amp: str = "no") -> Frozen:
-    """A model for inference, with what the method adds folded into constants where it folds.
+    """Makes a model for inference; what the method adds becomes constants where it folds.
 
     The keys and values of a VPT's prompts are computed once and kept as buffers; the prompts and
     their projections are gone. The backbone's weights are shared with the model's, which is not

@@ -81,7 +81,7 @@ def ensemble(models: Sequence[VPT]) -> Ensemble:
 def _joined(
     members: list[list[tuple[Tensor, Tensor]]],
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
-    """Sets [k, H, m, d] for each attention call, padded, and their lengths where they differ."""
+    """Joins members' keys and values into padded sets [k, H, m, d]; lengths where they differ."""
     counts = [pairs[0][0].shape[-2] for pairs in members]
     most = max(counts)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def over_same_memory(module: nn.Module, parameters: Iterable[nn.Parameter]) -> Any:
-    """A copy of a module tree, some of whose parameters, frozen, lie in the same memory.
+    """Copies a module tree; the given parameters are frozen in the copy and share memory.
 
     They are parameters of their own, so that moving or freezing one tree leaves the other alone.
     """

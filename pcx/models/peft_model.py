@@ -66,7 +66,7 @@ class PeftModel(TunedModel):
         return {f"backbone.{name}": tensor for name, tensor in found.items()}
 
     def frozen_state(self) -> dict[str, nn.Parameter]:
-        """The backbone's own parameters but its heads', by their names before peft came."""
+        """The backbone's parameters without its heads', by the names of the plain backbone."""
         heads = tuple(f"{name}." for name in self.spec.heads)
         found = {}
         for name, parameter in self.plain_backbone().named_parameters():
@@ -108,7 +108,7 @@ def is_peft(model: nn.Module) -> bool:
 
 
 def tuned(model: Any) -> TunedModel:
-    """A tuned model as it is, and one of peft as a `pcx.PeftModel`.
+    """Gives a tuned model as it is, and wraps a model of peft as a `pcx.PeftModel`.
 
     Raises:
         ValueError: the model is neither.
@@ -124,7 +124,7 @@ def tuned(model: Any) -> TunedModel:
 
 
 def _as_json(value: Any) -> Any:
-    """Sets as sorted lists, enumerations as their values."""
+    """Turns sets into sorted lists, and enumerations into their values."""
     if isinstance(value, dict):
         return {str(k): _as_json(v) for k, v in value.items()}
     if isinstance(value, set | frozenset):

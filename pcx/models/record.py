@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass
 class Condensation:
-    """How a condensed model came about."""
+    """How `pcx.condense` made a model: scores, kept prompts, and the fine-tuning."""
 
     method: str
     scope: str
@@ -23,13 +23,13 @@ class Condensation:
     curve: list[dict] = field(default_factory=list)  # of keep="auto", one row per keep
 
     def as_json(self) -> dict[str, Any]:
-        """Numbers and lists in place of tensors."""
+        """The fields as JSON: lists of numbers in place of tensors."""
         tensors = {name: [t.tolist() for t in getattr(self, name)] for name in ("scores", "kept")}
         return {**asdict(self), **tensors}
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> Condensation:
-        """The opposite of `as_json`; keys that this version does not know are left out."""
+        """Reads what `as_json` gave; unknown keys are left out."""
         known = {f.name for f in fields(cls)}
         values = {k: v for k, v in given.items() if k in known}
         values["scores"] = [torch.tensor(s, dtype=torch.float64) for s in given["scores"]]
@@ -70,7 +70,7 @@ class Record:
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> Record:
-        """The opposite of `as_json`."""
+        """Reads what `as_json` gave; unknown entries are kept."""
         known = {f.name for f in fields(cls)} - {"unknown"}
         values = {k: v for k, v in given.items() if k in known}
         if values.get("condensation") is not None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def images_and_labels(batch) -> tuple:
-    """The two parts of a loader's batch: (images, labels), or Hugging Face's dict of both.
+    """Splits a loader's batch into images and labels.
 
     The images may themselves be whatever the model takes, such as NaFlexViT's dict of patches.
     """

@@ -20,7 +20,7 @@ from pcx.training.objectives import Criterion, Objective, objective_for
 
 @contextmanager
 def accelerator_for(amp: str = "no", seed: int = 0) -> Iterator[Accelerator]:
-    """An Accelerator for one call alone; the caller's own, of whatever precision, is put back."""
+    """Gives an Accelerator for one call, and puts the caller's own back afterwards."""
     if amp not in ("no", "bf16", "fp16"):
         raise ValueError(f"amp: got {amp!r}, expected 'no', 'bf16' or 'fp16'")
     before = dict(AcceleratorState._shared_state)
@@ -36,7 +36,7 @@ def accelerator_for(amp: str = "no", seed: int = 0) -> Iterator[Accelerator]:
 
 
 def gathered(accelerator: Accelerator, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """One row per sample from all processes, without the samples that padded the last batch."""
+    """Gathers one row per sample from all processes; padding of the last batch is dropped."""
     if accelerator.num_processes == 1:  # nothing to drop, whatever the sampler's length
         return tensors
     return accelerator.gather_for_metrics(tensors)
@@ -99,6 +99,6 @@ def evaluate_on(accelerator: Accelerator, model: nn.Module, loader, objective: O
 
 
 def standard_error(found: dict) -> float:
-    """Of an accuracy in percent, as a binomial proportion over its samples."""
+    """The standard error of an accuracy, in percent: that of a binomial proportion."""
     share = found["accuracy"] / 100
     return 100 * math.sqrt(share * (1 - share) / found["samples"])

@@ -17,7 +17,7 @@ Run = Callable[..., Any]
 
 
 def prepared(make: Callable[[], Run], device: torch.device, execution: str = "eager") -> Run:
-    """A function of batches that is run in the way asked for.
+    """Prepares a function of batches to be run eagerly or from a CUDA graph.
 
     Args:
         make: gives the function, from batches to tensors.
@@ -38,7 +38,7 @@ def prepared(make: Callable[[], Run], device: torch.device, execution: str = "ea
 
 
 class Replayed:
-    """Calls a function, from a CUDA graph for batches of the first one's shape.
+    """Replays a function from a CUDA graph for all batches of the first batch's shape.
 
     The first batch is run as it is, which also warms up what a graph cannot hold; the next of its
     shape is recorded. Results are overwritten by the next replay.

@@ -34,7 +34,7 @@ _RANDOM = (
 
 @dataclass(frozen=True)
 class PlainLoader:
-    """A loader that yields each sample once, unshuffled, and what was done to get there."""
+    """A loader that yields each sample once, in order, and a description of it for people."""
 
     loader: Any
     description: str
@@ -67,7 +67,7 @@ def plain_loader(loader, config: dict) -> PlainLoader:
 
 
 def rebuilt(loader: DataLoader, dataset: Any, **order: Any) -> DataLoader:
-    """A loader over another data set or in another order, whose workers do as this one's."""
+    """Builds a loader over another data set or order, with the same workers and collation."""
     return DataLoader(
         dataset,
         num_workers=loader.num_workers,

@@ -85,7 +85,7 @@ class Objective:
         raise NotImplementedError
 
     def own_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """[B], of checked targets and logits of float32 or wider."""
+        """The objective's own loss [B]; targets are checked, logits are float32 or wider."""
         raise NotImplementedError
 
     def given_to_criterion(self, targets: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Objective:
         return targets
 
     def look_at(self, targets: Tensor) -> Any:
-        """What `check_seen` needs of the targets' values; looked at before they go to a GPU."""
+        """Reads from the targets' values what `check_seen` needs, before they go to a GPU."""
         return None
 
     def check_seen(self, seen: Any, shape: torch.Size) -> None:

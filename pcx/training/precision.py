@@ -14,7 +14,7 @@ Replaced = list[tuple[nn.Module, str, nn.Parameter]]
 
 @torch.no_grad()
 def cast_weights(module: nn.Module, dtype: torch.dtype) -> Replaced:
-    """Casts the weights that autocast casts in every call, to the same bits.
+    """Casts once the weights that autocast would cast in every call; the bits are the same.
 
     Those of torch's own linear and convolutional layers: a subclass may compute with its weight
     before it multiplies by it.
@@ -37,7 +37,7 @@ def cast_weights(module: nn.Module, dtype: torch.dtype) -> Replaced:
 
 @contextmanager
 def weights_cast(module: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """`cast_weights` for the length of a context in which no weight is differentiated."""
+    """Applies `cast_weights` within a context, in which no weight may be differentiated."""
     before = [] if dtype is None else cast_weights(module, dtype)
     try:
         yield

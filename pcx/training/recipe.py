@@ -12,7 +12,7 @@ from timm.scheduler import create_scheduler_v2
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run depends on besides its data; a resumed run must have the same."""
+    """The settings that a run depends on besides its data; a resumed run must have the same."""
 
     epochs: int
     lr: float

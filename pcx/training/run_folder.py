@@ -60,7 +60,7 @@ class RunFolder:
             (self.path / HISTORY).unlink(missing_ok=True)
 
     def _environment(self, device: str, resumed: bool) -> dict[str, Any]:
-        """That of the first start, with those of later ones as a list in it."""
+        """The environment of the first start, which lists those of later starts under "resumed"."""
         now = environment_of(device)
         first = _read_json(self.path / ENVIRONMENT) if resumed else {}
         return {**first, "resumed": [*first.get("resumed", []), now]} if first else now
@@ -87,7 +87,7 @@ class RunFolder:
 
 
 def writable_folder(checkpoint_dir: str | os.PathLike) -> Path:
-    """The folder, made where it is not there.
+    """Makes the folder, and proves that it can be written to.
 
     Raises:
         ValueError: a file is in the way, or the folder cannot be written to.
@@ -106,14 +106,14 @@ def writable_folder(checkpoint_dir: str | os.PathLike) -> Path:
 
 
 def _write_probe(path: Path) -> None:
-    """Writes a file and removes it, as what modes say is not all that decides."""
+    """Writes a file and removes it: the folder's mode alone does not say whether that works."""
     with written_whole(path / "probe") as part:
         part.touch()
     (path / "probe").unlink(missing_ok=True)  # another process may have done it
 
 
 def facts_of(model: nn.Module, names: Sequence[str], loader, val_loader) -> dict[str, Any]:
-    """What is trained on what: the part of config.json beside the recipe."""
+    """The facts of a run that stand in config.json beside the recipe."""
     parameters = dict(model.named_parameters())
     backbone = getattr(model, "backbone", None)
     return {
@@ -150,7 +150,7 @@ def _read_json(path: Path) -> dict:
 
 
 def environment_of(device: str) -> dict[str, Any]:
-    """What a run depends on beside its recipe, without names of people, machines and folders."""
+    """The environment of a run; names of people, machines and folders are left out."""
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),

@@ -133,7 +133,7 @@ class PromptedBlock(Wrapper):
         return [(key.detach().contiguous(), value.detach().contiguous()) for key, value in pairs]
 
     def _this_step(self, batch: int) -> tuple[list[tuple[Tensor, Tensor]] | None, Tensor | None]:
-        """Keys and values for each attention call, None without prompts, and each sample's set."""
+        """This step's keys and values for each attention call, and each sample's prefix set."""
         if self.probe is not None and self.probe.given is not None:
             return self.probe.given, None
         if self.constants:
@@ -255,7 +255,7 @@ class PromptedBlock(Wrapper):
 
 
 def _for_lse(call: attention.Call) -> str:
-    """The backend where the LSE is wanted: on a CPU torch would write the attention out for it."""
+    """The backend that gives the LSE: on a CPU, torch would write attention out for it."""
     return "auto" if any(cpu_cannot(x, call.k) for x in (call.q, call.v)) else "cpu"
 
 

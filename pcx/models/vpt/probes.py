@@ -16,7 +16,7 @@ from pcx.ops.reference.attention import cls_attention
 
 @dataclass
 class Probe:
-    """What one block is given in place of its prompts' keys and values, and what is seen there.
+    """What scoring gives one block in place of its prompts' keys and values, and sees there.
 
     Attributes:
         given: keys and values for each attention call, one set [B, H, m, d] per sample; None leaves
@@ -40,7 +40,7 @@ class Probe:
     def see_prefix(
         self, call: attention.Call, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor
     ) -> Tensor:
-        """Of attention over a prefix, [H, m, d] or [B, H, m, d], and own keys; returns `out`."""
+        """Observes attention over a prefix [H, m, d] or [B, H, m, d]; returns `out`."""
         scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
         if self.watch_cls:
             logits = (call.q[:, :, :1] @ keys.transpose(-2, -1)).to(lse.dtype) * scale

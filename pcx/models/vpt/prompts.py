@@ -40,7 +40,7 @@ def counts_per_layer(num_prompts: Any, depth: int, kind: str) -> list[int]:
 
 
 def draw_prompts(m: int, spec: BackboneSpec, kind: str, like: Tensor) -> nn.Parameter:
-    """U(-v, v), v = sqrt(6 / (3 * patch height * patch width + D)), as published.
+    """Draws prompts as published: U(-v, v), v = sqrt(6 / (3 * patch height * width + D)).
 
     Returns:
         [m, D], or [2, m, H*d] of kind "prefix".
