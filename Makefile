@@ -25,6 +25,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	PYTHONPATH=. $(BIN)/mkdocs build --strict --quiet
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
 
 bench: $(READY)
