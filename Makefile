@@ -18,7 +18,7 @@ test: $(READY)
 test-oldest: $(READY)
 	test -d .oldest/timm || $(BIN)/pip install --quiet --no-deps --target .oldest timm==1.0.24
 	PYTHONPATH=.oldest $(BIN)/python -m pytest -W ignore::FutureWarning -W ignore::DeprecationWarning \
-		tests/test_families.py tests/test_vpt.py tests/test_seam.py
+		tests/models/test_families.py tests/models/test_vpt.py tests/backbones/test_attention.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
