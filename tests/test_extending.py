@@ -54,6 +54,7 @@ def test_a_method_is_under_60_lines():
 
 def test_a_method_trains_saves_loads_and_evaluates(module_of, backbone, loader, tmp_path):
     module_of("Add a method", "norm_tuning")
+    torch.manual_seed(0)
     before = copy.deepcopy(backbone.state_dict())
     model = pcx.METHODS["norm"](backbone)
     trained = set(model.trainable())
@@ -73,7 +74,8 @@ def test_a_method_trains_saves_loads_and_evaluates(module_of, backbone, loader, 
         assert torch.equal(again(images), logits)
         assert not torch.equal(backbone(images), logits)
         torch.testing.assert_close(pcx.freeze(again)(images), logits)
-    assert pcx.evaluate(again, loader) == pcx.evaluate(model, loader)
+    # The loader shuffles, so that sums are rounded in another order.
+    assert pcx.evaluate(again, loader) == pytest.approx(pcx.evaluate(model, loader))
 
 
 @pytest.mark.skip(reason="until pcx train has --method")
