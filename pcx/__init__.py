@@ -38,7 +38,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from pcx.analysis.cost import multiply_adds, token_cost
+    from pcx.analysis.cost import multiply_adds
+    from pcx.analysis.prompt_cost import token_cost
     from pcx.checkpoints.saving import load, save
     from pcx.condensation import SCORES
     from pcx.condensation.condensing import condense
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
 # The same names at run time: where each is defined.
 _MODULES = {
     "multiply_adds": "pcx.analysis.cost",
-    "token_cost": "pcx.analysis.cost",
+    "token_cost": "pcx.analysis.prompt_cost",
     "load": "pcx.checkpoints.saving",
     "save": "pcx.checkpoints.saving",
     "SCORES": "pcx.condensation",

@@ -78,7 +78,6 @@ def test_a_method_trains_saves_loads_and_evaluates(module_of, backbone, loader, 
     assert pcx.evaluate(again, loader) == pytest.approx(pcx.evaluate(model, loader))
 
 
-@pytest.mark.skip(reason="until pcx train has --method")
 def test_a_method_appears_in_the_help_of_train(tmp_path):
     (tmp_path / "norm_tuning.py").write_text(block_of("Add a method"))
     run = "import norm_tuning; from pcx.cli import main; main()"
@@ -100,12 +99,49 @@ def test_a_score_is_used_by_name(module_of, backbone, loader):
     assert sum(small.counts) == 3
 
 
-def test_a_backend_says_why_it_cannot_run(module_of):
-    dispatch = module_of("Add a backend of an op", "backends").DISPATCH
-    dispatch.check("mine", torch.zeros(2))
-    with pytest.raises(ValueError, match="'mine' cannot run: it computes float32, x has"):
-        dispatch.check("mine", torch.zeros(2).double())
-    assert dispatch.cannot("reference", torch.zeros(2).double()) is None
+@pytest.fixture
+def rows_of_prompt_score(monkeypatch):
+    """The op's table of backends; rows that a test adds are taken back."""
+    from pcx.ops.prompt_score import DISPATCH
+
+    monkeypatch.setattr(DISPATCH, "rows", dict(DISPATCH.rows))
+    monkeypatch.setattr(DISPATCH, "_added", [])
+    return DISPATCH
+
+
+def test_a_backend_runs_by_name_and_says_why_it_cannot(module_of, rows_of_prompt_score):
+    from pcx.ops.prompt_score import prompt_score
+
+    given = torch.randn(2, 3, 4), torch.randn(3, 4)
+    expected = prompt_score(*given, backend="reference")
+    with pytest.raises(ValueError, match="backend: got 'mine', expected one of"):
+        prompt_score(*given, backend="mine")
+    module = module_of("Add a backend of an op", "backends")
+    assert torch.equal(prompt_score(*given, backend="mine"), expected)
+    with pytest.raises(ValueError, match="'mine' cannot run: it computes float32, gradient has"):
+        prompt_score(*(x.double() for x in given), backend="mine")
+    lines = [line for line in pcx.ops.dispatch.report() if line.op == "prompt_score"]
+    assert [line.backend for line in lines][-1] == "mine"
+    with pytest.raises(ValueError, match="row: the name 'mine' is taken"):
+        module.DISPATCH.add(module.Backend("mine", run=module.run))
+    with pytest.raises(ValueError, match="row: 'other' has no function to run"):
+        module.DISPATCH.add(module.Backend("other"))
+
+
+def test_an_added_backend_is_what_auto_takes_where_it_can_run(rows_of_prompt_score):
+    from pcx.ops.dispatch import Backend
+    from pcx.ops.prompt_score import prompt_score
+
+    calls = []
+    row = Backend(
+        "counted",
+        can_run=lambda gradient: None if gradient.shape[1] > 1 else "it needs two prompts",
+        run=lambda gradient, *_: calls.append(1) or gradient.new_zeros(2, *gradient.shape[:2]),
+    )
+    rows_of_prompt_score.add(row)
+    assert not prompt_score(torch.ones(1, 2, 4), torch.ones(2, 4)).any()
+    assert prompt_score(torch.ones(1, 1, 4), torch.ones(1, 4)).all()
+    assert len(calls) == 1
 
 
 def test_an_op_is_registered_and_reported(module_of):

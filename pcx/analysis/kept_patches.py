@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pcx.token_pruning.dropping import Pruning
+if TYPE_CHECKING:
+    from pcx.token_pruning.dropping import Pruning
 
 DROPPED = 0.85  # how white a patch becomes
 

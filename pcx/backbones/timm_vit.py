@@ -47,7 +47,7 @@ def _read_tokens(backbone: Any) -> int | None:
     if getattr(backbone, "attn_pool", None) is not None or pool != "token":
         return None
     read = 2 if hasattr(backbone, "head_dist") else 1
-    return read if read <= backbone.num_prefix_tokens else None
+    return read if read <= getattr(backbone, "num_prefix_tokens", 0) else None
 
 
 def _names(backbone: nn.Module, modules: tuple[nn.Module, ...]) -> tuple[str, ...]:

@@ -70,7 +70,7 @@ def condense(
 
 
 def _say_cost(model: VPT) -> None:
-    from pcx.analysis.cost import token_cost
+    from pcx.analysis.prompt_cost import token_cost
 
     cost = token_cost(model)
     folded, concat = _percent(cost["folded_flops"]), _percent(cost["concat_flops"])

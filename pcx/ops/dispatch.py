@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,6 +45,8 @@ class Backend:
         auto: whether "auto" takes it; False of one that is used where it is named alone.
         can_run: takes the op's checked arguments, from the first tensor on; None where the backend
             can run, or the reason why it cannot.
+        run: the backend's function of the op's checked arguments; None where the torch op finds
+            it by the device of its tensors.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Backend:
     majors: tuple[int, ...] = ()
     auto: bool = True
     can_run: Callable[..., str | None] = _anything
+    run: Callable[..., Any] | None = None
 
 
 class Dispatch:
@@ -66,6 +69,40 @@ class Dispatch:
     def __init__(self, argument: str, *rows: Backend):
         self.argument = argument
         self.rows = {row.name: row for row in rows}
+        self._added: list[Backend] = []
+
+    def add(self, row: Backend) -> None:
+        """Adds a backend with a `run` of its own; "auto" takes it first wherever it can run.
+
+        A backend that is to be asked for by name alone says `auto=False`.
+
+        Raises:
+            ValueError: the name is taken, or the row has no `run`.
+        """
+        if row.name in ("auto", *self.rows):
+            raise ValueError(f"row: the name {row.name!r} is taken, choose another one")
+        if row.run is None:
+            raise ValueError(f"row: {row.name!r} has no function to run, give run=")
+        self.rows[row.name] = row
+        self._added.append(row)
+
+    def own_run(self, backend: str, *arguments: Any) -> Callable[..., Any] | None:
+        """The function of a row that brings its own, None where the op itself finds what to call.
+
+        Args:
+            backend: "auto", or a name, which is checked.
+            arguments: the op's checked arguments, as `can_run` takes them.
+
+        Raises:
+            ValueError: there is no backend of that name, or it cannot run.
+        """
+        if backend != "auto":
+            self.check(backend, *arguments)
+            return self.rows[backend].run
+        for row in self._added:
+            if row.auto and not exporting() and self.cannot(row.name, *arguments) is None:
+                return row.run
+        return None
 
     def cannot(self, name: str, first: torch.Tensor, *arguments) -> str | None:
         """None where the backend can run on checked arguments, or the reason why it cannot."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,24 +48,20 @@ def logit_gate(
         ValueError: there is no such backend, or the backend asked for cannot run.
     """
     q, prefix_k, prefix_v = (t.detach().to(out.dtype) for t in (q, prefix_k, prefix_v))
-    if backend != "auto":
-        DISPATCH.check(backend, q, out, scale)
-    return _LogitGate.apply(out, gate, q, prefix_k, prefix_v, lse, scale, backend)
+    run = DISPATCH.own_run(backend, q, out, scale) or torch.ops.pcx.prefix_logit_gradient
+    return _LogitGate.apply(out, gate, q, prefix_k, prefix_v, lse, scale, run)
 
 
 class _LogitGate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out, gate, q, prefix_k, prefix_v, lse, scale, backend):
+    def forward(ctx: Any, out, gate, q, prefix_k, prefix_v, lse, scale, run):
         ctx.save_for_backward(q, prefix_k, prefix_v, out.detach(), lse.detach())
-        ctx.scale, ctx.dtype, ctx.backend = scale, gate.dtype, backend
+        ctx.scale, ctx.dtype, ctx.run = scale, gate.dtype, run
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor):  # type: ignore[override]
-        run: Callable[..., Tensor] = torch.ops.pcx.prefix_logit_gradient
-        if ctx.backend == "reference":
-            run = reference.prefix_logit_gradient
-        slopes = run(grad_out, *ctx.saved_tensors, ctx.scale)
+        slopes = ctx.run(grad_out, *ctx.saved_tensors, ctx.scale)
         return grad_out, slopes.sum(1).to(ctx.dtype), None, None, None, None, None, None
 
 
@@ -77,7 +72,7 @@ def _triton_cannot(q: Tensor, out: Tensor, scale: float) -> str | None:
 DISPATCH = Dispatch(
     "q",
     Backend("triton", "cuda", ("triton",), can_run=_triton_cannot),
-    Backend("reference"),
+    Backend("reference", run=reference.prefix_logit_gradient),
 )
 
 LIBRARY.define(

@@ -80,11 +80,12 @@ def prefix_attention(
     if len(lead) != 1:
         q, k, v = q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4)
     tensors = (q, k, v, prefix_k, prefix_v)
+    own = DISPATCH.own_run(backend, *tensors, bias, scale)
     if backend == "auto":
         backend = _automatic(q, k, v, scale)
-    else:
-        DISPATCH.check(backend, *tensors, bias, scale)
-    if backend == "reference":
+    if own is not None:
+        out, lse = own(*tensors, prefix_index, prefix_lengths, bias, scale)
+    elif backend == "reference":
         found = _by_reference(tensors, prefix_index, prefix_lengths, bias, scale, return_lse)
         out, lse = found if return_lse else (found, None)
     else:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -46,10 +44,7 @@ def prompt_score(
             names the argument.
     """
     _check(gradient, prompts, weight)
-    run: Callable[..., Tensor] = torch.ops.pcx.prompt_score.default
-    if backend != "auto":
-        DISPATCH.check(backend, gradient)
-        run = reference.prompt_score if backend == "reference" else run
+    run = DISPATCH.own_run(backend, gradient) or torch.ops.pcx.prompt_score.default
     with torch.no_grad():
         return run(gradient, prompts, layer_norm, weight, eps)
 
@@ -89,7 +84,7 @@ DISPATCH = Dispatch(
     "gradient",
     Backend("triton", "cuda", ("triton",), can_run=_triton_cannot),
     Backend("cpu", "cpu", ("cpu extension",), can_run=_cpu_cannot),
-    Backend("reference"),
+    Backend("reference", run=reference.prompt_score),
 )
 
 LIBRARY.define(

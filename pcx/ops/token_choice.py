@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -41,11 +39,9 @@ def important_tokens(
         ValueError: more are to be kept than there are, or the backend asked for cannot run.
     """
     arguments = (scores, keep, protected, *variances, among)
-    if backend != "auto":
-        IMPORTANT.check(backend, *arguments)
-        return _IMPORTANT[backend](*arguments)
-    # An exported program needs torch alone.
-    run = reference.important_tokens if exporting() else torch.ops.pcx.important_tokens
+    run = IMPORTANT.own_run(backend, *arguments)
+    if run is None:  # an exported program needs torch alone
+        run = reference.important_tokens if exporting() else torch.ops.pcx.important_tokens
     return run(*arguments)
 
 
@@ -80,16 +76,11 @@ def dissimilar_tokens(
         ValueError: more are to be dropped than the half holds, or the backend asked for cannot run.
     """
     arguments = (votes, k, drop, protected, *variances)
-    if backend != "auto":
-        DISSIMILAR.check(backend, *arguments)
-        return _DISSIMILAR[backend](*arguments)
-    run = reference.dissimilar_tokens if exporting() else torch.ops.pcx.dissimilar_tokens
+    run = DISSIMILAR.own_run(backend, *arguments)
+    if run is None:  # an exported program needs torch alone
+        run = reference.dissimilar_tokens if exporting() else torch.ops.pcx.dissimilar_tokens
     return run(*arguments)
 
-
-# What the CUDA kernels cannot run, csrc/cuda/token_choice_host.cpp says in the call itself.
-_ROWS = (Backend("cuda", "cuda", ("cuda extension",)), Backend("reference"))
-IMPORTANT, DISSIMILAR = Dispatch("scores", *_ROWS), Dispatch("votes", *_ROWS)
 
 # Those of "_cuda" are the kernels alone; an op gives calls that they cannot run to
 # "_written_out", which is torch's.
@@ -103,14 +94,17 @@ for _kernels in ("", "_cuda", "_written_out"):
         "float low, float high) -> Tensor"
     )
 
-_IMPORTANT: dict[str, Callable[..., Tensor]] = {
-    "cuda": torch.ops.pcx.important_tokens_cuda,
-    "reference": reference.important_tokens,
-}
-_DISSIMILAR: dict[str, Callable[..., Tensor]] = {
-    "cuda": torch.ops.pcx.dissimilar_tokens_cuda,
-    "reference": reference.dissimilar_tokens,
-}
+# What the CUDA kernels cannot run, csrc/cuda/token_choice_host.cpp says in the call itself.
+IMPORTANT = Dispatch(
+    "scores",
+    Backend("cuda", "cuda", ("cuda extension",), run=torch.ops.pcx.important_tokens_cuda),
+    Backend("reference", run=reference.important_tokens),
+)
+DISSIMILAR = Dispatch(
+    "votes",
+    Backend("cuda", "cuda", ("cuda extension",), run=torch.ops.pcx.dissimilar_tokens_cuda),
+    Backend("reference", run=reference.dissimilar_tokens),
+)
 
 
 @torch.library.register_fake("pcx::important_tokens", lib=LIBRARY)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -71,11 +70,9 @@ def weighted_pagerank(
             bias = additive(bias, dtype).expand(batch, heads, n, n)
         scale = 1 / math.sqrt(dim) if scale is None else float(scale)
         arguments = (q, k, init, bias, prefix_k, among, iters, scale)
-        if backend != "auto":
-            DISPATCH.check(backend, *arguments)
-            return _NAMED[backend](*arguments)
-        # An exported program needs torch alone.
-        run = reference.weighted_pagerank if exporting() else torch.ops.pcx.weighted_pagerank
+        run = DISPATCH.own_run(backend, *arguments)
+        if run is None:  # an exported program needs torch alone
+            run = reference.weighted_pagerank if exporting() else torch.ops.pcx.weighted_pagerank
         return run(*arguments)
 
 
@@ -143,15 +140,6 @@ def _triton_cannot(q, k, init, bias, prefix_k, *_) -> str | None:
     return None
 
 
-DISPATCH = Dispatch(
-    "q",
-    # What its kernels cannot run, csrc/cuda/weighted_pagerank_host.cpp says in the call itself.
-    Backend("cuda", "cuda", ("cuda extension",), (8, 9)),
-    Backend("triton", "cuda", ("triton",), can_run=_triton_cannot),
-    Backend("cpu", "cpu", ("cpu extension",)),
-    Backend("reference"),
-)
-
 # Those of "cuda" and "triton" are the kernels alone. The op itself gives calls that "cuda" cannot
 # run to "triton", which gives those that it cannot run to the reference.
 for _kernels in ("", "_cuda", "_triton"):
@@ -160,12 +148,20 @@ for _kernels in ("", "_cuda", "_triton"):
         "Tensor? prefix_k, Tensor? among, int iters, float scale) -> Tensor"
     )
 
-_NAMED: dict[str, Callable[..., Tensor]] = {
-    "cuda": torch.ops.pcx.weighted_pagerank_cuda,
-    "triton": torch.ops.pcx.weighted_pagerank_triton,
-    "cpu": torch.ops.pcx.weighted_pagerank,
-    "reference": reference.weighted_pagerank,
-}
+DISPATCH = Dispatch(
+    "q",
+    # What its kernels cannot run, csrc/cuda/weighted_pagerank_host.cpp says in the call itself.
+    Backend("cuda", "cuda", ("cuda extension",), (8, 9), run=torch.ops.pcx.weighted_pagerank_cuda),
+    Backend(
+        "triton",
+        "cuda",
+        ("triton",),
+        can_run=_triton_cannot,
+        run=torch.ops.pcx.weighted_pagerank_triton,
+    ),
+    Backend("cpu", "cpu", ("cpu extension",), run=torch.ops.pcx.weighted_pagerank),
+    Backend("reference", run=reference.weighted_pagerank),
+)
 
 
 @torch.library.register_fake("pcx::weighted_pagerank", lib=LIBRARY)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,13 +18,11 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler, Subset
 
-from pcx.analysis.cost import WHOLE, multiply_adds_by_module
-from pcx.backbones.inputs import data_config, input_size
+from pcx.backbones.inputs import data_config
 from pcx.backbones.outputs import logits_of
 from pcx.models.block_forward import found_on
+from pcx.token_pruning.budget_space import Space
 from pcx.token_pruning.dropping import zero_tprune
-from pcx.token_pruning.schedule import Step
-from pcx.token_pruning.stages import offered
 from pcx.training.batches import images_and_labels
 from pcx.training.loaders import plain_loader, rebuilt
 from pcx.training.objectives import per_sample_loss
@@ -34,12 +31,6 @@ from pcx.training.precision import AMP
 if TYPE_CHECKING:
     import optuna
 
-FEWEST_LAYERS = 3  # the paper: any setting does that does not leave it all to one or two layers
-RATIOS = (0.5, 0.99)  # keep ratios as drawn, before they are scaled to the budget
-LEAST_KEEP = 0.3  # and what scaling leaves of them, so that no layer drops all
-MOST_SIMILAR = 0.1  # share of the patches that S drops in a layer at most; the paper's is 10 of 196
-# The strength, as `_Space._steps` takes it, from which on every ratio is at its least.
-STRONGEST = 1 + math.log(LEAST_KEEP) / math.log(RATIOS[1])
 SEARCHED = ("layers", "keep", "iters", "similar")
 
 
@@ -139,7 +130,7 @@ def search(
     """
     fixed = dict(fixed or {})
     _check(model, budget, {"trials": trials, "images": images}, seed, fixed, amp)
-    space = _Space(model, fixed)
+    space = Space(model, fixed)
     limit = space.limit(budget)
     facts = {"budget": limit, "unpruned": space.whole, "images": images, "seed": seed}
     study = _study(storage, study_name, sampler, {**facts, "fixed": fixed, "amp": amp})
@@ -180,151 +171,6 @@ def _check(
         raise ValueError("model: it is pruned; call remove() of what zero_tprune gave first")
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """A setting before it is brought to the budget; the dictionaries are by layer."""
-
-    count: int  # of layers, at least
-    order: Sequence[int]  # in which layers are taken
-    ratios: Mapping[int, float]
-    similar: Mapping[int, int]
-    iters: Mapping[int, int]
-
-
-class _Space:
-    """The settings of a model, and what each costs."""
-
-    def __init__(self, model: nn.Module, fixed: Mapping[str, Any]):
-        size = input_size(model)
-        first = zero_tprune(model, layers=(1,), keep=1.0, iters=1, **fixed)
-        first.remove()
-        self.depth = len(first.blocks)
-        self.layers = range(1, self.depth)  # after the last there is nothing left to save
-        self.patches = size[1] * size[2] // first.patch_pixels
-        if not self.layers or self.patches < FEWEST_LAYERS:
-            raise ValueError(
-                f"model: {self.depth} blocks and {self.patches} patches, expected 2 or more and "
-                f"{FEWEST_LAYERS} or more"
-            )
-        self.partition = fixed.get("partition", "sequential-u")
-        self.whole, self._costs = self._measured(model, first.blocks, fixed)
-
-    def _measured(
-        self, model: nn.Module, blocks: Sequence[str], fixed: Mapping[str, Any]
-    ) -> tuple[float, dict[int, list[float]]]:
-        """The whole model's multiply-adds; and by layer, of what follows it, up to a constant,
-        where 0, 1, ... of all patches are left.
-
-        Each block's, and the head's, are a polynomial of degree 2 of its tokens, so that three
-        numbers of patches tell those of all, exactly in rational numbers.
-        """
-        points = (self.patches, (1 + self.patches) // 2, 1)
-        counted = {}
-        for patches in points:
-            keep = patches / self.patches
-            pruning = zero_tprune(model, layers=(1,), keep=keep, iters=1, **fixed)
-            try:
-                counted[patches] = multiply_adds_by_module(model)
-            finally:
-                pruning.remove()
-        after = {n: Fraction(counts[WHOLE]) for n, counts in counted.items()}
-        costs = {}
-        for layer in self.layers:
-            for n, counts in counted.items():
-                (block,) = (name for name in counts if name.endswith(f".{blocks[layer - 1]}"))
-                after[n] -= Fraction(counts[block])
-            costs[layer] = [float(_through(after, n)) for n in range(self.patches + 1)]
-        return counted[self.patches][WHOLE], costs
-
-    def cost(self, steps: Sequence[Step]) -> float:
-        """Multiply-adds per image, as `pcx.multiply_adds` would count them."""
-        total, patches = self.whole, self.patches
-        for step in steps:
-            left = step.left(patches)
-            total += self._costs[step.layer][left] - self._costs[step.layer][patches]
-            patches = left
-        return total
-
-    def limit(self, budget: float) -> float:
-        """The budget in multiply-adds.
-
-        Raises:
-            ValueError: the model takes less, or pruning cannot get there.
-        """
-        limit = budget * self.whole if budget <= 1 else float(budget)
-        if limit > self.whole:
-            raise ValueError(f"budget: {budget}, but the unpruned model takes {self.whole:.0f}")
-        zero = dict.fromkeys(self.layers, 0)
-        lowest = _Draw(0, self.layers, dict.fromkeys(self.layers, RATIOS[0]), zero, zero)
-        least = self.cost(self._steps(lowest, self.layers, STRONGEST))
-        if least > limit:
-            raise ValueError(
-                f"budget: {budget} cannot be reached: {LEAST_KEEP} of the patches kept after each "
-                f"of layers 1 to {self.depth - 1} leave {least:.0f} multiply-adds; give "
-                f"{math.ceil(1000 * least / self.whole) / 1000} of the unpruned model's or more"
-            )
-        return limit
-
-    def draw(self, trial: optuna.Trial) -> _Draw:
-        most = len(self.layers)
-        similar = int(MOST_SIMILAR * self.patches)
-        place = {i: trial.suggest_float(f"place_{i}", 0, 1) for i in self.layers}
-        return _Draw(
-            count=trial.suggest_int("layers", min(FEWEST_LAYERS, most), most),
-            order=sorted(self.layers, key=lambda layer: place[layer]),
-            ratios={i: trial.suggest_float(f"ratio_{i}", *RATIOS) for i in self.layers},
-            similar={i: trial.suggest_int(f"similar_{i}", 0, similar) for i in self.layers},
-            iters={i: trial.suggest_int(f"iters_{i}", *self._iters(i)) for i in self.layers},
-        )
-
-    def _iters(self, layer: int) -> tuple[int, int]:
-        if layer <= 3:
-            return (30, 50)
-        return (1, 1) if layer > self.depth - 3 else (5, 10)
-
-    def at_budget(self, draw: _Draw, limit: float) -> list[Step]:
-        """The drawn setting, scaled to the most multiply-adds that are not above the limit."""
-        for count in range(draw.count, len(self.layers) + 1):
-            layers = sorted(draw.order[:count])
-            if self.cost(self._steps(draw, layers, STRONGEST)) <= limit:
-                break
-        too_weak, enough = 0.0, STRONGEST
-        while enough - too_weak > 1e-4:
-            strength = (too_weak + enough) / 2
-            if self.cost(self._steps(draw, layers, strength)) <= limit:
-                enough = strength
-            else:
-                too_weak = strength
-        return self._steps(draw, layers, enough)
-
-    def _steps(self, draw: _Draw, layers: Sequence[int], strength: float) -> list[Step]:
-        """The drawn setting at a strength; the stronger, the fewer patches after every layer.
-
-        At 0 nothing is dropped, at 1 the similar patches alone, and above that r^(strength - 1) of
-        the rest is kept, with r the drawn ratio.
-        """
-        steps, patches = [], self.patches
-        for layer in layers:
-            similar = int(draw.similar[layer] * min(strength, 1))
-            similar = min(similar, offered(patches, self.partition), patches - 1)
-            keep = draw.ratios[layer] ** max(strength - 1, 0)
-            keep = max(keep, LEAST_KEEP, 1 / (patches - similar))  # one at least
-            steps.append(Step(layer, round(keep, 3), max(draw.iters[layer], 1), similar))
-            patches = steps[-1].left(patches)
-        return steps
-
-
-def _through(points: Mapping[int, Fraction], x: int) -> Fraction:
-    """The polynomial of least degree through some points, at x (Lagrange)."""
-    return sum(
-        (
-            y * math.prod((Fraction(x - b, a - b) for b in points if b != a), start=Fraction(1))
-            for a, y in points.items()
-        ),
-        Fraction(0),
-    )
-
-
 def _study(
     storage: Any, name: str, sampler: optuna.samplers.BaseSampler | None, facts: dict[str, Any]
 ) -> optuna.Study:
@@ -357,7 +203,7 @@ def _evaluated(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
 
 def _try_one(
     study: optuna.Study,
-    space: _Space,
+    space: Space,
     limit: float,
     evaluation: _Evaluation,
     seed: int | None,

@@ -45,18 +45,16 @@ def finetune(
 ) -> list[dict]:
     """Trains a model for `pcx.zero_tprune`, under soft masks (Zero-TPrune, Sec. C).
 
-    The teacher is the model as it comes, unpruned; the loss is `three_term_loss`. The model is left
-    unpruned: prune it afterwards with the same `layers`, `keep` and `iters`, and `similar=0`. Other
-    settings need a training of their own, and the unpruned model loses by it. `pcx.fit` of a model
-    that is pruned already, whose tokens are really dropped, is the cheaper rival to compare with
-    (benchmarks/zero_tprune_finetune.py).
+    The unpruned model is the teacher, and the loss is `three_term_loss`. The model is left
+    unpruned: prune it afterwards with the same `layers`, `keep` and `iters`, and `similar=0`.
+    `pcx.fit` of a model that is pruned already is cheaper (benchmarks/zero_tprune_finetune.py).
 
     Args:
-        model: a `pcx.VPT`, whose prompts and head are trained, or a timm vision transformer, of
-            which is trained what requires gradients; trained already, and not pruned.
+        model: a tuned model, or a vision transformer of which is trained what requires gradients;
+            trained already, and not pruned.
         loader: as `pcx.fit` takes it.
         layers, keep, iters, temperature, cls_boost, variances: as `soft_prune` takes them.
-        epochs, lr: of this training, without warm-up; a VPT's recorded rate stays as it is.
+        epochs, lr: of this training, without warm-up; a tuned model's record stays as it is.
         distill, kl: weights of the loss's second and third term.
         opt, weight_decay, clip_grad, amp, seed, progress: as `pcx.fit` takes them.
 
@@ -65,8 +63,7 @@ def finetune(
 
     Raises:
         ValueError: an argument does not fit, or the model cannot be pruned softly.
-        NonFiniteLoss: as `pcx.fit` raises it. After this or any other exception masks and teacher
-            are gone; the weights are as `pcx.fit` leaves them.
+        NonFiniteLoss: as `pcx.fit` raises it. Masks and teacher are gone after any exception.
 
     Example:
         >>> setting = {"layers": (3, 6, 9), "keep": 0.7, "iters": (30, 5, 1)}
@@ -79,36 +76,18 @@ def finetune(
     with accelerator_for(amp, seed) as accelerator:
         model.to(accelerator.device)  # before the teacher shares its memory
     teacher = Teacher(model)
-    soft = soft_prune(
-        model,
-        layers=layers,
-        keep=keep,
-        iters=iters,
-        temperature=temperature,
-        cls_boost=cls_boost,
-        variances=variances,
-    )
-    lesson = _Lesson(teacher, soft, distill, kl)
-    hook = model.register_forward_hook(lesson.hear)
+    settings: dict[str, Any] = {"layers": layers, "keep": keep, "iters": iters}
+    settings |= {"temperature": temperature, "cls_boost": cls_boost, "variances": variances}
+    options: dict[str, Any] = {"epochs": epochs, "lr": lr, "opt": opt, "amp": amp, "seed": seed}
+    options |= {"weight_decay": weight_decay, "clip_grad": clip_grad, "progress": progress}
+    lesson = _Lesson(teacher, soft_prune(model, **settings), distill, kl)
     record = copy.copy(model.record) if isinstance(model, TunedModel) else None
+    hook = model.register_forward_hook(lesson.hear)
     try:
-        return fit(
-            model,
-            loader,
-            epochs=epochs,
-            lr=lr,
-            warmup_epochs=0,
-            criterion=lesson.criterion,
-            opt=opt,
-            weight_decay=weight_decay,
-            clip_grad=clip_grad,
-            amp=amp,
-            seed=seed,
-            progress=progress,
-        )
+        return fit(model, loader, warmup_epochs=0, criterion=lesson.criterion, **options)
     finally:
         hook.remove()
-        soft.remove()
+        lesson.soft.remove()
         if isinstance(model, TunedModel) and record is not None:
             model.record = record
 

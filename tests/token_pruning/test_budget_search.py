@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import pcx
 from pcx.backbones.inputs import input_size
 from pcx.models.block_forward import found_on
-from pcx.token_pruning.budget_search import LEAST_KEEP
+from pcx.token_pruning.budget_space import LEAST_KEEP
 
 QUIET = {"progress": False}
 DEPTH = 6
