@@ -25,7 +25,7 @@ from pcx.token_pruning.budget_space import Space
 from pcx.token_pruning.dropping import zero_tprune
 from pcx.training.batches import images_and_labels
 from pcx.training.loaders import plain_loader, rebuilt
-from pcx.training.objectives import per_sample_loss
+from pcx.training.objectives import SingleLabel
 from pcx.training.precision import AMP
 
 if TYPE_CHECKING:
@@ -270,7 +270,7 @@ class _Evaluation:
             for images, labels in self.batches:
                 logits = logits_of(self.model(images))
                 if check:
-                    per_sample_loss(logits, labels)  # which says what is wrong with them
+                    SingleLabel().losses(logits, labels)  # says what is wrong with the labels
                 right += (logits.argmax(-1) == labels).sum()
         return 100 * int(right) / self.images
 

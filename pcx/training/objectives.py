@@ -289,10 +289,3 @@ def objective_for(
             raise ValueError("criterion: the objective has its own; give one of the two")
         return objective
     return OBJECTIVES.get_checked(objective or SingleLabel.name)(criterion)
-
-
-def per_sample_loss(
-    logits: Tensor, labels: Tensor, criterion: Criterion | None = None, *, check: bool = True
-) -> Tensor:
-    """The loss of each sample under `SingleLabel`."""
-    return SingleLabel(criterion).losses(logits, labels, check=check)
