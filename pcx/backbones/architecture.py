@@ -12,6 +12,7 @@ from pcx.backbones.spec import BackboneSpec
 
 def architecture_of(backbone: nn.Module, spec: BackboneSpec) -> dict[str, Any]:
     """The facts as JSON: class, image size, depth, heads, head dims, eps, activations, pooling."""
+    pool = getattr(backbone, "global_pool", None)
     eps = {m.eps for m in backbone.modules() if isinstance(getattr(m, "eps", None), float)}
     return {
         "class": spec.family,
@@ -21,7 +22,7 @@ def architecture_of(backbone: nn.Module, spec: BackboneSpec) -> dict[str, Any]:
         "head_dims": [block.head_dim for block in spec.blocks],
         "eps": sorted(eps),
         "activations": sorted({type(m).__name__ for m in backbone.modules() if _activates(m)}),
-        "pooling": getattr(backbone, "global_pool", None),
+        "pooling": pool if isinstance(pool, str | None) else type(pool).__name__,
         "prefix_tokens": spec.prefix_tokens,
     }
 

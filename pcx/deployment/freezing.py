@@ -32,6 +32,11 @@ class Frozen(nn.Module):
         with torch.autocast(x.device.type, self.amp):
             return logits_of(self.backbone(x, **inputs))
 
+    @property
+    def pretrained_cfg(self) -> Any:
+        """timm's configuration of the backbone, read by `timm.data.resolve_model_data_config`."""
+        return self.backbone.pretrained_cfg
+
     def train(self, mode: bool = True) -> Frozen:
         """Raises a ValueError for training."""
         if mode:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pcx.backbones.inputs import data_config
 from pcx.backbones.outputs import feature_maps, logits_of
-from pcx.backbones.residual import plain_names
+from pcx.backbones.residual import Wrapper, plain_names
 from pcx.backbones.spec import BackboneSpec, find_spec, library_facts
 from pcx.models.block_forward import found_on
 from pcx.models.heads import HEAD_INITS, draw_published, head_size, set_head_size
@@ -66,6 +66,12 @@ class TunedModel(nn.Module):
         if isinstance(backbone, TunedModel):
             raise ValueError(
                 f"backbone: already a {type(backbone).__name__}; give the backbone it was built on"
+            )
+        wrapped = next((m for m in backbone.modules() if isinstance(m, Wrapper)), None)
+        if wrapped is not None:
+            raise ValueError(
+                f"backbone: it holds a {type(wrapped).__name__} of another tuned model; give the "
+                "backbone that the model was built on"
             )
         self.record = Record()
         self.backbone = over_same_memory(backbone, backbone.parameters()).eval()

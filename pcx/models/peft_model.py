@@ -66,10 +66,15 @@ class PeftModel(TunedModel):
         return {f"backbone.{name}": tensor for name, tensor in found.items()}
 
     def frozen_state(self) -> dict[str, nn.Parameter]:
-        """The backbone's parameters without its heads', by the names of the plain backbone."""
-        heads = tuple(f"{name}." for name in self.spec.heads)
+        """The backbone's parameters without the heads that peft saves, by their plain names."""
+        parameters = dict(self.plain_backbone().named_parameters())
+        # A head that peft does not save is part of the backbone.
+        saved = {
+            n.partition(".modules_to_save.")[0] for n in parameters if ".modules_to_save." in n
+        }
+        heads = tuple(f"{name}." for name in self.spec.heads if name in saved)
         found = {}
-        for name, parameter in self.plain_backbone().named_parameters():
+        for name, parameter in parameters.items():
             plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
             adapted = any(f".{part}" in f".{name}" for part in ("lora_", "modules_to_save"))
             if not (adapted or parameter.requires_grad or plain.startswith(heads)):

@@ -200,6 +200,34 @@ def test_linear_probes_need_no_attention(dataset):
         pcx.VPT(model, 2)
 
 
+def test_a_backbone_that_is_wrapped_already_is_refused(backbone):
+    for held in (pcx.VPT(backbone, 2).backbone, pcx.freeze(pcx.VPT(backbone, 2)).backbone):
+        for method in (pcx.Linear, pcx.Full):
+            with pytest.raises(ValueError, match="backbone: it holds a PromptedBlock of another"):
+                method(held)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050"])
+def test_models_whose_pooling_is_a_module_are_saved(name, tmp_path):
+    backbone = timm.create_model(name, num_classes=3).eval()
+    model, x = pcx.Linear(backbone).eval(), torch.randn(2, 3, 64, 64)
+    pcx.save(model, tmp_path / "m")
+    assert torch.equal(pcx.load(tmp_path / "m", backbone)(x), model(x))
+
+
+def test_a_head_that_peft_does_not_save_is_part_of_the_backbone(backbone, dataset, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(backbone), config).double().eval()
+    pcx.save(model, tmp_path / "m")
+    x = dataset.tensors[0]
+    assert torch.equal(pcx.load(tmp_path / "m", backbone)(x), model(x))
+    with torch.no_grad():
+        backbone.head.weight.add_(1)
+    with pytest.raises(ValueError, match="backbone: .* was trained on"):
+        pcx.load(tmp_path / "m", backbone)
+
+
 def test_inputs_of_the_backbone_pass_on():
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
@@ -229,6 +257,7 @@ def test_timm_reads_a_tuned_model_as_its_backbone():
     assert config["mean"] != timm.data.IMAGENET_DEFAULT_MEAN
     assert model.num_classes == 3
     assert "Normalize" in repr(model.transform())
+    assert timm.data.resolve_model_data_config(pcx.freeze(model))["mean"] == config["mean"]
 
 
 def test_a_method_of_ones_own(backbone, loader, tmp_path):
