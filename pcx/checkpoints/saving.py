@@ -71,8 +71,6 @@ def load(path: str | os.PathLike, backbone: nn.Module | None = None) -> Any:
             not known, or the backbone is another one.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"path: no file {path}")
     described, tensors = _read(path)
     saved = described["backbone"]
     if described["method"] not in METHODS:
@@ -109,8 +107,6 @@ def backbone_in(path: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: as `load` raises it of a file.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"path: no file {path}")
     return _read(Path(path))[0]["backbone"]
 
 
@@ -174,6 +170,8 @@ def _differ(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> str:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Reads a file of format 1 or 2: its description, as format 2 has it, and its tensors."""
+    if not path.is_file():
+        raise FileNotFoundError(f"path: no file {path}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

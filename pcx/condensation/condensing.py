@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from pcx.condensation.scores_file import write_scores
-from pcx.condensation.scoring import score
+from pcx.condensation.scoring import check_prompted, score
 from pcx.condensation.selection import select
 from pcx.models.record import Condensation
 from pcx.models.vpt.model import VPT
@@ -105,10 +105,7 @@ def _checked_rate(model: Any, keep, scope, epochs, lr, val_loader) -> float | No
     Raises:
         ValueError: an argument of `condense` does not fit.
     """
-    if not isinstance(model, VPT):
-        raise ValueError(
-            f"model: a {type(model).__name__}, expected a pcx.VPT: other methods have no prompts"
-        )
+    check_prompted(model)
     if epochs < 0:
         raise ValueError(f"epochs: {epochs}, expected 0 or more")
     if epochs and lr is None:

@@ -155,6 +155,14 @@ def _say(reader: Reader, data: str) -> None:
     )
 
 
+def check_prompted(model: Any) -> None:
+    """Raises a ValueError where a model is no `pcx.VPT`, and so has no prompts to score."""
+    if not isinstance(model, VPT):
+        raise ValueError(
+            f"model: a {type(model).__name__}, expected a pcx.VPT: other methods have no prompts"
+        )
+
+
 def _check(model, names, amp, cuda_graph, checkpoint_dir, resume) -> None:
     """Raises a ValueError where arguments of `score` do not fit, before anything is read."""
     unknown = [name for name in names if name not in SCORES]
@@ -162,10 +170,7 @@ def _check(model, names, amp, cuda_graph, checkpoint_dir, resume) -> None:
         raise ValueError(f"method: got none, expected some of {tuple(SCORES)}")
     if unknown:
         raise ValueError(SCORES.unknown(unknown[0]))
-    if not isinstance(model, VPT):
-        raise ValueError(
-            f"model: a {type(model).__name__}, expected a pcx.VPT: other methods have no prompts"
-        )
+    check_prompted(model)
     observed = {x for n in names for x in getattr(SCORES[n], "observes", ())}
     if "cls" in observed and not model.spec.has_cls:
         raise ValueError(

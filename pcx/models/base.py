@@ -95,7 +95,7 @@ class TunedModel(nn.Module):
     @property
     def heads(self) -> list[Any]:
         """The classifier heads, none where the head was removed."""
-        return [self.backbone.get_submodule(name) for name in self.spec.heads]
+        return [self.plain_backbone().get_submodule(name) for name in self.spec.heads]
 
     def own(self, part: str = "", keep: Callable[[str], bool] = lambda name: True) -> None:
         """Makes tensors of the backbone the model's own: cloned, trained, saved and rolled back.

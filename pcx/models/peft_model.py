@@ -48,12 +48,6 @@ class PeftModel(TunedModel):
         self._owned = set()
         self.train(model.training)
 
-    @property
-    def heads(self) -> list[Any]:
-        """The classifier heads: of those that peft trains, the trained ones."""
-        base = self.backbone.get_base_model()
-        return [base.get_submodule(name) for name in self.spec.heads]
-
     def plain_backbone(self) -> nn.Module:
         """The model under the adapters."""
         return self.backbone.get_base_model()

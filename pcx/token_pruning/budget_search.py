@@ -23,6 +23,7 @@ from pcx.backbones.outputs import logits_of
 from pcx.models.block_forward import found_on
 from pcx.token_pruning.budget_space import Space
 from pcx.token_pruning.dropping import zero_tprune
+from pcx.token_pruning.schedule import arguments_of
 from pcx.training.batches import images_and_labels
 from pcx.training.loaders import plain_loader, rebuilt
 from pcx.training.objectives import SingleLabel
@@ -217,12 +218,7 @@ def _try_one(
         study.sampler = optuna.samplers.RandomSampler(seed=int(mixed))
     try:
         steps = space.at_budget(space.draw(trial), limit)
-        setting = {
-            "layers": [step.layer for step in steps],
-            "keep": [step.keep for step in steps],
-            "iters": [step.iters for step in steps],
-            "similar": [step.similar for step in steps],
-        }
+        setting = arguments_of(steps)
         trial.set_user_attr("setting", setting)
         trial.set_user_attr("multiply_adds", space.cost(steps))
         accuracy = evaluation.pruned(setting)
