@@ -25,9 +25,7 @@ class Listed(NamedTuple):
 # A new command is one file in this folder and one line here.
 COMMANDS = {
     "demo": Listed("pcx.cli.demo:demo", "VPT and Prompt Condensation on data in the package."),
-    "train": Listed(
-        "pcx.cli.train:train", "Trains what a method adds to a backbone, and its head, on a task."
-    ),
+    "train": Listed("pcx.cli.train:train", "Trains a method on a task."),
     "condense": Listed("pcx.cli.condense:condense", "Scores, selects and fine-tunes prompts."),
     "eval": Listed("pcx.cli.evaluate:evaluate", "Accuracy of a saved model on a split."),
     "prune": Listed(
