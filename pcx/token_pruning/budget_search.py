@@ -126,12 +126,11 @@ def search(
         progress: whether to show a progress bar and the result.
 
     Returns:
-        `.best`, its `.accuracy` and `.multiply_adds`, the accuracy `.unpruned`, and the `.study`.
+        `.best`, its `.accuracy` and `.multiply_adds`, the accuracy `.unpruned`, the `.study`.
 
     Raises:
         ValueError: an argument is out of range, the model is pruned already, the budget cannot be
-            reached, or the stored study has other arguments. Other weights, and as many other
-            images, are not noticed.
+            reached, or the stored study has other arguments (weights and images are not compared).
 
     Example:
         >>> found = pcx.token_pruning.search(model, val_loader, budget=0.65)
