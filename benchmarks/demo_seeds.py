@@ -1,4 +1,4 @@
-"""`pcx demo` over several seeds: `python benchmarks/demo_seeds.py` writes results/demo_cpu.csv."""
+"""Runs `pcx demo` over several seeds: `python benchmarks/demo_seeds.py`, to results/demo_cpu.csv."""
 
 from __future__ import annotations
 
