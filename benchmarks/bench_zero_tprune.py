@@ -32,10 +32,8 @@ from pcx.token_pruning.stages import RANKINGS
 
 RESULTS = Path(__file__).parent / "results"
 PATCHES = 64  # patches of a scene
-LAYERS = {
-    "1 2 3 4": (30, 5, 5, 1),
-    "2 4": (5, 5),
-}  # pruning layers of six, and the PageRank iterations in each
+# The pruning layers, of six, and the PageRank iterations in each.
+LAYERS = {"1 2 3 4": (30, 5, 5, 1), "2 4": (5, 5)}
 EVERY = "1 2 3 4 5"  # the layers after which ToMe merges
 SIMILAR = 2
 CUTS = (0.20, 0.35, 0.50)

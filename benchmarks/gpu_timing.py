@@ -32,9 +32,7 @@ def graph_of(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = [
-            call() for call in calls
-        ]  # keeps a later call from reusing the memory of these results
+        kept = [call() for call in calls]  # no later call may reuse the memory of a result
     graph.kept = kept  # type: ignore[attr-defined]
     return graph
 

@@ -130,9 +130,8 @@ def match(features: Tensor, r: int, *, protected: int) -> Tensor:
     new = torch.arange(tokens, device=features.device).expand(batch, -1)
     if r == 0:
         return new
-    wide = torch.promote_types(
-        features.dtype, torch.float32
-    )  # 16 bits would round different likenesses to ties
+    # 16 bits would round different likenesses to ties.
+    wide = torch.promote_types(features.dtype, torch.float32)
     unit = F.normalize(features.to(wide), dim=-1)
     a, b = (slice(protected + (protected + odd) % 2, None, 2) for odd in (0, 1))
     with without_autocast(unit):
@@ -164,9 +163,7 @@ def merge(x: Tensor, sizes: Tensor, places: Tensor, left: int) -> tuple[Tensor, 
     """
     batch, _, dim = x.shape
     summed = sizes.new_zeros(batch, left).scatter_add(1, places, sizes)
-    share = sizes / summed.gather(
-        1, places
-    )  # [B, N], share of each token in the one it merges into
+    share = sizes / summed.gather(1, places)  # [B, N], of each token in the one it merges into
     weighted = share[..., None] * x  # [B, N, D]
     mean = weighted.new_zeros(batch, left, dim)
     mean = mean.scatter_add(1, places[..., None].expand(-1, -1, dim), weighted)
