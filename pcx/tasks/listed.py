@@ -190,7 +190,7 @@ def _to_tensor(config: dict) -> list:
 def _existing(path: Path, what: str) -> Path:
     if not path.exists():
         raise FileNotFoundError(
-            f"{path}: not found, expected {what}; pass the folder above it as root="
+            f"{path}: not found, expected {what}; pass root=, the folder of the data sets"
         )
     return path
 
