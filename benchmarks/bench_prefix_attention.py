@@ -1,9 +1,10 @@
-"""prefix_attention against concatenation before each SDPA backend.
+"""Benchmark of prefix_attention against concatenation before each SDPA backend.
 
-`pytest benchmarks/bench_prefix_attention.py` checks and times a few shapes on the CPU, or the GPU
-where there is one. On a GPU, `python benchmarks/bench_prefix_attention.py` writes
-`results/prefix_attention_<gpu>.csv`; rows already there are not measured again. All GPU times are
-of CUDA graphs over three sets of inputs, in turn. `--draw <csv>` draws the figure of a table.
+`pytest benchmarks/bench_prefix_attention.py` checks and times a few shapes, on the GPU if there is
+one. On a GPU, `python benchmarks/bench_prefix_attention.py` writes
+`results/prefix_attention_<gpu>.csv`. Rows that are already there are not measured again. All GPU
+times are of CUDA graphs over three sets of inputs, in turn. `--draw <csv>` draws the figure of a
+table.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 HEADLINE = {"batch": 64, "n": 197, "dim": 64}
-BOUND = 3e-2  # of an error, relative to the largest element
+BOUND = 3e-2  # largest error allowed, relative to the largest element
 FIELDS = (
     "pass form batch n m dim heads dtype us_median us_q1 us_q3 max_error gpu torch triton driver"
 )
 
 
 def inputs(batch, n, m, dim, dtype, device, seed=0) -> list[Tensor]:
-    """q, k, v laid out as timm's projection gives them, prefix keys and values, output gradient."""
+    """q, k, v in the layout of timm's projection, prefix keys and values, output gradient."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def rand(*shape):
@@ -72,14 +73,14 @@ def gradients(attend, tensors, gradient) -> tuple[Tensor, ...]:
 
 
 def largest_error(found: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> float:
-    """Relative to the largest element."""
+    """The largest error, relative to the largest element."""
     return max(
         float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, right, strict=True)
     )
 
 
 def errors_of(attend, tensors, gradient) -> tuple[float, float]:
-    """Of the output and of the gradients, against float32."""
+    """The errors of the output and of the gradients, against float32."""
     small = [t[:2].float() if i < 3 else t.float() for i, t in enumerate(tensors)]
     part = [t[:2] if i < 3 else t for i, t in enumerate(tensors)]
     found = gradients(attend, part, gradient[:2])
@@ -154,7 +155,7 @@ def _row(which: str, form: str, shape: dict, m: int, quartiles, error: float) ->
 
 
 def measure(shape: dict, m: int, done: set[tuple]) -> list[dict]:
-    """Rows of one shape that are not done yet; a backend's time is that of its backward alone."""
+    """Measures the rows of one shape that are missing; backward times are without the forward."""
     rows: list[dict] = []
 
     def missing(which: str, form: str) -> bool:
@@ -179,7 +180,7 @@ def measure(shape: dict, m: int, done: set[tuple]) -> list[dict]:
                 print(form, shape, m, f"backward is wrong by {error:.1e}: not timed", flush=True)
                 continue
             whole = graphed([_both(attend, s) for s in sets])
-            # The forward inside it saves what the backward reads, and is timed as such.
+            # The forward here saves tensors for the backward, and is timed with that.
             alone = graphed([_saving_forward(attend, s) for s in sets])
             back = tuple(w - alone[1] for w in whole)
             add("backward", form, back, error)
@@ -218,8 +219,11 @@ def _flex(q, k, v) -> tuple[Tensor, Tensor]:
 
 
 def merging(attend: Callable) -> Callable:
-    """Without concatenation from torch's parts: (output, LSE) of all samples' queries, folded into
-    one axis, over the prefix, and of each sample's over its own keys, merged by their LSEs."""
+    """Attention without concatenation, from parts of torch.
+
+    It merges two results (output, LSE) by their LSEs. The first is of all samples' queries, folded
+    into one axis, over the prefix. The second is of each sample's queries over its own keys.
+    """
 
     def run(q, k, v, prefix_k, prefix_v) -> Tensor:
         batch, heads, n, dim = q.shape
@@ -234,7 +238,7 @@ def merging(attend: Callable) -> Callable:
 
 
 def measure_merging(m: int, done: set[tuple]) -> list[dict]:
-    """Forward rows of the two forms that merge, at the headline shape."""
+    """Forward rows of the two forms that merge by LSEs, at the headline shape."""
     rows = []
     for form, attend in {"folded flash, merged": _flash, "folded flex, merged": _flex}.items():
         if ("forward", form, HEADLINE["batch"], HEADLINE["n"], m, HEADLINE["dim"]) in done:
@@ -253,7 +257,7 @@ def measure_merging(m: int, done: set[tuple]) -> list[dict]:
 
 
 def shapes():
-    """The headline first."""
+    """All shapes, the headline shape first."""
     yield dict(HEADLINE)
     for dim, n, batch in itertools.product((64, 80), (197, 49, 577), (64, 1, 256)):
         shape = {"batch": batch, "n": n, "dim": dim}
@@ -267,7 +271,7 @@ def _driver() -> str:
 
 
 def draw(file: Path) -> None:
-    """Times against the number of prompts at the headline shape, beside the table."""
+    """Draws times against the number of prompts at the headline shape, beside the table."""
     from matplotlib.figure import Figure
 
     rows = rows_of(file)

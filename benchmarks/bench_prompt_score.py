@@ -1,16 +1,17 @@
-"""Scoring a data set, beside what its gradients cost otherwise, and beside training.
+"""Benchmark of scoring a data set, against other ways to its gradients, and against training.
 
 `pytest benchmarks/bench_prompt_score.py` checks and times. Run as a program it writes
-`results/prompt_score_cpu.csv`, or `prompt_score_<gpu>.csv` in bfloat16 autocast where there is a
-GPU: time of one more batch, what a call takes beside its batches, peak memory; eager, from CUDA
-graphs ("graphed", for pcx `cuda_graph=True`), and compiled in CUDA graphs. Rows already there are
-not measured again. `--draw <csv>` draws what the whole of condensing costs, as the paper's Fig. 8b.
+`results/prompt_score_cpu.csv`, or on a GPU `prompt_score_<gpu>.csv` in bfloat16 autocast. A row has
+the time of one more batch, the time of a call beside its batches, and peak memory. Modes are eager,
+CUDA graphs ("graphed", for pcx `cuda_graph=True`), and compiled in CUDA graphs. Rows that are
+already there are not measured again. `--draw <csv>` draws the cost of all of condensing, as the
+paper's Fig. 8b.
 
 - plain: the backbone's forward and the gradient of the loss down to the input of its first block;
 - pcx: `pcx.score(method="taylor")`;
-- pcx, four methods: the other scores that one pass gives as well;
-- expanded: every sample has its own prompts, which pass each block's norm and projection; folded,
-  with `pcx.prefix_attention`;
+- pcx, four methods: four scores from the same pass;
+- expanded: every sample has its own copy of the prompts, which pass each block's norm and
+  projection; folded, with `pcx.prefix_attention`;
 - expanded, concatenated: the same in the published form of VPT;
 - one by one: the gradient of one sample's loss by the prompts, sample after sample;
 - training: a step of `pcx.fit`'s recipe with all prompts, folded;
@@ -76,13 +77,13 @@ def effort(name: str, prompts: int) -> tuple[int, int]:
 
 
 class Setting:
-    """A model, and every form of what its scores or its training take over some batches."""
+    """A model, and every form of its scoring and training over some batches."""
 
     def __init__(self, name: str, prompts: int, mode: str = "eager"):
         torch.manual_seed(0)
         self.mode = mode
         self.graphs: dict[str, torch.cuda.CUDAGraph] = {}
-        # Frozen, since a compiled backward pass gives all gradients that exist.
+        # Frozen, since a compiled backward pass computes all gradients that are required.
         self.backbone = timm.create_model(name, num_classes=100).requires_grad_(False)
         self.backbone.to(DEVICE).eval()
         self.model = pcx.VPT(self.backbone, prompts, read_only=False, head_init="keep").eval()
@@ -193,12 +194,12 @@ FORMS = {
     "fine-tuning": "fine_tuning",
     "one by one": "one_by_one",
 }
-# Forms that are measured in CUDA graphs too.
+# The forms that are measured in CUDA graphs too.
 ALSO_GRAPHED = ("plain", "pcx", "expanded", "expanded, concatenated")
 
 
 def check(setting: Setting, expected: list[torch.Tensor]) -> None:
-    """The ways to the scores agree on the first batch, a graph's too."""
+    """Checks that all ways to the scores agree on the first batch, in a CUDA graph too."""
     first = setting.batches[:1] * (1 if setting.mode == "eager" else 3)
     for form in (setting.pcx, setting.four_methods, setting.expanded, setting.concatenated):
         for a, b in zip(form(first), expected, strict=True):
@@ -236,14 +237,14 @@ def timed(setting: Setting, form: str, count: int) -> float:
 
 
 def warm_up(setting: Setting, form: str) -> int | str:
-    """The peak in MiB beyond what lay there before, of a few batches; "" without a counter."""
+    """The peak memory of a few batches in MiB, less what was used before; "" if not counted."""
     if not ON_GPU:
         timed(setting, form, 1)
         return ""
     if setting.mode != "eager" and form != "pcx":
         call = getattr(setting, FORMS[form])
         setting.graphs[form] = graph_of([lambda: call(setting.batches[:1])])
-        return ""  # a graph keeps all of its memory
+        return ""  # a graph holds all of its memory all the time
     count = 1 if form == "one by one" else FEW
     timed(setting, form, count)
     before = torch.cuda.memory_allocated()
@@ -253,7 +254,7 @@ def warm_up(setting: Setting, form: str) -> int | str:
 
 
 def measure(name: str, prompts: int, mode: str, forms: list[str]):
-    """One row per form; the forms take turns, so that a slower minute meets all of them."""
+    """One row per form. The forms take turns, so that a slow minute affects all of them."""
     setting = Setting(name, prompts)
     expected = setting.one_by_one(setting.batches[:1])
     if mode != "eager":
@@ -297,7 +298,7 @@ def measure(name: str, prompts: int, mode: str, forms: list[str]):
 
 
 def draw(file: Path) -> None:
-    """What training, scoring and fine-tuning take of condensing, relative to training (Fig. 8b)."""
+    """Draws the times of training, scoring and fine-tuning, relative to training (Fig. 8b)."""
     from matplotlib.figure import Figure
 
     rows = rows_of(file)
@@ -361,7 +362,7 @@ def main() -> None:
 
 
 def settings():
-    """(model, mode, prompts), those that must hold first."""
+    """All cases (model, mode, prompts), the most important first."""
     for mode in ("graphed", "eager", "compiled"):
         for name, prompts in sorted(GRAPHED):
             yield name, mode, prompts

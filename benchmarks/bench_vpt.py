@@ -1,4 +1,4 @@
-"""ViT-B/16 with VPT-Deep on CPU: what 200 prompts cost, folded, concatenated and left out.
+"""Benchmark of ViT-B/16 with VPT-Deep on a CPU: 200 prompts folded, concatenated, or left out.
 
 `pytest benchmarks/bench_vpt.py` times; `python benchmarks/bench_vpt.py` writes the rows of
 `results/vpt_cpu.csv` and the figure beside it.
@@ -31,7 +31,7 @@ def backbone() -> torch.nn.Module:
 
 
 def forms(prompts: int) -> dict:
-    """Name -> model; "read" computes in the last block only what the head reads.
+    """The models by name. "read" computes in the last block only the tokens that the head reads.
 
     "frozen" is "folded" with the prompts' keys and values as constants.
     """
@@ -53,7 +53,7 @@ def forms(prompts: int) -> dict:
 
 
 def check(models: dict, images: torch.Tensor) -> None:
-    """The three forms with prompts agree, and differ from the backbone without."""
+    """Checks that the three forms with prompts agree, and differ from the backbone without."""
     with torch.inference_mode():
         expected = models["concat"](images)
         for name in ("folded", "folded read", "frozen"):
@@ -88,10 +88,10 @@ def test_forward(benchmark, setting, form):
 
 
 def test_the_fold_pays():
-    """In the same run: folded against concat, and against the backbone without prompts.
+    """Compares folded with concat, and with the backbone without prompts, in one run.
 
-    By operations alone concat is 2.10 and folded 1.07 of plain; the bounds leave room for the noise
-    of a shared machine. `results/vpt_cpu.csv` has what was measured.
+    By operations alone concat is 2.10 and folded 1.07 of plain. The bounds leave room for the noise
+    of a shared machine. `results/vpt_cpu.csv` has the measurements.
     """
     if len(MEDIANS) < 6:
         pytest.skip("needs the timings of test_forward")
@@ -101,7 +101,7 @@ def test_the_fold_pays():
 
 
 def measure(rounds: int = 7) -> list[dict]:
-    """Median seconds of each form for several numbers of prompts, the forms taking turns."""
+    """The median seconds of each form for several numbers of prompts; the forms take turns."""
     rows = []
     images = torch.randn(BATCH, 3, 224, 224)
     for prompts in (10, 50, 100, 200):

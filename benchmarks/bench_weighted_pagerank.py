@@ -1,11 +1,12 @@
-"""Weighted PageRank beside its attention matrix written out.
+"""Benchmark of weighted PageRank against forms that store the attention matrix.
 
 `pytest benchmarks/bench_weighted_pagerank.py` checks and times. Run as a program on a GPU it writes
 `results/weighted_pagerank_<gpu>.csv`: microseconds of a call in a CUDA graph, q and k in bfloat16.
 
 - pcx: `pcx.weighted_pagerank`;
-- written out: the matrix once, all in bfloat16, and a batched matrix-vector product per iteration;
-- squared: the matrix raised to the power of all iterations by repeated squaring, in bfloat16.
+- written out: the matrix is computed once, all in bfloat16, then each iteration is a batched
+  matrix-vector product;
+- squared: the matrix is raised to the power of all iterations by repeated squaring, in bfloat16.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FIELDS = "form tokens iters batch heads dim dtype us_median us_q1 us_q3 gpu torc
 
 
 def inputs(tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Queries and keys as timm's projection lays them out; attention is peaked."""
+    """Queries and keys in the layout of timm's projection, with peaked attention."""
     generator = torch.Generator().manual_seed(seed)
     qkv = torch.randn(BATCH, tokens, 3, HEADS, DIM, generator=generator)
     qkv[:, :, 0] *= 3
@@ -46,7 +47,7 @@ def ours(q: torch.Tensor, k: torch.Tensor, iters: int) -> torch.Tensor:
 
 
 def attention(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Its scale taken into the queries, the smaller factor; [B H, N, N]."""
+    """The attention matrix [B H, N, N]; the smaller factor, the queries, is scaled."""
     return (q / math.sqrt(DIM) @ k.transpose(-2, -1)).softmax(-1).flatten(0, 1)
 
 
@@ -74,7 +75,7 @@ FORMS = {"pcx": ours, "written out": written_out, "squared": squared}
 
 
 def check(tokens: int, iters: int) -> None:
-    """Ours to 1e-4 of float64; the others, which round the matrix, to what that leaves."""
+    """Checks pcx to 1e-4 of float64, and the other forms, which round the matrix, to less."""
     q, k = inputs(tokens)
     exact = (q.double() @ k.double().transpose(-2, -1) / math.sqrt(DIM)).softmax(-1)
     scores = exact.new_full((*q.shape[:2], 1, tokens), 1 / tokens)
@@ -103,7 +104,7 @@ def test_thirty_iterations(benchmark, form, tokens):
 
 
 def measure(form: str, tokens: int, iters: int) -> dict:
-    batches = [inputs(tokens, seed) for seed in range(4)]  # more than the L2 holds
+    batches = [inputs(tokens, seed) for seed in range(4)]  # together larger than the L2
     calls = [lambda q=q, k=k: FORMS[form](q, k, iters) for q, k in batches]
     first, median, third = graphed(calls)
     return {

@@ -1,11 +1,14 @@
-"""Zero-TPrune against other orders of tokens, ToMe and ATS, on the embedded backbone.
+"""Benchmark of Zero-TPrune against other orders of tokens, ToMe and ATS, on the embedded backbone.
 
 `python benchmarks/bench_zero_tprune.py` writes `results/zero_tprune_scenes.csv`: the accuracy on
 held-out scenes of the task that the backbone was trained on, at 20, 35 and 50% fewer
-multiply-adds, over three seeds of scenes; nothing is trained. Every ranking prunes after the same
-layers, with the same similarity stage before it and the same shapes, and ATS samples a share of its
-slots after those layers: once from the first layer on, with the paper's iterations, and once after
-a third and two thirds of the layers. ToMe merges equally many pairs after every layer but the last.
+multiply-adds, over three seeds of scenes. Nothing is trained.
+
+Every ranking prunes after the same layers, with the same similarity stage and the same shapes. ATS
+samples a share of its slots after those layers. The layers are those from the first on, with the
+paper's iterations, or a third and two thirds of all. ToMe merges equally many pairs after every
+layer but the last.
+
 `pytest benchmarks/bench_zero_tprune.py` checks that and times a forward.
 """
 
@@ -28,9 +31,10 @@ from pcx.token_pruning import ats, tome
 from pcx.token_pruning.stages import RANKINGS
 
 RESULTS = Path(__file__).parent / "results"
-PATCHES = 64  # of a scene
-LAYERS = {"1 2 3 4": (30, 5, 5, 1), "2 4": (5, 5)}  # of six, and PageRank's iterations there
-EVERY = "1 2 3 4 5"  # ToMe's
+PATCHES = 64  # patches of a scene
+# The pruning layers, of six, and the PageRank iterations in each.
+LAYERS = {"1 2 3 4": (30, 5, 5, 1), "2 4": (5, 5)}
+EVERY = "1 2 3 4 5"  # the layers after which ToMe merges
 SIMILAR = 2
 CUTS = (0.20, 0.35, 0.50)
 SEEDS = (HELD_OUT_SEED, HELD_OUT_SEED + 1, HELD_OUT_SEED + 2)
@@ -50,7 +54,7 @@ FIELDS = [
 
 
 def set_up(model: torch.nn.Module, method: str, layers: str, setting: float) -> Any:
-    """By a share of the patches to keep or slots to sample at each layer, or ToMe's r."""
+    """Sets a method up by its cut: the share of patches to keep or slots to sample, or ToMe's r."""
     if method == "tome":
         return tome(model, r=int(setting))
     after = [int(layer) for layer in layers.split()]
@@ -65,14 +69,14 @@ def set_up(model: torch.nn.Module, method: str, layers: str, setting: float) -> 
 
 
 def patches_left(handle: Any) -> list[int]:
-    """After each layer that drops or merges some, or ATS's slots."""
+    """The patches left after each layer that drops or merges some, or the slots of ATS."""
     left = [merged.sizes for merged in handle.merged] if hasattr(handle, "merged") else handle.kept
     return [tokens.shape[1] - handle.prefix_tokens for tokens in left]
 
 
 @cache
 def setting_for(method: str, layers: str, cut: float) -> float:
-    """What leaves the most tokens at no more than so many multiply-adds."""
+    """The cut that leaves the most tokens at no more than so many multiply-adds."""
     model = scenes_vit(NUM_CLASSES)
     whole = pcx.multiply_adds(model)
     shares = [percent / 100 for percent in range(100, 0, -1)]
@@ -91,8 +95,8 @@ def held_out(seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 @torch.no_grad()
 def accuracy(model: torch.nn.Module, seed: int) -> float:
-    """Percent of held-out scenes."""
-    torch.manual_seed(seed)  # of "random"
+    """Accuracy on held-out scenes, percent."""
+    torch.manual_seed(seed)  # for the ranking "random"
     right = 0
     for images, labels in held_out(seed):
         right += int((model(normalise(images)).argmax(1) == labels).sum())
@@ -100,7 +104,7 @@ def accuracy(model: torch.nn.Module, seed: int) -> float:
 
 
 def cases():
-    """(method, layers, cut)."""
+    """All cases (method, layers, cut)."""
     yield "none", "", 0.0
     for cut in CUTS:
         for layers in LAYERS:

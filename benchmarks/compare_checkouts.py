@@ -1,10 +1,10 @@
-"""Two checkouts of pcx on one GPU, in turn: `python benchmarks/compare_checkouts.py BASE`.
+"""Times two checkouts of pcx in turn on one GPU: `python benchmarks/compare_checkouts.py BASE`.
 
 BASE is the folder of the other checkout, with its extension built in place. The script writes
 `results/checkouts_<gpu>.csv`: for each measurement the median of each checkout over the turns, and
-the median, lowest and highest ratio of the turns. Each turn is two processes, one for each
-checkout, and begins with the other one every time. "graph" rows are CUDA graphs, "compiled" rows
-are compiled models in CUDA graphs, and "call" rows are what a plain call takes, Python included.
+the median, lowest and highest ratio of the turns. A turn is one process for each checkout. Which
+checkout comes first alternates. "graph" rows are CUDA graphs, "compiled" rows are compiled models
+in CUDA graphs, and "call" rows are plain calls, Python included.
 """
 
 from __future__ import annotations

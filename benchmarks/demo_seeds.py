@@ -1,4 +1,7 @@
-"""`pcx demo` over several seeds: `python benchmarks/demo_seeds.py` writes results/demo_cpu.csv."""
+"""Runs `pcx demo` over several seeds; `python benchmarks/demo_seeds.py` writes a CSV.
+
+The CSV is results/demo_cpu.csv.
+"""
 
 from __future__ import annotations
 

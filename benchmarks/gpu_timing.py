@@ -1,4 +1,4 @@
-"""Timing on a GPU: CUDA graphs over inputs that do not fit the L2, medians of replays."""
+"""Timing on a GPU by medians of CUDA graphs, over inputs that together do not fit the L2."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 
 
 def table(folder: Path, stem: str) -> tuple[Path, list[dict]]:
-    """The CSV of this GPU, <stem>_<gpu>.csv, and the rows that are in it already."""
+    """The path of this GPU's CSV, <stem>_<gpu>.csv, and the rows that it already has."""
     name = torch.cuda.get_device_name().removeprefix("NVIDIA ").lower().replace(" ", "_")
     file = folder / f"{stem}_{name}.csv"
     return file, rows_of(file)
 
 
 def rows_of(file: Path) -> list[dict]:
-    """The rows of a CSV, none where it is not there yet."""
+    """The rows of a CSV; none if the file does not exist."""
     return list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
 
 
 def graph_of(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """One graph of all calls, each warmed up first."""
+    """One CUDA graph of all calls, each of which is warmed up first."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -32,7 +32,7 @@ def graph_of(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = [call() for call in calls]  # results of one call must not be reused by the next
+        kept = [call() for call in calls]  # no later call may reuse the memory of a result
     graph.kept = kept  # type: ignore[attr-defined]
     return graph
 

@@ -1,10 +1,12 @@
-"""How far scores are from those of one sample at a time in float64: writes a CSV on a GPU.
+"""Measures the error of scores against those of one sample at a time in float64, on a GPU.
 
-`python benchmarks/prompt_score_error.py` writes `results/prompt_score_error_<gpu>.csv`: of each
-layer, `pcx.score(method="taylor")` in float32 and in bfloat16 autocast, the largest relative error
-of a prompt's score and Spearman's rank correlation; for the embedded backbone with prompts trained
-on the digits, and for ViT-B/16 with random weights, prompts and images, whose scores lie closer
-together than rounding in 16 bits can tell apart.
+`python benchmarks/prompt_score_error.py` writes `results/prompt_score_error_<gpu>.csv`. A row is a
+layer under `pcx.score(method="taylor")`, in float32 or in bfloat16 autocast. It has the largest
+relative error of a prompt's score, and Spearman's rank correlation.
+
+The models are the embedded backbone with prompts trained on the digits, and ViT-B/16 with random
+weights, prompts and images. The scores of the latter lie closer together than rounding in 16 bits
+can tell apart.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ FIELDS = "model prompts images dtype layer relative_error spearman spread machin
 
 
 def trained(device: str) -> tuple[pcx.VPT, torch.Tensor, torch.Tensor]:
-    """A VPT of the embedded backbone that learnt the digits, and images of them."""
+    """A VPT over the embedded backbone, trained on the digits, and images of digits."""
     task = load_task("digits", data_config(scenes_vit()))
     loader = task.loader("trainval", 32)
     torch.manual_seed(0)
@@ -65,13 +67,13 @@ def one_by_one(model: pcx.VPT, images: torch.Tensor, labels: torch.Tensor) -> li
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Of two lists without equal entries."""
+    """Spearman's rank correlation of two lists without equal entries."""
     ranks = torch.stack([x.argsort().argsort().double() for x in (a, b)])
     return float(torch.corrcoef(ranks)[0, 1])
 
 
 def measure(name: str, device: str):
-    torch.backends.cudnn.allow_tf32 = False  # of the patch embedding: float32 means float32 here
+    torch.backends.cudnn.allow_tf32 = False  # the patch embedding must be float32, not TF32
     model, images, labels = MODELS[name](device)
     model.double()
     expected = [s.cpu() for s in one_by_one(model, images.double(), labels)]
@@ -89,7 +91,7 @@ def measure(name: str, device: str):
                 "layer": layer,
                 "relative_error": f"{float(((a - b).abs() / b).max()):.2e}",
                 "spearman": round(spearman(a, b), 6),
-                "spread": round(float(b.std() / b.mean()), 4),  # of the scores
+                "spread": round(float(b.std() / b.mean()), 4),  # of the scores, relative
                 "machine": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
                 "torch": torch.__version__,
                 "timm": timm.__version__,

@@ -1,11 +1,13 @@
-"""ViT-B/16 and ViT-L/16 end to end on a GPU: `python benchmarks/vpt_gpu.py` writes a CSV.
+"""Times ViT-B/16 and ViT-L/16 end to end on a GPU: `python benchmarks/vpt_gpu.py` writes a CSV.
 
-`results/vpt_<gpu>.csv` has inference and training steps of the backbone without prompts ("plain"),
-of VPT-Deep folded and concatenating, each eager in a CUDA graph and compiled, in bfloat16 autocast;
-"read" computes in the last block only what the head reads. "frozen" is that in
-`pcx.freeze(..., amp="bf16")`, for inference: weights cast once and, with prompts, their keys and
-values as constants.
-Rows already there are not measured again.
+`results/vpt_<gpu>.csv` has inference and training steps in bfloat16 autocast, each eager in a CUDA
+graph and compiled. Rows that are already there are not measured again.
+
+- plain: the backbone without prompts;
+- folded, concat: VPT-Deep on either path;
+- read: computes in the last block only the tokens that the head reads;
+- frozen: "read" after `pcx.freeze(..., amp="bf16")`, for inference: weights are cast once, and the
+  prompts' keys and values are constants.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def build(name: str, form: str, prompts: int) -> torch.nn.Module:
 
 
 def check(name: str, prompts: int, images: torch.Tensor) -> None:
-    """The forms with prompts agree in float32."""
+    """Checks that the forms with prompts agree in float32."""
     found = {}
     for form in ("folded", "folded read", "concat"):
         model = build(name, form, prompts).eval()
@@ -56,7 +58,7 @@ def check(name: str, prompts: int, images: torch.Tensor) -> None:
 
 
 def inference(model: torch.nn.Module, images: torch.Tensor):
-    model.eval()  # a frozen model too: it only refuses to train
+    model.eval()  # works for a frozen model too, which only refuses to train
 
     def run():
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
@@ -66,7 +68,7 @@ def inference(model: torch.nn.Module, images: torch.Tensor):
 
 
 def training(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor):
-    """Forward and backward; the optimiser's step, alike for all forms, is left out."""
+    """Forward and backward, without the optimiser's step, which is the same for all forms."""
     model.train()
     used = [p for p in model.parameters() if p.requires_grad]
 
@@ -116,7 +118,7 @@ def measure(name: str, form: str, prompts: int, work: str, mode: str) -> dict:
 
 
 def runs():
-    """(model, form, prompts, work, mode), the headline of the fold first."""
+    """All cases (model, form, prompts, work, mode), the headline of the fold first."""
     for name, counts in MODELS.items():
         for prompts in reversed(counts):
             for mode in ("compiled", "eager"):

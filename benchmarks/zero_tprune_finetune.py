@@ -1,10 +1,10 @@
-"""What training after pruning gains: `python benchmarks/zero_tprune_finetune.py`.
+"""Measures the gain of training for pruning: `python benchmarks/zero_tprune_finetune.py`.
 
-Writes `results/zero_tprune_finetune.csv`: the accuracy on the test digits of a VPT over the
+It writes `results/zero_tprune_finetune.csv`: the accuracy on the test digits of a VPT over the
 embedded backbone, whole and at 38% fewer multiply-adds, before and after a few more epochs, over
-three seeds. Besides the soft masks stand their two simplest rivals, of as many epochs with the same
-optimiser and learning rate: training with tokens really dropped, and training the whole model. No
-setting is searched for.
+three seeds. Soft masks are compared with their two simplest rivals: training with tokens really
+dropped, and training the whole model. All have as many epochs, the same optimiser and the same
+learning rate. No setting is searched for.
 """
 
 from __future__ import annotations

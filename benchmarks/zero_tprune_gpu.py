@@ -1,15 +1,15 @@
-"""Images a second of pruned DeiT-S on a GPU: `python benchmarks/zero_tprune_gpu.py` writes a CSV.
+"""Times pruned DeiT-S on a GPU, in images a second: `python benchmarks/zero_tprune_gpu.py`.
 
-`results/zero_tprune_<gpu>.csv` has DeiT-S, random weights, batches of 512 images, bfloat16,
-compiled and eager, each in a CUDA graph: whole ("plain"), pruned by Zero-TPrune with the settings
-of `pcx.token_pruning` ("a", "b", "c" and the paper's Table 1), and by random dropping, of the same
-shapes after every layer and without the similarity stage. Each is timed in turns with the whole
-model; "against_plain" is the median of the turns' ratios. Rows already there are not measured
-again.
+It writes `results/zero_tprune_<gpu>.csv`: DeiT-S with random weights, batches of 512 images,
+bfloat16, compiled and eager, each in a CUDA graph. The forms are the whole model ("plain"),
+Zero-TPrune with the settings of `pcx.token_pruning` ("a", "b", "c" and the paper's Table 1), and
+random dropping. The latter has the same shapes after every layer and no similarity stage. Each form
+is timed in turns with the whole model; "against_plain" is the median of the turns' ratios. Rows
+that are already there are not measured again.
 
-No pruning touches the patch embedding. Its convolution of three channels takes a tenth of the whole
-model's time more than a matrix product, which it equals, so all forms have it as a product
-("embedding"); "a" is there with timm's convolution too, channels last and with cuDNN's benchmark.
+No pruning changes the patch embedding. Its convolution of three channels equals a matrix product,
+which is faster by a tenth of the whole model's time. All forms therefore have it as a product
+("embedding"). "a" is timed with timm's convolution too, channels last and with cuDNN's benchmark.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from gpu_timing import graph_of, quantiles, table
 RESULTS = Path(__file__).parent / "results"
 MODEL, BATCH, PATCHES = "deit_small_patch16_224", 512, 196
 SETTINGS = {**VARIANTS, "table 1": TABLE_1}
-CASES = [  # compiled ones first
+CASES = [  # the compiled ones first
     (setting, mode, embedding)
     for mode in ("compiled", "eager")
     for embedding, settings in {"product": SETTINGS, "convolution": ["a"]}.items()
@@ -48,7 +48,7 @@ TURNS = 7
 
 
 class Product(nn.Module):
-    """A patch embedding's convolution, which does not overlap, as a matrix product."""
+    """The convolution of a patch embedding, which does not overlap, as a matrix product."""
 
     def __init__(self, convolution: nn.Conv2d):
         super().__init__()
@@ -77,9 +77,9 @@ def images_for(embedding: str) -> Tensor:
     return images
 
 
-@cache  # asked by the form dropped at random and by the rows
+@cache  # used by random dropping and by the rows
 def left_by(setting: str) -> list[int]:
-    """How many patches are left after each pruning layer, those at first in front."""
+    """The number of patches at first, and after each pruning layer."""
     left = [PATCHES]
     for step in pcx.zero_tprune(deit(), **SETTINGS[setting]).steps:
         left.append(step.left(left[-1]))
@@ -98,16 +98,18 @@ def build(setting: str, form: str, embedding: str = "product") -> nn.Module:
 
 
 def check_embedding() -> None:
-    """As a product it gives what the convolution gives."""
+    """Checks that the product equals the convolution."""
     images = images_for("product")[:8]
     found, expected = (deit(e).patch_embed(images) for e in ("product", "convolution"))
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
 
 
-@cache  # once for a setting
+@cache  # checked once per setting
 def check(setting: str) -> None:
-    """What the kernels keep is what the stages written out keep, on a few images in float32, but
-    for scores that are equal up to rounding, and what follows from these."""
+    """Checks on a few images in float32 that the kernels keep the tokens that the reference keeps.
+
+    Scores that are equal up to rounding may differ, and what follows from them.
+    """
     settings = SETTINGS[setting]
     model = deit().float()
     images = torch.randn(4, 3, 224, 224, generator=torch.Generator().manual_seed(0))
@@ -124,7 +126,7 @@ def check(setting: str) -> None:
 
 
 def replay_of(model: nn.Module, mode: str, images: Tensor):
-    """Runs the model as a CUDA graph, as long as its weights live."""
+    """A function that runs the model as a CUDA graph, as long as its weights live."""
     torch._dynamo.reset()
     called = torch.compile(model) if mode == "compiled" else model
 
@@ -137,13 +139,13 @@ def replay_of(model: nn.Module, mode: str, images: Tensor):
 
 @cache  # the same for all settings
 def whole_for(mode: str, embedding: str):
-    """(model, images, replay) of the model that is not pruned."""
+    """(model, images, replay) of the unpruned model."""
     model, images = deit(embedding), images_for(embedding)
     return model, images, replay_of(model, mode, images)
 
 
 def rows_of(setting: str, mode: str, embedding: str, models: dict, replays: dict):
-    """Of random dropping and Zero-TPrune, timed in turns with the whole model."""
+    """The rows of random dropping and Zero-TPrune, each timed in turns with the whole model."""
     turns = [
         {form: quantiles(replay, repeats=7, per_repeat=1) for form, replay in replays.items()}
         for _ in range(TURNS)

@@ -1,9 +1,9 @@
-"""Searched settings of Zero-TPrune against a fixed one, on the embedded backbone.
+"""Benchmark of searched settings of Zero-TPrune against a fixed one, on the embedded backbone.
 
-`python benchmarks/zero_tprune_search.py` writes `results/zero_tprune_search.csv`: settings at 65%
-of the multiply-adds, searched on scenes of three seeds, and evaluated on held-out scenes of three
-others; nothing is trained. The fixed setting is that of `bench_zero_tprune.py` at this cut.
-Random dropping is searched too, since where patches are dropped matters whatever the order.
+`python benchmarks/zero_tprune_search.py` writes `results/zero_tprune_search.csv`. The settings have
+65% of the multiply-adds. They are searched on scenes of three seeds and evaluated on held-out
+scenes of three others; nothing is trained. The fixed setting is that of `bench_zero_tprune.py` at
+this cut. Random dropping is searched too, since the places of dropping matter for any order.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def row(seed: int, held_out: DataLoader, arguments: dict, **said: Any) -> dict:
     model = scenes_vit(NUM_CLASSES)
     if arguments:
         pcx.zero_tprune(model, **arguments)
-    torch.manual_seed(seed)  # of "random"
+    torch.manual_seed(seed)  # for the ranking "random"
     columns = {name: arguments.get(name, "") for name in FIXED}
     found = {
         **said,

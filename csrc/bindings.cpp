@@ -1,5 +1,5 @@
-// The compiled part of pcx. Its operations implement schemas that Python defines; this module makes
-// them loadable and says how it was built.
+// The compiled extension pcx._C. It registers implementations of the ops that Python defines, and
+// says how it was built.
 
 #include <pybind11/pybind11.h>
 #include <torch/version.h>

@@ -1,4 +1,4 @@
-// Operations called by their names, in C++, through torch's dispatcher.
+// Calls ops by their names from C++, through torch's dispatcher.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// The list of all files' implementations.
+// The list of the implementations of all files.
 
 #include "operations.h"
 
@@ -13,7 +13,7 @@ struct Entry {
   std::source_location where;
 };
 
-// In a function, since static objects of other files use it while they are made.
+// A function, because the constructors of other files' static objects use the list.
 std::vector<Entry>& entries() {
   static std::vector<Entry> list;
   return list;
@@ -27,7 +27,7 @@ pcx::Implementations::Implementations(c10::DispatchKey key, Implement implement,
 }
 
 void pcx::register_operations() {
-  static std::deque<torch::Library> libraries;  // an implementation lasts as long as its library
+  static std::deque<torch::Library> libraries;  // implementations live as long as their library
   for (const Entry& entry : entries()) {
     libraries.emplace_back(torch::Library::IMPL, "pcx", entry.key, entry.where.file_name(),
                            entry.where.line());

@@ -1,6 +1,6 @@
-// The gradient of prefix_attention. Python defines the same in pcx/ops/prefix_attention.py, for
-// where there is no compiled part; there a call takes some hundred microseconds, longer than the
-// GPU works on it. tests/ops/test_prefix_attention_gradient.py compares the two.
+// The gradient of prefix_attention. pcx/ops/prefix_attention.py has the same in Python, for
+// installations without the extension. A call in Python takes some hundred microseconds, longer
+// than the GPU needs. tests/ops/test_prefix_attention_gradient.py compares the two.
 
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -41,8 +41,8 @@ bool differentiated(std::initializer_list<OptionalTensor> tensors) {
   return false;
 }
 
-// Of a bias [B0 | 1, B1 | 1, H | 1, N | 1, S | 1], from its gradient expanded to [B0 * B1, H, N,
-// S].
+// The gradient of a bias [B0 | 1, B1 | 1, H | 1, N | 1, S | 1], from the expanded gradient
+// [B0 * B1, H, N, S].
 Tensor bias_gradient(const Tensor& expanded, const Tensor& bias, const c10::SymInt& batch) {
   const auto inner = bias.sym_size(1) > 1   ? bias.sym_size(1)
                      : bias.sym_size(0) > 0 ? batch / bias.sym_size(0)
@@ -74,7 +74,7 @@ struct Attend : torch::autograd::Function<Attend> {
     const auto saved = ctx->get_saved_variables();
     const Tensor &q = saved[0], &index = saved[5], &lengths = saved[6], &bias = saved[7],
                  &out = saved[8];
-    // Inputs that are not there have no edge.
+    // Inputs that are undefined have no edge.
     const size_t bias_edge = 5 + index.defined() + lengths.defined();
     const auto needs = [&](size_t edge) { return ctx->needs_input_grad(edge); };
     const bool need_bias = bias.defined() && needs(bias_edge);
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   return {found[0], found[1]};
 }
 
-// The backward pass once more: what it gives has no derivative, and says so.
+// The backward pass as a function whose outputs raise an error if they are differentiated.
 struct Once : torch::autograd::Function<Once> {
   static variable_list forward(AutogradContext*, at::TensorList, at::TensorList found) {
     return found.vec();

@@ -1,7 +1,7 @@
-"""The gradient of attention by a prefix's logits, which `pcx.ops.logit_gate` differentiates by.
+"""The gradient of a loss by the attention logits of a prefix, for `pcx.ops.logit_gate`.
 
-One program takes a tile of a prefix's keys of one head and sample, and goes over its queries. No
-atomics: the same bits on every run.
+One program computes a tile of the prefix's keys of one head and sample, and loops over the queries.
+There are no atomics, so every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _logit_gradient(
         normaliser = (
             tl.load(lse + rows * lse_strides[2], mask=rows < N, other=float("inf")) * LOG2_E
         )
-        # A row that attends to nothing has no weights.
+        # A row that attends to nothing has weights of 0.
         normaliser = tl.where(normaliser == float("-inf"), float("inf"), normaliser)
         weights = tl.exp2(logits * factor - normaliser[:, None])
         total += tl.sum(weights * (inner - delta[:, None]), 0)
@@ -72,7 +72,7 @@ def prefix_logit_gradient(
     lse: Tensor,
     scale: float,
 ) -> Tensor:
-    """[B, H, m] float32, as `pcx.ops.reference.logit_gate` says."""
+    """The gradient [B, H, m] float32; arguments are those of `pcx.ops.reference.logit_gate`."""
     batch, heads, n, dim = q.shape
     m = prefix_k.shape[-2]
     slopes = q.new_empty(batch, heads, m, dtype=torch.float32)

@@ -1,7 +1,7 @@
-"""Scores of prompts, from gradients by what their LayerNorm gives.
+"""Scores of prompts from per-sample gradients, taken at the prompts or behind their LayerNorm.
 
-One program takes one prompt and a few samples. The prompt's row, mean and variance are read and
-computed once. Each sample's gradient is read once, and two numbers are written for it.
+One program computes one prompt and a few samples. It reads the prompt's row once, and computes its
+mean and variance once. It reads each sample's gradient once, and writes two numbers for it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pcx.kernels.launch import on_device, rowwise
 
-SAMPLES = 4  # of one program
+SAMPLES = 4  # samples per program
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def _score(
 def prompt_score(
     gradient: Tensor, prompts: Tensor, layer_norm: bool, weight: Tensor | None, eps: float
 ) -> Tensor:
-    """[2, B, m] float32, as `pcx.ops.prompt_score` says."""
+    """The scores [2, B, m] float32; arguments are those of `pcx.ops.prompt_score`."""
     batch, m, dim = gradient.shape
     scores = gradient.new_empty(2, batch, m, dtype=torch.float32)
     if scores.numel():

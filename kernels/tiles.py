@@ -1,4 +1,4 @@
-"""Tiles of heads' rows, which all Triton kernels over queries and keys read alike."""
+"""Tiles of heads' rows, read in the same way by all Triton kernels over queries and keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def head_of(pointer, b, h, strides):
-    """Where head h of sample b begins; strides are those of samples, heads and tokens."""
+    """The offset of head h of sample b; strides are those of samples, heads and tokens."""
     return pointer + (b * strides[0] + h * strides[1])
 
 
@@ -27,7 +27,7 @@ def tile(
     WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """[rows, WIDTH] of a matrix of DIM columns, from column FIRST; zeros outside of it."""
+    """Loads [rows, WIDTH] of a matrix of DIM columns, from column FIRST; zeros outside of it."""
     columns = FIRST + tl.arange(0, WIDTH)
     pointers = pointer + rows[:, None] * stride + columns[None, :]
     if MASKED:
@@ -42,7 +42,7 @@ def tile(
 
 @triton.jit
 def biased(scores, bias, rows, columns, stride_n, stride_s, N, S, BOOLEAN: tl.constexpr):
-    """Scores, in units of log2, with a bias [N, S] added, or masked where it is BOOLEAN."""
+    """Adds a bias [N, S] to scores in units of log2, or masks them if it is BOOLEAN."""
     inside = (rows < N)[:, None] & (columns < S)[None, :]
     pointers = bias + rows[:, None] * stride_n + columns[None, :] * stride_s
     if BOOLEAN:
@@ -54,7 +54,7 @@ def biased(scores, bias, rows, columns, stride_n, stride_s, N, S, BOOLEAN: tl.co
 
 
 def parts(dim: int) -> dict[str, int]:
-    """The head dim as a power of two and, padded to one, the rest: 80 = 64 + 16."""
+    """Splits the head dim into a power of two and a rest padded to one: 80 = 64 + 16."""
     first = max(16, 1 << (dim.bit_length() - 1))
     rest = dim - first
     return {"DIM": dim, "D0": first, "D1": max(16, triton.next_power_of_2(rest)) if rest > 0 else 0}
@@ -65,7 +65,7 @@ def set_strides(x: Tensor) -> tuple[int, ...]:
 
 
 def precision(q: Tensor) -> str:
-    """float32 products as torch's own setting has them."""
+    """The precision of float32 products that torch is set to."""
     setting = torch.backends.cuda.matmul.fp32_precision
     if setting == "none":
         setting = torch.backends.fp32_precision  # type: ignore[attr-defined]

@@ -1,9 +1,11 @@
 """Weighted PageRank, s <- A^T s with A = softmax(q k^T scale + bias), for any number of tokens.
 
-A is never written: what its rows divide by is computed once, and every iteration computes A's tiles
-again. `_divide` goes over a tile of rows' keys; `_vote` over a tile of keys' rows, and adds up what
-they give. No atomics: the same bits on every run. Where the registers of a block hold A, or of two
-on Hopper, csrc/cuda keeps it there instead, without bias or prefix.
+A is never stored. The denominators of its rows are computed once. Every iteration computes A's
+tiles again. `_divide` loops over the keys of a tile of rows. `_vote` loops over the rows of a tile
+of keys and sums their votes. There are no atomics, so every run gives the same bits.
+
+The kernels of csrc/cuda keep A in registers instead. They run calls without bias or prefix, whose A
+fits the registers of one block, or of two on Hopper.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from torch import Tensor
 from pcx.kernels.launch import on_device, products_of_warps, rowwise
 from pcx.kernels.tiles import LOG2_E, biased, head_of, parts, set_strides, tile
 
-RUNTIME = ["n", "m"]  # vary from call to call: one compiled form for all
+RUNTIME = ["n", "m"]  # not specialised: they vary from call to call
 
 
 @triton.jit
 def _place(n, H, TILE: tl.constexpr):
-    """Which head of all a program has, of which sample and which there, and its tile of tokens."""
+    """The place of a program: its head among all, its sample, its head there, and its tile."""
     tiles = tl.cdiv(n, TILE)
     head = tl.program_id(0) // tiles
     tokens = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
@@ -30,7 +32,7 @@ def _place(n, H, TILE: tl.constexpr):
 
 @triton.jit
 def _rows(pointer, rows, stride, limit, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Rows of a head, as their D0 columns and, where there are such, the D1 after."""
+    """Loads rows of a head: their first D0 columns and, if D1 is not 0, the D1 after."""
     first = tile(pointer, rows, stride, limit, DIM, 0, D0, True)
     second = first
     if D1 > 0:
@@ -43,7 +45,7 @@ def _logits(
     queries, keys, rows, columns, n, limit, bias, factor,
     D1: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[BM, BN] in units of log2, of n rows and `limit` columns.
+    """Logits [BM, BN] in units of log2, of n rows and `limit` columns.
 
     `bias` is (pointer, strides of rows and columns).
     """
@@ -62,14 +64,14 @@ def _add_keys(
     DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BN: tl.constexpr, BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile of keys to what a tile of rows divides by: the sum over 2**top, and top."""
+    """Adds a tile of keys to the denominators of a tile of rows: the sum over 2**top, and top."""
     total, top = state
     columns = start + tl.arange(0, BN)
     keys = _rows(pointer, columns, stride, limit, DIM, D0, D1)
     logits = _logits(queries, keys, rows, columns, n, limit, bias, factor, D1, BIAS, PRECISION)
     logits = tl.where((columns < limit)[None, :], logits, float("-inf"))
     new = tl.maximum(top, tl.max(logits, 1))
-    base = tl.where(new == float("-inf"), 0.0, new)  # rows that attend to nothing so far
+    base = tl.where(new == float("-inf"), 0.0, new)  # for rows that attend to nothing so far
     total = total * tl.exp2(top - base) + tl.sum(tl.exp2(logits - base[:, None]), 1)
     return total, new
 
@@ -81,7 +83,7 @@ def _divide(
     DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PREFIX: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """log2 of what each row of A divides by, infinity where it attends to nothing."""
+    """log2 of the denominator of each row of A; infinity for a row that attends to nothing."""
     head, b, h, rows = _place(n, H, BM)
     q = head_of(q, b, h, q_strides)
     k = head_of(k, b, h, k_strides)
@@ -113,7 +115,7 @@ def _vote(
     DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A^T scores for a tile of tokens, BN of them."""
+    """One iteration, A^T scores, for a tile of BN tokens."""
     head, b, h, columns = _place(n, H, BN)
     q = head_of(q, b, h, q_strides)
     k = head_of(k, b, h, k_strides)
@@ -141,9 +143,9 @@ def weighted_pagerank(
     iters: int,
     scale: float,
 ) -> Tensor:
-    """[B, H, n] float32, as `pcx.ops.reference.weighted_pagerank` says.
+    """The scores [B, H, n] float32; arguments are those of `pcx.ops.reference.weighted_pagerank`.
 
-    q and k are of the graph's tokens alone, and of one type with the prefix.
+    q and k hold the graph's tokens alone. They have the same dtype as the prefix.
     """
     batch, heads, n, dim = q.shape
     scores = init.float().contiguous()
@@ -158,7 +160,7 @@ def weighted_pagerank(
         added, sb = bias, bias.stride()
     factor = scale * LOG2_E.value
     single = q.dtype == torch.float32
-    # As large as registers allow.
+    # The largest tiles that fit the registers.
     wide = dim > 64 or bias is not None
     rows, columns = 64, 64 >> (wide + (single and products_of_warps(q)))
     options = {
@@ -182,8 +184,8 @@ def weighted_pagerank(
                 BM=rows, BN=columns, **options,
             )  # fmt: skip
             scores = voted
-            # A prefix takes of the scores, as do rows that a bias lets attend to nothing; else the
-            # sum is 1 but for rounding.
+            # A prefix takes a part of the scores, and so do rows that a bias leaves no key. In all
+            # other calls the sum is 1 up to rounding.
             if step == iters or m or bias is not None:
                 scores = scores / scores.sum(-1, keepdim=True)
     return scores

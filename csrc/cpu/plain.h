@@ -5,7 +5,7 @@
 
 namespace pcx {
 
-// Torch's operations without autograd and without autocast, in whichever thread.
+// A guard under which torch's operations run without autograd and autocast, in any thread.
 struct Plain {
   at::AutoDispatchBelowADInplaceOrView below;
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};

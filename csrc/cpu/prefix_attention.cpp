@@ -1,8 +1,8 @@
 // prefix_attention on the CPU: forward and backward over [a prefix shared by samples; own keys],
-// which are never concatenated. One task is one head of one sample (forward) or of a group of
-// samples that share a prefix (backward); its matrix products are torch's own, run on one thread.
-// bfloat16 is computed in float32, double in double. The same bits on every run,
-// whatever the number of threads.
+// which are never concatenated. One task computes one head of one sample (forward), or of a group
+// of samples that share a prefix (backward). Its matrix products are torch's, on one thread.
+// bfloat16 is computed in float32, double in double. Every run gives the same bits, whatever the
+// number of threads.
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
@@ -32,16 +32,17 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr int64_t kGroups = 8;  // parts of a batch that shares one prefix; fixed, for fixed sums
+constexpr int64_t kGroups =
+    8;  // parts of a batch that shares one prefix; fixed, so that sums are too
 
 at::ScalarType compute_type(const Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// Everything that one call reads, and slices of it in the type that is computed in.
+// The tensors that one call reads, and slices of them in the type of the computation.
 struct Inputs {
   Tensor q, k, v, prefix_k, prefix_v;  // prefixes with a set dimension, [G | 1, H, m, d]
-  std::vector<int64_t> set, length;    // of each sample, of each set
+  std::vector<int64_t> set, length;    // set of each sample, length of each set
   OptionalTensor bias;                 // [B0 | 1, B1 | 1, H | 1, N | 1, S | 1]
   double scale;
   at::ScalarType type;
@@ -111,7 +112,7 @@ struct Inputs {
   }
 };
 
-// [B, H, N, d] over memory [B, N, H, d], as all backends give it.
+// An empty [B, H, N, d] with memory [B, N, H, d], the layout that all backends return.
 Tensor token_major(const Tensor& like, int64_t tokens, int64_t dim) {
   return at::empty({like.size(0), tokens, like.size(1), dim}, like.options()).transpose(1, 2);
 }
@@ -126,7 +127,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   Tensor out = token_major(q, n, v.size(3));
   Tensor lse = at::empty({heads, batch, n}, q.options().dtype(in.type)).transpose(0, 1);
   at::parallel_for(0, batch * heads, 1, [&](int64_t begin, int64_t end) {
-    const pcx::Plain plain;  // threads have dispatch states of their own
+    const pcx::Plain plain;  // every thread has a dispatch state of its own
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / heads, h = task % heads;
       const Tensor queries = in.head(q, b, h), keys = in.head(k, b, h), values = in.head(v, b, h);
@@ -146,7 +147,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   return {out, lse};
 }
 
-// Samples whose gradients by a prefix are added up one after the other.
+// Samples whose gradients of a prefix are summed one after the other.
 std::vector<std::vector<int64_t>> groups_of(const Inputs& in, bool one_set) {
   const int64_t batch = in.q.size(0);
   const int64_t count = one_set ? std::min(batch, kGroups) : in.prefix_k.size(0);
@@ -172,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const bool one_set = prefix_k.dim() == 3;
   const auto groups = groups_of(in, one_set);
   const int64_t count = groups.size(), m = prefix_k.size(-2);
-  // By prompt in memory where each set has its own.
+  // Prefix sets lie in memory as [G, m, H, d], one row for each prompt.
   const auto zeros = [&](int64_t dim) {
     if (!need_prefix) return none();
     return one_set ? at::zeros({count, heads, m, dim}, wide)

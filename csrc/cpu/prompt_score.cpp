@@ -1,7 +1,7 @@
-// Scores of prompts from gradients by what their LayerNorm gives, on the CPU: one task is all
-// samples of some prompts, whose means and variances are computed once. float and the 16-bit types
-// are computed in float, double in double. The same bits on every run, whatever the number of
-// threads.
+// Scores of prompts on the CPU, from gradients taken at the prompts or behind their LayerNorm. One
+// task computes all samples of some prompts, whose means and variances are computed once. float and
+// the 16-bit types are computed in float, double in double. Every run gives the same bits, whatever
+// the number of threads.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -18,7 +18,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr int kLanes = 16;  // partial sums, which the compiler keeps in vector registers
+constexpr int kLanes = 16;  // partial sums; the compiler keeps them in vector registers
 
 template <typename Wide, typename Term>
 Wide sum(int64_t n, Term term) {
@@ -32,7 +32,7 @@ Wide sum(int64_t n, Term term) {
   return total;
 }
 
-// One prompt: what LayerNorm makes of it, and what turns a gradient into the scored product.
+// One prompt: its normalised row, and the factors that turn a gradient into the scored product.
 template <typename Wide>
 struct Prompt {
   std::vector<Wide> normed, factor;
@@ -52,8 +52,8 @@ struct Prompt {
     }
   }
 
-  // ||g * p|| and |<g, p>| of the gradient g by the prompt, from that by the norm's output times
-  // its weight.
+  // ||g * p|| and |<g, p>| of the gradient g by the prompt, computed from the gradient by the
+  // norm's output, multiplied by the norm's weight.
   void score(const Wide* behind, Wide* taylor, Wide* inner) const {
     const auto dim = static_cast<int64_t>(factor.size());
     Wide mean = 0, along = 0;

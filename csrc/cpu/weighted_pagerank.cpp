@@ -1,6 +1,6 @@
-// Weighted PageRank over attention on the CPU: one task is one head of one sample, whose attention
-// matrix lives only as long as its iterations. bfloat16, float16 and float are computed in float,
-// double in double. The same bits on every run, whatever the number of threads.
+// Weighted PageRank over attention on the CPU. One task computes one head of one sample, and keeps
+// its attention matrix only for its iterations. bfloat16, float16 and float are computed in float,
+// double in double. Every run gives the same bits, whatever the number of threads.
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
@@ -25,14 +25,13 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Turns one row of logits, those by the prefix and those by the tokens, into attention to the
-// tokens.
+// Turns one row of logits, of the prefix and of the tokens, into attention to the tokens.
 template <typename T>
 void attend(const T* to_prefix, int64_t m, T* row, int64_t n) {
   T top = -std::numeric_limits<T>::infinity();
   for (int64_t j = 0; j < m; ++j) top = std::max(top, to_prefix[j]);
   for (int64_t j = 0; j < n; ++j) top = std::max(top, row[j]);
-  if (top == -std::numeric_limits<T>::infinity()) top = 0;  // attends to nothing
+  if (top == -std::numeric_limits<T>::infinity()) top = 0;  // the row attends to nothing
   T total = 0;
   for (int64_t j = 0; j < m; ++j) total += std::exp(to_prefix[j] - top);
   for (int64_t j = 0; j < n; ++j) total += row[j] = std::exp(row[j] - top);
@@ -45,7 +44,7 @@ void run(const Tensor& q, const Tensor& k, const Tensor& init, const Tensor& bia
          const Tensor& prefix_k, int64_t iters, double scale, const Tensor& scores) {
   const int64_t heads = q.size(1), n = q.size(2), m = prefix_k.defined() ? prefix_k.size(1) : 0;
   at::parallel_for(0, q.size(0) * heads, 1, [&](int64_t begin, int64_t end) {
-    const pcx::Plain plain;  // threads have dispatch states of their own
+    const pcx::Plain plain;  // every thread has a dispatch state of its own
     std::vector<T> now(n), next(n);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / heads, h = i % heads;

@@ -1,5 +1,5 @@
-// What the kernels over attention graphs share: tokens' rows in shared memory, products of them,
-// and sums of rows that are spread over a warp or a block.
+// Functions that the kernels over attention graphs share: tokens' rows in shared memory, products
+// of rows, and sums of rows that are spread over a warp or a block.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace pcx {
 
-// Of the current device.
+// An attribute of the current device.
 inline int attribute(cudaDeviceAttr which) {
   int device = 0, value = 0;
   cudaGetDevice(&device);
@@ -18,8 +18,8 @@ inline int attribute(cudaDeviceAttr which) {
   return value;
 }
 
-// Lets a kernel's blocks have all shared memory there is: the same in every call, since other
-// threads launch the same kernel.
+// Allows a kernel's blocks all shared memory of the device. The limit is the same in every call,
+// since other threads launch the same kernel.
 template <typename Kernel>
 cudaError_t allow_shared_memory(Kernel kernel) {
   cudaFuncAttributes found;
@@ -30,7 +30,7 @@ cudaError_t allow_shared_memory(Kernel kernel) {
       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - static_cast<int>(found.sharedSizeBytes));
 }
 
-// A product takes 32 bytes of a row; rows begin on other banks, for eight of them at a time.
+// A product reads 32 bytes of a row; eight rows at a time begin on different banks.
 constexpr int kStepBytes = 32;
 
 __host__ __device__ constexpr int steps_of(int dim, int element_bytes) {
@@ -41,15 +41,15 @@ __host__ __device__ constexpr int row_bytes(int dim, int element_bytes) {
   return steps_of(dim, element_bytes) * kStepBytes + 16;
 }
 
-// One multiplication, of 32 bits each, where strides of 64 bits take six.
+// One multiplication of 32-bit numbers; strides of 64 bits would take six.
 template <typename T>
 __device__ __forceinline__ const T* row_of(const T* from, uint32_t stride, int row) {
   return reinterpret_cast<const T*>(reinterpret_cast<const char*>(from) +
                                     uint64_t{static_cast<uint32_t>(row)} * stride);
 }
 
-// Copies rows of a head, those of `tokens`, to shared memory, one after the other; zeros where a
-// token is negative and beyond `dim`. A row is `stride` bytes from the next.
+// Copies the rows of `tokens` of a head to shared memory, one after the other, `stride` bytes
+// apart. Zeros stand for a negative token and beyond `dim`.
 template <typename T, int ROWS, int THREADS>
 __device__ void copy_dense(uint32_t to, const T* from, uint32_t stride, const int* tokens,
                            int dim) {
@@ -70,7 +70,7 @@ __device__ void copy_dense(uint32_t to, const T* from, uint32_t stride, const in
   }
 }
 
-// The same of rows of 128 bytes, swizzled as wgmma reads them. A thread keeps its piece.
+// The same for rows of 128 bytes, swizzled as wgmma reads them. A thread keeps its piece of a row.
 template <typename T, int ROWS, int THREADS>
 __device__ __forceinline__ void copy_swizzled(uint32_t to, const T* from, uint32_t stride,
                                               const int* tokens) {
@@ -81,7 +81,8 @@ __device__ __forceinline__ void copy_swizzled(uint32_t to, const T* from, uint32
   from += piece * (16 / sizeof(T));
   constexpr int kRows = (ROWS + kDown - 1) / kDown;
   const auto has = [&](int i) { return (i + 1) * kDown <= ROWS || first + i * kDown < ROWS; };
-  int token[kRows];  // all read before the first copy, for which the next would wait
+  int token[kRows];  // all are read before the first copy; otherwise each read would wait for a
+                     // copy
 #pragma unroll
   for (int i = 0; i < kRows; ++i) token[i] = has(i) ? tokens[first + i * kDown] : -1;
 #pragma unroll
@@ -100,8 +101,8 @@ __device__ __forceinline__ void copy_rows(uint32_t to, const T* from, int64_t st
     copy_dense<T, ROWS, THREADS>(to, from, bytes, tokens, dim);
 }
 
-// Which token is the i-th of a sample's graph, -1 beyond the last. An index that is no token is the
-// nearest, so that nothing else is read.
+// The token that is the i-th of a sample's graph, -1 beyond the last. An index out of range is
+// clamped, so that nothing else is read.
 __device__ __forceinline__ int token_at(const Pagerank& call, int sample, int i) {
   if (i >= call.nodes) return -1;
   if (!call.among) return i;
@@ -117,9 +118,9 @@ __device__ __forceinline__ void multiply_add_tf32(float (&c)[4], const uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// x as the sum of two TF32 numbers: the nearest, by whole numbers, and what is left, of which
-// products take as many bits and drop the rest. (cvt.rna asks for infinities and takes twice as
-// long. A NaN, and what is infinite, leave a NaN.)
+// Splits x into two TF32 numbers: the nearest one, found by integer operations, and the remainder,
+// of which products use as many bits and drop the rest. (cvt.rna checks for infinities and takes
+// twice as long. A NaN or an infinity leaves a NaN.)
 template <int N>
 __device__ __forceinline__ void split(const uint32_t (&x)[N], uint32_t (&high)[N],
                                       uint32_t (&low)[N]) {
@@ -130,8 +131,8 @@ __device__ __forceinline__ void split(const uint32_t (&x)[N], uint32_t (&high)[N
   }
 }
 
-// Two products of 16 rows by 8: b holds both rights. Of float, each is three of TF32 parts, which
-// is float to about 2^-20.
+// Two products of 16 rows by 8; b holds both right factors. For float, each is three products of
+// TF32 parts, which is float to about 2^-20.
 template <typename T>
 __device__ __forceinline__ void multiply_add_both(float (&first)[4], float (&second)[4],
                                                   const uint32_t (&a)[4], const uint32_t (&b)[4]) {
@@ -151,7 +152,7 @@ __device__ __forceinline__ void multiply_add_both(float (&first)[4], float (&sec
   }
 }
 
-// Where a lane's part of 16 rows begins: as left factor of a product, and as two right ones.
+// The offset of a lane's part of 16 rows: as a product's left factor, and as two right factors.
 __device__ __forceinline__ int left_offset(int lane, int bytes) {
   return lane % 16 * bytes + lane / 16 * 16;
 }
@@ -160,8 +161,8 @@ __device__ __forceinline__ int right_offset(int lane, int bytes) {
   return (lane % 8 + lane / 16 * 8) * bytes + lane / 8 % 2 * 16;
 }
 
-// e += left right^T: 16 rows by 16 * TILES, as the tensor cores lay them out: a lane has rows
-// lane / 4 and 8 more, and of tile t the columns 8 t + 2 (lane % 4) and the next.
+// e += left right^T, 16 rows by 16 * TILES, in the layout of the tensor cores: a lane has the rows
+// lane / 4 and lane / 4 + 8, and of tile t the columns 8 t + 2 (lane % 4) and the next one.
 template <typename T, int TILES>
 __device__ __forceinline__ void products(float (&e)[2 * TILES][4], uint32_t left, uint32_t right,
                                          int bytes, int steps) {
@@ -177,9 +178,9 @@ __device__ __forceinline__ void products(float (&e)[2 * TILES][4], uint32_t left
   }
 }
 
-// The same by a warp group for its 64 rows, of head dim 64 in 16 bits, swizzled, started in two
-// parts: what follows the first is computed while the tensor cores are at the second. EIGHTS: of
-// eight columns, as in hopper.cuh.
+// The same by a warp group for its 64 rows, of head dim 64 in 16 bits, swizzled. It is started in
+// two parts: the results of the first are used while the tensor cores compute the second. EIGHTS
+// counts tiles of eight columns, as in hopper.cuh.
 template <int EIGHTS>
 constexpr int kFirstPart = EIGHTS / 8 * 4;
 
@@ -212,8 +213,8 @@ __device__ __forceinline__ void finish_products(float (&e)[EIGHTS][4]) {
   hold(e);
 }
 
-// Calls `of(t)` for every tile, with HOPPER as their products come. Warps that have no rows pass
-// false: all warps of a group wait for its products, in the same place.
+// Calls `of(t)` for every tile, with HOPPER as soon as its products are there. Warps without rows
+// pass false: all warps of a group must wait for its products, in the same place.
 template <bool HOPPER, int EIGHTS, typename Of>
 __device__ __forceinline__ void each_tile(float (&e)[EIGHTS][4], bool has_rows, Of of) {
   constexpr int kFirst = HOPPER ? kFirstPart<EIGHTS> : EIGHTS;
@@ -234,9 +235,9 @@ __device__ __forceinline__ void each_tile(float (&e)[EIGHTS][4], bool has_rows, 
   }
 }
 
-// Whether a row's sum of powers of 2, none of them shifted, is far from overflow, and from where
-// what is small beside it is lost. False for a NaN. (Near the upper end, weights of tokens that
-// score less than 1e-8 lose digits.)
+// Whether a row's sum of powers of 2, without a maximum subtracted, is far from overflow and from
+// losing its small terms. False for a NaN. (Near the upper end, weights of tokens that score less
+// than 1e-8 lose digits.)
 __device__ __forceinline__ bool within_range(float sum) { return sum > 1e-18f && sum < 1e30f; }
 
 struct Sum {
@@ -249,8 +250,8 @@ struct Max {
   __device__ static float of(float a, float b) { return fmaxf(a, b); }
 };
 
-// Reduces a warp's rows to one: `value(i)` is this lane's of its i-th column, of 4 * TILES. The
-// eight lanes that share columns halve each eight of them among each other three times.
+// Reduces a warp's rows to one. `value(i)` is this lane's value of its i-th column, of 4 * TILES.
+// The eight lanes that share columns exchange halves of each eight columns three times.
 template <typename Op, int TILES, typename Value>
 __device__ void reduce_columns(Value value, float* row, int lane) {
   constexpr int kValues = 4 * TILES;
@@ -275,7 +276,7 @@ __device__ void reduce_columns(Value value, float* row, int lane) {
   }
 }
 
-// Of one row of a tile, which four lanes share.
+// Reduces one row of a tile, which four lanes share.
 template <typename Op>
 __device__ __forceinline__ float over_row(float x) {
   x = Op::of(x, __shfl_xor_sync(0xffffffff, x, 1));

@@ -1,4 +1,4 @@
-// What the choice of a CUDA kernel asks of tensors and their device.
+// Questions about tensors and their device that decide which CUDA kernel runs.
 
 #pragma once
 
@@ -12,7 +12,7 @@
 
 namespace pcx {
 
-// None where kernels have no such numbers.
+// The kernels' number type of a tensor, or none if they do not compute its dtype.
 inline std::optional<Element> element(const at::Tensor& x) {
   if (x.scalar_type() == at::kFloat) return Element::kFloat;
   if (x.scalar_type() == at::kBFloat16) return Element::kBFloat16;

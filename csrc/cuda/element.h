@@ -1,4 +1,4 @@
-// Types of numbers, as kernels that know nothing of torch take them.
+// The number types of kernels that are compiled without torch.
 
 #pragma once
 

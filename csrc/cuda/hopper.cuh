@@ -8,15 +8,16 @@
 
 namespace pcx {
 
-// Rows of 128 bytes in groups of 8, each row's 16-byte pieces permuted by its place in the group,
-// as the tensor cores read them (128-byte swizzle). The tile starts on a multiple of 1024 bytes.
+// The layout that the tensor cores read (128-byte swizzle): rows of 128 bytes in groups of 8, the
+// 16-byte pieces of a row permuted by its place in the group. A tile starts on a multiple of 1024
+// bytes.
 constexpr int kRowBytes = 128;
 
 __device__ __forceinline__ uint32_t swizzled(int row, int piece) {
   return row * kRowBytes + (piece ^ row % 8) * 16;
 }
 
-// Eight rows are 1024 bytes apart from the next eight, of keys by d as of d by keys.
+// Groups of eight rows are 1024 bytes apart, both for keys by d and for d by keys.
 __device__ __forceinline__ uint64_t descriptor(uint32_t address) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 >> 4} << 32;
   return kSwizzle128 | kEightRows | uint64_t{1} << 16 | address >> 4;
@@ -35,7 +36,7 @@ __device__ __forceinline__ void wait_for_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(Left) : "memory");
 }
 
-// Keeps the compiler from reading what products write before they are waited for.
+// Keeps the compiler from reading the results of products before they are waited for.
 template <int Tiles>
 __device__ __forceinline__ void hold(float (&c)[Tiles][4]) {
 #pragma unroll
@@ -43,7 +44,7 @@ __device__ __forceinline__ void hold(float (&c)[Tiles][4]) {
     asm volatile("" : "+f"(tile[0]), "+f"(tile[1]), "+f"(tile[2]), "+f"(tile[3])::"memory");
 }
 
-// Orders what other threads copied to shared memory before this thread's products.
+// Makes copies of other threads to shared memory visible to this thread's products.
 __device__ __forceinline__ void see_copies() {
   asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
 }
@@ -110,8 +111,8 @@ __device__ __forceinline__ void see_copies() {
     PCX_PRODUCT(TYPE, 144, PCX_R72, "%72", 73, 74, "0, %75", "l"(a), PCX_TILES18); \
   }
 
-// Starts c [64, 8 Tiles] = a [64, 16] b [16, 8 Tiles], plus c where `add`. A row of b's tile in
-// shared memory is a column of b, or a row where Transposed.
+// Starts c [64, 8 Tiles] = a [64, 16] b [16, 8 Tiles], plus c if `add`. A row of b's tile in shared
+// memory is a column of b, or with Transposed a row.
 template <typename T, int Tiles, int Transposed>
 __device__ __forceinline__ void start_product(float (&c)[Tiles][4], const uint32_t (&a)[4],
                                               uint64_t b, bool add) {
@@ -122,7 +123,7 @@ __device__ __forceinline__ void start_product(float (&c)[Tiles][4], const uint32
   }
 }
 
-// The same with a in shared memory too, by rows.
+// The same with `a` in shared memory too, by rows.
 template <typename T, int Tiles, int Transposed>
 __device__ __forceinline__ void start_product(float (&c)[Tiles][4], uint64_t a, uint64_t b,
                                               bool add) {
@@ -165,9 +166,9 @@ __device__ __forceinline__ void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];\n" ::"r"(barrier) : "memory");
 }
 
-// By a whole warp that has come together after its last read of what the barrier guards. One lane
-// arrives for all, which compute-sanitizer's racecheck does not follow: for it, build with
-// PCX_RACECHECK defined, and every lane arrives.
+// Called by a whole warp, whose lanes are together after the last read of what the barrier guards.
+// One lane arrives for all. compute-sanitizer's racecheck does not follow that; with PCX_RACECHECK
+// defined every lane arrives.
 #ifdef PCX_RACECHECK
 constexpr int kReleases = 32;
 #else
@@ -178,19 +179,19 @@ __device__ __forceinline__ void release(uint32_t barrier, int lane) {
   if (lane < kReleases) arrive(barrier);
 }
 
-// Arrives when this thread's copies so far are done.
+// Arrives when all copies that this thread has started are finished.
 __device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(barrier) : "memory");
 }
 
-// Arrives, once, for bytes that are sent beside it.
+// Arrives once, and lets the barrier expect bytes that other blocks send.
 __device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(barrier), "r"(bytes)
                : "memory");
 }
 
-// By a whole warp. A phase told by its parity: a waiter must not be two phases behind, nor one
-// ahead. With ACROSS it sees what other blocks of the cluster sent, not only its own.
+// Called by a whole warp: waits for the phase of a parity. A waiter must not be two phases behind
+// or one ahead. With ACROSS it sees what other blocks of the cluster sent, not only its own.
 template <bool ACROSS = false>
 __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
 #define PCX_WAIT(HOW)                                                            \
@@ -218,7 +219,7 @@ __device__ __forceinline__ void store_there(uint32_t to, float x) {
   asm volatile("st.shared::cluster.f32 [%0], %1;\n" ::"r"(to), "f"(x) : "memory");
 }
 
-// The same, counted by a barrier beside it.
+// The same, counted by a barrier of that block.
 __device__ __forceinline__ void send(uint32_t to, uint32_t barrier, float x) {
   asm volatile(
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [%0], %1, [%2];\n" ::"r"(to),
@@ -226,7 +227,7 @@ __device__ __forceinline__ void send(uint32_t to, uint32_t barrier, float x) {
       : "memory");
 }
 
-// Waits for all threads of the cluster, and for what they stored there.
+// Waits for all threads of the cluster, and for their stores in it.
 __device__ __forceinline__ void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::
                    : "memory");

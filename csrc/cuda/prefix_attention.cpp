@@ -1,5 +1,5 @@
-// prefix_attention on CUDA: which calls the kernels for Hopper take, and those as operations of
-// torch. What they leave goes to Triton, in Python.
+// prefix_attention on CUDA: decides which calls the kernels for Hopper run, and makes ops of these
+// kernels. Triton, in Python, runs every other call.
 
 #include "prefix_attention.h"
 
@@ -26,7 +26,7 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Of [B, H, tokens, d], or of a prefix [G, H, m, d] or [H, m, d], which all samples then share.
+// Strides of [B, H, tokens, d], or of a prefix [G, H, m, d] or [H, m, d], shared by all samples.
 pcx::Strides strides(const Tensor& x) {
   const auto last = x.dim() - 1;
   return {x.dim() == 4 ? x.stride(0) : 0, x.stride(last - 2), x.stride(last - 1)};
@@ -45,13 +45,13 @@ void check(const Tensor& x, const Tensor& q) {
                 "prefix_attention: rows on multiples of 16 bytes expected");
 }
 
-// [B, H, tokens, d] over memory [B, tokens, H, d].
+// An empty [B, H, tokens, d] with memory [B, tokens, H, d].
 Tensor token_major(const Tensor& like, int64_t tokens) {
   return at::empty({like.size(0), tokens, like.size(1), like.size(3)}, like.options())
       .transpose(1, 2);
 }
 
-// [B, H, N] over memory [H, B, N].
+// An empty [B, H, N] with memory [H, B, N].
 Tensor by_row(const Tensor& q) {
   return at::empty({q.size(1), q.size(0), q.size(2)}, q.options().dtype(at::kFloat))
       .transpose(0, 1);
@@ -62,7 +62,7 @@ bool is_by_row(const Tensor& x, const Tensor& q) {
          x.transpose(0, 1).is_contiguous();
 }
 
-// What the caller keeps alive beside its tensors.
+// The optional tensors of a call, made contiguous; they must outlive the kernel's launch.
 struct Sets {
   OptionalTensor index, lengths;
 
@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   return {out, lse};
 }
 
-// The queries' gradient and delta.
+// The gradient of the queries, and delta.
 std::tuple<Tensor, Tensor> query_gradient(const Tensor& q, const Tensor& k, const Tensor& v,
                                           const Tensor& prefix_k, const Tensor& prefix_v,
                                           const OptionalTensor& prefix_index,
@@ -156,8 +156,8 @@ std::tuple<Tensor, Tensor> query_gradient(const Tensor& q, const Tensor& k, cons
   return {dq, delta};
 }
 
-// The gradients of keys and values that are each sample's own [B, H, S, d], which a prefix's may be
-// too, or of those of a prefix that all share [H, m, d].
+// The gradients of keys and values. They are [B, H, S, d], each sample's own keys or its own prefix
+// set, or [H, m, d], a prefix that all samples share.
 std::tuple<Tensor, Tensor> key_gradients(const Tensor& q, const Tensor& grad_out,
                                          const Tensor& keys, const Tensor& values,
                                          const Tensor& lse, const Tensor& delta, double scale) {
@@ -177,7 +177,7 @@ std::tuple<Tensor, Tensor> key_gradients(const Tensor& q, const Tensor& grad_out
   if (!own)
     C10_CUDA_CHECK(pcx::cut_prefix(static_cast<int>(heads), static_cast<int>(count),
                                    static_cast<int>(rows), &cut));
-  // Whole stages of 64 rows, and no item without rows.
+  // An item has whole stages of 64 rows, and no item is empty.
   const int64_t per_item = own ? queries : ((rows + cut - 1) / cut + 63) / 64 * 64;
   const int64_t items = own ? batch : (rows + per_item - 1) / per_item;
   Tensor dk, dv, both;
@@ -221,10 +221,10 @@ std::tuple<Tensor, Tensor> key_gradients(const Tensor& q, const Tensor& grad_out
   return {sum_k, sum_v};
 }
 
-// With more, of which one block cannot hold all, Triton gives their gradient faster (measured).
+// The most queries of a head that one block holds. Triton's gradient of more is faster (measured).
 constexpr int64_t kQueries = 200;
 
-// Why the kernels cannot run; empty where they can.
+// The reason why the kernels cannot run, or an empty text if they can.
 std::string cannot(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k,
                    const Tensor& prefix_v, const OptionalTensor& bias) {
   if (pcx::attribute(q, cudaDevAttrComputeCapabilityMajor) != 9 ||
@@ -247,9 +247,9 @@ std::string cannot(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   return {};
 }
 
-// A named backend that cannot run raises where it is held to it; a backward pass is not, since
-// hooks may have moved what was saved. "auto" wants a head for every processor: with fewer,
-// Triton's smaller parts are faster.
+// Whether the kernels run this call. With `held_to`, backend="cuda" raises an error if they cannot.
+// A backward pass is not held to it, since hooks may have changed the layout of saved tensors.
+// "auto" needs a head for every processor; with fewer, Triton's smaller parts are faster.
 bool taken(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k,
            const Tensor& prefix_v, const OptionalTensor& bias, c10::string_view backend,
            bool held_to) {
@@ -293,7 +293,7 @@ Gradients backward_on_cuda(const Tensor& any_grad_out, const OptionalTensor& gra
     return !fits || pcx::on_lines_of_16_bytes(x) ? x : x.clone(at::MemoryFormat::Contiguous);
   };
   const Tensor grad_out = aligned(any_grad_out), out = aligned(any_out);
-  const Tensor lse = is_by_row(any_lse, q) ? any_lse  // hooks on saved tensors may move it
+  const Tensor lse = is_by_row(any_lse, q) ? any_lse  // hooks may change its layout
                                            : any_lse.transpose(0, 1).contiguous().transpose(0, 1);
   if (!queries || (need_prefix && !prefix)) {
     using Triton = Gradients(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,

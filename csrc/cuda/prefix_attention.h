@@ -1,4 +1,4 @@
-// The CUDA kernels of prefix_attention, on raw pointers: kernels and torch compile apart.
+// The CUDA kernels of prefix_attention, on raw pointers, so that they compile without torch.
 
 #pragma once
 
@@ -8,15 +8,15 @@
 
 namespace pcx {
 
-// Elements from one to the next, of [B, H, tokens, d] or [G, H, m, d] with d contiguous.
+// Strides in elements of [B, H, tokens, d] or [G, H, m, d], with d contiguous.
 struct Strides {
   int64_t batch, head, token;
 };
 
-// Head dim 64; every row begins on a multiple of 16 bytes.
+// The head dim is 64. Every row begins on a multiple of 16 bytes.
 struct Attention {
   const void *q, *k, *v, *prefix_k, *prefix_v;
-  const int64_t* index;    // [B], or null: set b for sample b, stride 0 where all share one
+  const int64_t* index;    // [B], or null: sample b uses set b; stride 0 if all share one
   const int64_t* lengths;  // [G], or null: m for all
   Strides q_strides, k_strides, v_strides, prefix_k_strides, prefix_v_strides;
   int batch, heads, queries, keys, prefix, sets;
@@ -40,16 +40,16 @@ struct QueryGradient {
   float* delta;  // [H, B, N]: rowsum(dO * O) - dLSE
 };
 
-// Gradients of keys and values of a number of items. Item i's keys are used by the queries of rows
-// i * rows_per_item and on of the axis [B * N] that samples and their queries are folded into: a
-// sample's own keys by its N rows; a prefix, cut by the batch into items that share its keys, by
-// more.
+// The gradients of keys and values, computed item by item. Samples and their queries are folded
+// into one axis of B * N rows. The keys of item i are used by rows_per_item rows, from row i *
+// rows_per_item on. A sample's own keys are an item of N rows. A prefix is cut by the batch into
+// items of more rows, which share its keys.
 struct KeyGradients {
   const void *q, *grad_out, *keys, *values;
   const float *lse, *delta;            // [H, B * N]
-  void *dk, *dv;                       // of the same strides; parts of them in float32 for a prefix
+  void *dk, *dv;                       // of equal strides; partial sums in float32 for a prefix
   Strides q_strides, grad_strides;     // of samples
-  Strides key_strides, value_strides;  // of items, 0 where they share their keys
+  Strides key_strides, value_strides;  // of items, 0 if they share their keys
   Strides out_strides;                 // of items
   int items, heads, queries, count;    // count: keys of an item
   int rows, rows_per_item;             // B * N, and how many of them an item has
@@ -58,16 +58,15 @@ struct KeyGradients {
   bool partial;  // dk and dv are float32
 };
 
-// On the current device, of compute capability 9.0.
+// All launches run on the current device, of compute capability 9.0.
 cudaError_t launch_forward(const Forward& call, cudaStream_t stream);
 cudaError_t launch_query_gradient(const QueryGradient& call, cudaStream_t stream);
 cudaError_t launch_key_gradients(const KeyGradients& call, cudaStream_t stream);
 
-// Into how many items a prefix of m keys should be cut so that they fill the device once.
+// The number of items to cut a prefix of m keys into, so that they fill the device once.
 cudaError_t cut_prefix(int heads, int m, int rows, int* items);
 
-// The sums of parts [n, 2, count] as 16-bit dk and dv [count], in the parts' order; count is a
-// multiple of 4.
+// Sums parts [n, 2, count] in their order into 16-bit dk and dv [count]; count is a multiple of 4.
 cudaError_t launch_sums(const float* parts, int n, int64_t count, void* dk, void* dv, bool bfloat16,
                         cudaStream_t stream);
 

@@ -1,10 +1,10 @@
 // The forward of prefix_attention on Hopper, head dim 64, 16 bits.
 //
-// FlashAttention-3 (arXiv:2407.08608) without its ping-pong, over the sequence of sequence.cuh. The
-// keys left over by stages of 64 are computed in tiles of 16.
+// The algorithm is FlashAttention-3 (arXiv:2407.08608) without its ping-pong, over the sequence of
+// sequence.cuh. The keys left over by stages of 64 are computed in tiles of 16.
 //
-// A row's reference maximum is moved only where it would grow by more than 2^kSlack, which is exact
-// (any reference gives the same quotient) and spares most rescaling.
+// A row's reference maximum moves only if it would grow by more than 2^kSlack. This is exact, since
+// any reference gives the same quotient, and avoids most rescaling.
 
 #include "sequence.cuh"
 
@@ -14,12 +14,12 @@ namespace {
 constexpr float kSlack = 8.0f;
 constexpr float kLowest = -1e30f;  // finite, so that nothing subtracts infinities
 
-// What one warp knows of its queries: of 16, one row of an accumulator's tile each (Turned false),
-// or of 8, one column each.
+// The state of one warp's queries: 16 queries, a row of an accumulator's tile each, or with Turned
+// 8 queries, a column each.
 template <bool Turned>
 struct State {
   float out[Turned ? kDim / 16 : kDim / 8][4];
-  float top[2], sum[2];  // of the two queries that this lane's elements belong to
+  float top[2], sum[2];  // for the two queries that this lane's elements belong to
 
   __device__ State() : out{}, top{kLowest, kLowest}, sum{} {}
 
@@ -28,7 +28,7 @@ struct State {
     return Turned ? tile * 16 + e / 2 * 8 + lane / 4 : tile * 8 + lane % 4 * 2 + e % 2;
   }
 
-  // Over the lanes that hold elements of the same query.
+  // Reduces over the lanes that hold elements of the same query.
   template <typename Operation>
   __device__ __forceinline__ static float reduce(float x, Operation operation) {
 #pragma unroll
@@ -37,7 +37,7 @@ struct State {
     return x;
   }
 
-  // Turns scores, of which those of keys below `left` exist, into weights, two in a register.
+  // Turns the scores of keys below `left` into weights, two in a register.
   template <typename T, bool Masked, int Tiles>
   __device__ __forceinline__ void weigh(float (&scores)[Tiles][4], uint32_t (&weights)[Tiles][2],
                                         float factor, int left, int lane) {
@@ -80,7 +80,7 @@ struct State {
       }
   }
 
-  // Writes rows from `first`, of which those below `limit` exist.
+  // Writes the rows from `first` to below `limit`.
   template <typename T>
   __device__ __forceinline__ void store(const Forward& call, const Item& item, int first, int limit,
                                         char* staging, int lane) {
@@ -98,8 +98,8 @@ struct State {
   }
 };
 
-// One stage, of whose 8 Tiles keys `left` exist, for four warps' 64 queries. The products are done
-// on return: leaving the second under way makes the compiler serialise all of them.
+// Computes one stage for four warps' 64 queries; `left` of its 8 Tiles keys exist. The products are
+// finished on return: leaving the second unfinished makes the compiler serialise all of them.
 template <typename T, int Tiles, bool Masked>
 __device__ __forceinline__ void attend(State<false>& state, const uint32_t (&q)[4][4],
                                        uint64_t keys, float factor, int left, int lane) {
@@ -122,8 +122,8 @@ __device__ __forceinline__ void attend(State<false>& state, const uint32_t (&q)[
   wait_for_products<0>();
 }
 
-// One stage for one warp's 8 queries, as transposed products: keys by queries, then d by queries.
-// q holds the queries as the right factor.
+// Computes one stage for one warp's 8 queries, by transposed products: keys by queries, then d by
+// queries. q holds the queries as the right factor.
 template <typename T, bool Masked>
 __device__ __forceinline__ void attend_turned(State<true>& state, const uint32_t (&q)[4][2],
                                               uint32_t keys, float factor, int left, int lane) {

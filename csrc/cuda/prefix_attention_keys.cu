@@ -1,24 +1,26 @@
 // The gradients of keys and values of prefix_attention on Hopper, head dim 64, 16 bits: for each
-// key the sum over all rows of queries that use it. A block holds up to 200 keys and values in
-// shared memory, of samples next to those of its next item; the stages hold queries and output
-// gradients. The products are those of keys by queries, so that weights and slopes are left factors
-// as they come out of the first products: dV = P^T dO, dK = dS^T Q.
+// key the sum over all rows of queries that use it.
 //
-// No atomics and no order that could change: the same bits on every run.
+// A block holds up to 200 keys and values in shared memory; those of samples lie beside those of
+// its next item. The stages hold queries and output gradients. The first products are of keys by
+// queries. Weights and slopes therefore come out in the layout of the left factors of the last
+// products: dV = P^T dO, dK = dS^T Q.
+//
+// There are no atomics and the order of sums is fixed, so every run gives the same bits.
 
 #include "ring.cuh"
 
 namespace pcx {
 namespace {
 
-constexpr int kPart = 32;  // queries of one step
+constexpr int kPart = 32;  // queries per step
 
-// For keys and values. A block has one part of a prefix's work, but several samples, one of which
-// it can fetch while it works on another.
+// Places for keys and values. A block has one part of a prefix, which needs one place. It has
+// several samples, and fetches the next one into a second place while it computes.
 template <bool Partial>
 constexpr int kPlaces = Partial ? 1 : 2;
 
-// With one copying warp, three blocks fit a processor where one group holds all of a prefix.
+// With one copying warp, three blocks fit a processor if one group holds all of a prefix.
 inline Plan plan_of(int keys, bool partial) {
   return Plan(keys, partial && keys <= 64 ? 1 : kCopiers);
 }
@@ -40,7 +42,7 @@ struct Item {
   }
 };
 
-// 64 rows of queries and output gradients, and their LSE and delta, by one warp.
+// Copies 64 rows of queries and output gradients, and their LSE and delta, by one warp.
 __device__ __forceinline__ void copy_stage(uint32_t to, uint32_t stats, const KeyGradients& call,
                                            const Item& item, int first, int lane) {
   const char* q = static_cast<const char*>(call.q) + 2 * item.h * call.q_strides.head;
@@ -70,7 +72,7 @@ __device__ __forceinline__ void copy_stage(uint32_t to, uint32_t stats, const Ke
   }
 }
 
-// Weights and slopes, rounded and two in a register, from keys' scores with two queries and dP.
+// Weights and slopes from keys' scores with two queries and dP, rounded, two in a register.
 template <typename T>
 __device__ __forceinline__ void differentiate(const float (&scores)[4], const float (&inner)[4],
                                               const float (&lse)[4], const float (&delta)[4],
@@ -89,7 +91,7 @@ __device__ __forceinline__ void differentiate(const float (&scores)[4], const fl
   }
 }
 
-// Up to kPart queries from row `start` of a stage, for four warps' 64 keys: 8 Tiles of them.
+// Computes 8 Tiles queries, kPart at most, from row `start` of a stage, for four warps' 64 keys.
 template <typename T, int Tiles>
 __device__ __forceinline__ void add_queries(float (&dk)[kDim / 8][4], float (&dv)[kDim / 8][4],
                                             uint64_t keys, uint64_t values, uint64_t queries,
@@ -129,8 +131,8 @@ __device__ __forceinline__ void add_queries(float (&dk)[kDim / 8][4], float (&dv
   wait_for_products<0>();
 }
 
-// 16 queries from row `start` of a stage, for one warp's 8 keys, which k and v hold as right
-// factors: products of queries by keys, then of d by keys.
+// Computes 16 queries from row `start` of a stage for one warp's 8 keys, which k and v hold as
+// right factors. The products are of queries by keys, then of d by keys.
 template <typename T>
 __device__ __forceinline__ void add_queries_turned(float (&dk)[kDim / 16][4],
                                                    float (&dv)[kDim / 16][4],
@@ -169,7 +171,7 @@ __device__ __forceinline__ void add_queries_turned(float (&dk)[kDim / 16][4],
   }
 }
 
-// Rows of a warp's accumulators as float32.
+// Writes the rows of a warp's accumulators as float32.
 template <bool Turned, int Tiles>
 __device__ __forceinline__ void store_partial(const float (&from)[Tiles][4], float scale, float* to,
                                               int64_t pitch, int rows, int lane) {
@@ -315,7 +317,7 @@ cudaError_t launch(const KeyGradients& call, cudaStream_t stream) {
                      stream);
 }
 
-// Four neighbouring sums of dK, or of dV, by one thread.
+// Sums four neighbouring elements of dK, or of dV, by one thread.
 template <typename T>
 __global__ void sum_kernel(const float4* parts, int n, int64_t count, uint2* dk, uint2* dv) {
   const int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;

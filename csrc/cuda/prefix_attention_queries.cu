@@ -1,24 +1,24 @@
 // The gradient of the queries of prefix_attention on Hopper, head dim 64, 16 bits, over the
-// sequence of sequence.cuh, and on the way delta = rowsum(dO * O) - dLSE, which the other gradients
-// use.
+// sequence of sequence.cuh. The kernel also computes delta = rowsum(dO * O) - dLSE, which the other
+// gradients use.
 //
-// A block holds its queries and output gradients in shared memory, next to those of its next item,
-// where the tensor cores read them as left factors; weights times (dO V^T - delta) are the left
-// factor of the last product as they come out of the first two: dQ = dS K.
+// A block holds its queries and output gradients in shared memory, beside those of its next item.
+// The tensor cores read them there as left factors. The first two products give dS, the weights
+// times (dO V^T - delta), in the layout of the left factor of the last product: dQ = dS K.
 
 #include "sequence.cuh"
 
 namespace pcx {
 namespace {
 
-// What a lane knows of the two queries that its elements of a tile belong to: one row each of 16,
-// or (Turned) one column each of 8.
+// The numbers of the two queries that a lane's elements of a tile belong to. A query is one of 16
+// rows, or with Turned one of 8 columns.
 struct Known {
   float lse[2];  // log2
   float delta[2];
 };
 
-// The sums over d of x * y of 8 rows of two tiles: lane i gets that of row i / 4.
+// The sums over d of x * y for 8 rows of two tiles; lane i gets the sum of row i / 4.
 template <typename T>
 __device__ __forceinline__ float sums_of_products(const char* x, const char* y, int lane) {
   float sum = 0.0f;
@@ -38,7 +38,7 @@ __device__ __forceinline__ float sums_of_products(const char* x, const char* y, 
   return sum + __shfl_xor_sync(0xffffffff, sum, 2);
 }
 
-// For a warp's rows from `first`, of which those below `limit` exist. Writes delta.
+// Computes and writes delta for a warp's rows, from `first` to below `limit`.
 template <typename T, bool Turned>
 __device__ __forceinline__ Known learn(const QueryGradient& call, const Item& item, int first,
                                        int limit, const char* out, const char* gradients,
@@ -66,7 +66,7 @@ __device__ __forceinline__ Known learn(const QueryGradient& call, const Item& it
   return known;
 }
 
-// One stage, of whose 8 Tiles keys `left` exist, for four warps' 64 queries.
+// Computes one stage for four warps' 64 queries; `left` of its 8 Tiles keys exist.
 template <typename T, int Tiles, bool Masked>
 __device__ __forceinline__ void add_keys(float (&dq)[kDim / 8][4], const Known& known,
                                          uint64_t queries, uint64_t gradients, uint64_t keys,
@@ -108,8 +108,9 @@ __device__ __forceinline__ void add_keys(float (&dq)[kDim / 8][4], const Known& 
   wait_for_products<0>();
 }
 
-// 16 keys from row `start` of a stage, of which `left` exist, for one warp's 8 queries, which q and
-// g hold as right factors: products of keys by queries, then of d by queries.
+// Computes 16 keys from row `start` of a stage, of which `left` exist, for one warp's 8 queries. q
+// and g hold the queries and their gradients as right factors. The products are of keys by queries,
+// then of d by queries.
 template <typename T>
 __device__ __forceinline__ void add_keys_turned(float (&dq)[kDim / 16][4], const Known& known,
                                                 const uint32_t (&q)[4][2],

@@ -1,11 +1,11 @@
-// What the kernels of prefix_attention have in common: a ring of stages between warps that copy and
-// warps that compute, and tiles of 64 rows with a few left over.
+// The pipeline that the kernels of prefix_attention share: a ring of stages between producer warps,
+// which copy, and consumer warps, which compute.
 //
-// A block stays on its processor and takes item after item. Warps that only copy run ahead of the
-// others, into the next item's stages. Each group of four warps has 64 rows, queries or keys, and
-// its products run on the tensor cores while other groups compute. Images have k * k + 1 tokens and
-// 64 divides k * k for many k, so up to 8 rows left over go to one more warp, whose products are
-// turned around: 197 = 3 * 64 + 5.
+// A block stays on its processor and computes item after item. Producer warps run ahead, into the
+// stages of the next item. Each group of four consumer warps has a tile of 64 rows, queries or
+// keys. Its products run on the tensor cores while other groups compute. Images have k * k + 1
+// tokens, and 64 divides k * k for many k. Up to 8 remaining rows therefore go to one more warp,
+// whose products are transposed: 197 = 3 * 64 + 5.
 
 #pragma once
 
@@ -31,7 +31,7 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 inline int ceil_divide(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
-// How `rows` rows of one head of one sample are cut.
+// The plan by which `rows` rows of one head of one sample are cut.
 struct Plan {
   int tiles;    // of 64 rows
   int tail;     // rows left over for the warp of its own, 0..8
@@ -48,7 +48,7 @@ struct Plan {
     groups = ceil_divide(tiles, blocks);
   }
 
-  // Rows that a block has room for, warps that compute, and all threads.
+  // The rows that a block has room for, its warps that compute, and all its threads.
   __host__ __device__ int slots() const { return groups * 64 + (tail ? kTail : 0); }
   __host__ __device__ int readers() const { return groups * 4 + (tail ? 1 : 0); }
   __host__ __device__ int threads() const { return 32 * (readers() + copiers); }
@@ -62,18 +62,17 @@ struct Plan {
     return slot < groups * 64 ? block * groups * 64 + slot : tiles * 64 + slot - groups * 64;
   }
 
-  // Room for `store_rows` of all readers.
+  // The bytes that `store_rows` of all readers needs.
   int staging_bytes() const { return readers() * 16 * kRowBytes; }
 
-  // Gives the stages what memory a block has left beside `taken` bytes, and returns what it takes
-  // in all.
+  // Gives the stages all memory that a block has left beside `taken` bytes. Returns the total.
   int share_memory(int taken) {
     const int left = kSharedBytes / blocks_per_processor() - kStaticBytes - taken;
     stages = left / (2 * kHalf) < kMaxStages ? left / (2 * kHalf) : kMaxStages;
     return stages * 2 * kHalf + taken;
   }
 
-  // How many blocks fill the current device.
+  // The number of blocks that fill the current device.
   cudaError_t fill(int* room) const {
     int device = 0, processors = 0;
     cudaError_t error = cudaGetDevice(&device);
@@ -104,7 +103,7 @@ struct Rows {
   int stride;  // bytes
 };
 
-// The rows of a block by one warp; `count` rows exist.
+// Copies the rows of a block, by one warp; `count` rows exist.
 __device__ __forceinline__ void copy_held(uint32_t to, Rows rows, const Plan& plan, int block,
                                           int count, int lane) {
   const int slots = plan.slots();
@@ -116,7 +115,7 @@ __device__ __forceinline__ void copy_held(uint32_t to, Rows rows, const Plan& pl
   }
 }
 
-// One number for each of them.
+// Copies one number for each of these rows.
 __device__ __forceinline__ void copy_held_numbers(uint32_t to, const float* numbers,
                                                   const Plan& plan, int block, int count,
                                                   int lane) {
@@ -127,7 +126,7 @@ __device__ __forceinline__ void copy_held_numbers(uint32_t to, const float* numb
   }
 }
 
-// Eight rows at `from` as the right factor of a warp's products over d.
+// Loads eight rows at `from` as the right factor of a warp's products over d.
 __device__ __forceinline__ void load_right(uint32_t (&to)[kDim / 16][2], uint32_t from, int lane) {
 #pragma unroll
   for (int j = 0; j < kDim / 16; j += 2) {
@@ -137,7 +136,7 @@ __device__ __forceinline__ void load_right(uint32_t (&to)[kDim / 16][2], uint32_
   }
 }
 
-// A place in the ring that every role goes around at its own pace.
+// A place in the ring; producers and consumers each go around it at their own pace.
 struct Turn {
   int stage = 0;
   uint32_t parity = 0;
@@ -150,8 +149,8 @@ struct Turn {
   }
 };
 
-// The stages and, of each, a barrier that says that it is full and one that it is empty; as one
-// warp goes around them.
+// The ring as one warp goes around it: the stages, and for each stage a barrier that says that it
+// is full and one that says that it is empty.
 struct Ring {
   uint32_t stages, full, empty;
   int count, copiers;
@@ -164,7 +163,7 @@ struct Ring {
         count(plan.stages),
         copiers(plan.copiers) {}
 
-  // By one thread.
+  // Called by one thread.
   __device__ __forceinline__ void make_barriers(int readers) const {
     for (int i = 0; i < count; ++i) {
       make_barrier(full + 8 * i, 32);
@@ -174,8 +173,8 @@ struct Ring {
 
   __device__ uint32_t stage() const { return stages + turn.stage * 2 * kHalf; }
 
-  // By a copying warp: of the stages of rows `first` to `end`, those that are its own. `until_mine`
-  // counts the others in between, from item to item.
+  // Called by a copying warp: fills its own among the stages of rows `first` to `end`. `until_mine`
+  // counts the stages of other warps until its next one, from item to item.
   template <typename Copy>
   __device__ __forceinline__ void fill(int first, int end, int& until_mine, Copy copy) {
     for (; first < end; first += kStage, turn.next(count)) {
@@ -187,8 +186,8 @@ struct Ring {
     }
   }
 
-  // By a reading warp: `use` is told how many rows are left with each stage. It ends with the warp
-  // together.
+  // Called by a reading warp: calls `use` for each stage with the number of rows that are left. On
+  // return the warp's lanes are together.
   template <typename Use>
   __device__ __forceinline__ void read(int rows, int lane, Use use) {
     for (int left = rows; left > 0; left -= kStage, turn.next(count)) {
@@ -198,15 +197,15 @@ struct Ring {
     }
   }
 
-  // By a reading warp that has nothing to do with them.
+  // Called by a reading warp that does not need the stages.
   __device__ __forceinline__ void pass(int rows, int lane) {
     read(rows, lane, [](int) {});
   }
 };
 
-// Writes up to 16 rows of a warp's accumulators, scaled, to rows at `to`, through 2 KB at
-// `staging`, so that a row goes out in whole pieces. Turned: up to 8 rows, from accumulators of d
-// by rows.
+// Scales up to 16 rows of a warp's accumulators and writes them to rows at `to`. They pass through
+// 2 KB at `staging`, so that a row is written in whole pieces. With Turned it is up to 8 rows, from
+// accumulators of d by rows.
 template <typename T, bool Turned, int Tiles>
 __device__ __forceinline__ void store_rows(const float (&from)[Tiles][4], const float (&scale)[2],
                                            char* to, int64_t pitch, int rows, char* staging,

@@ -1,5 +1,5 @@
-// What the kernels that hold queries go along: the prefix's keys and values and then the sample's
-// own, as one sequence, copied row by row from where they lie.
+// The sequence that kernels holding queries loop over: the prefix's keys and values, then the
+// sample's own. It is copied row by row from where the two lie; they are never concatenated.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace pcx {
 
-// One head of one sample and one of the blocks that share it.
+// An item of work: one head of one sample, and one of the blocks that share it.
 struct Item {
   int b, h, block, prefix, total;
   int64_t set;
@@ -29,12 +29,12 @@ struct Item {
             static_cast<int>(2 * strides.token)};
   }
 
-  // Where this head's first row is in [H, B, N].
+  // The offset of this head's first row in [H, B, N].
   __device__ int64_t row(const Attention& call) const {
     return (int64_t{h} * call.batch + b) * call.queries;
   }
 
-  // Writes a warp's rows from `first`, of which those below `limit` exist, to [B, N, H, d].
+  // Writes a warp's rows, from `first` to below `limit`, to [B, N, H, d].
   template <typename T, bool Turned, int Tiles>
   __device__ __forceinline__ void store(const Attention& call, void* tensor,
                                         const float (&from)[Tiles][4], const float (&scale)[2],
@@ -56,7 +56,7 @@ struct Sequence {
         own_k(item.rows(call.k, call.k_strides, item.b)),
         own_v(item.rows(call.v, call.v_strides, item.b)) {}
 
-  // 64 keys from `first` and their values by one warp.
+  // Copies 64 keys from `first` and their values, by one warp.
   __device__ __forceinline__ void copy_stage(uint32_t to, int first, const Item& item,
                                              int lane) const {
     copy_half(to, prefix_k, own_k, first, item, lane);

@@ -15,13 +15,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes, or zeros where `inside` is false; `source` is then not read.
+// Copies 16 bytes, or zeros without reading `source` if `inside` is false.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* source, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(source),
                "r"(inside ? 16 : 0));
 }
 
-// The same of one float.
+// The same for one float.
 __device__ __forceinline__ void copy_number_async(uint32_t to, const float* source, bool inside) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(to), "l"(source),
                "r"(inside ? 4 : 0));
@@ -29,7 +29,7 @@ __device__ __forceinline__ void copy_number_async(uint32_t to, const float* sour
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;\n" ::); }
 
-// Waits until at most `Left` of this thread's groups of copies are under way.
+// Waits until at most `Left` of this thread's groups of copies are unfinished.
 template <int Left>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(Left) : "memory");
@@ -106,7 +106,7 @@ __device__ __forceinline__ float power_of_2(float x) {
   return y;
 }
 
-// A warp's 8x8 matrix of 16-bit numbers, transposed.
+// Transposes a warp's 8x8 matrix of 16-bit numbers.
 __device__ __forceinline__ uint32_t transposed(uint32_t x) {
   uint32_t y;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;\n" : "=r"(y) : "r"(x));

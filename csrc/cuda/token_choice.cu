@@ -1,10 +1,10 @@
-// Which tokens a pruning layer keeps (Zero-TPrune): a block is one sample. Heads' scores become one
-// (VHF and EIR), patches are ranked by counting those before them, and what stays is written in the
-// order of tokens, at places that bit masks of what stays give.
+// The choice of the tokens that a pruning layer keeps (Zero-TPrune). A block computes one sample.
+// The heads' scores are combined into one (VHF and EIR). A patch's rank is the number of patches
+// before it. The tokens that stay are written in their order, at places that bit masks give.
 //
-// The similarity stage sums the heads' keys in float32, as rows of shared memory; cosines of group
-// A's rows with group B's are products on the tensor cores, as three of TF32 parts, of which only
-// each row's largest is kept.
+// The similarity stage sums the heads' keys in float32, as rows of shared memory. Cosines of group
+// A's rows with group B's are products on the tensor cores, as three of TF32 parts. Only the
+// largest of each row is kept.
 
 #include "attention_graph.cuh"
 #include "token_choice.h"
@@ -14,16 +14,16 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 
-// Unsigned numbers in the order of floats; NaN is above all, as torch sorts it.
+// Maps floats to unsigned numbers in the same order; NaN is above all, as torch sorts it.
 __device__ __forceinline__ uint32_t ordered(float x) {
   const uint32_t bits = __float_as_uint(x);
   return isnan(x) ? ~0u : bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
-struct Masks {  // bits of tokens
+struct Masks {  // one bit per token
   uint32_t words[kMostTokens / 32];
 
-  // Of a whole block, once; `of(i)` for i below `tokens`.
+  // Set once, by a whole block: bit i is `of(i)`, for i below `tokens`.
   template <typename Of>
   __device__ void set(int tokens, Of of) {
     for (int base = threadIdx.x - threadIdx.x % 32; base < tokens; base += kThreads) {
@@ -41,7 +41,7 @@ struct Masks {  // bits of tokens
   }
 };
 
-// VHF and EIR: keys in the order of sqrt(sum of used heads' squares) / count.
+// VHF and EIR: sort keys in the order of sqrt(sum of used heads' squares) / count.
 __device__ void combine(const Heads& heads, int b, int tokens, uint32_t* keys) {
   __shared__ bool used[kMostHeads];
   __shared__ int count;
@@ -53,7 +53,7 @@ __device__ void combine(const Heads& heads, int b, int tokens, uint32_t* keys) {
     for (int i = lane; i < tokens; i += 32) mean += row[i];
     mean = over_warp(mean) / tokens;
     for (int i = lane; i < tokens; i += 32) variance += (row[i] - mean) * (row[i] - mean);
-    variance = over_warp(variance) * tokens;  // of scores times N: N^2 / N
+    variance = over_warp(variance) * tokens;  // variance of N times the scores: N^2 / N
     if (lane == 0) used[h] = variance >= heads.low && variance <= heads.high;
   }
   __syncthreads();
@@ -62,7 +62,7 @@ __device__ void combine(const Heads& heads, int b, int tokens, uint32_t* keys) {
     for (int h = 0; h < heads.count; ++h) count += used[h];
   }
   __syncthreads();
-  const int among = count ? count : heads.count;  // all are used where none passes
+  const int among = count ? count : heads.count;  // if no head passes, all are used
   for (int i = threadIdx.x; i < tokens; i += kThreads) {
     float sum = 0;
     for (int h = 0; h < heads.count; ++h) {
@@ -74,7 +74,7 @@ __device__ void combine(const Heads& heads, int b, int tokens, uint32_t* keys) {
   __syncthreads();
 }
 
-// How many of keys[first], ... come before the i-th: higher ones, and equal ones that stand first.
+// The number of keys[first], ... before the i-th: higher ones, and equal ones at lower places.
 __device__ int rank_of(const uint32_t* keys, int first, int last, int i) {
   int before = 0;
   const uint32_t own = keys[i];
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) important_kernel(const Important cal
     if (stays.has(i)) out[stays.before(i)] = among ? among[i] : i;
 }
 
-// The sum over heads of 16 bytes' worth of a token's keys.
+// Sums 16 bytes of a token's keys over the heads.
 template <typename T>
 __device__ __forceinline__ void sum_heads(float (&sums)[16 / sizeof(T)], const T* k, int64_t stride,
                                           int heads) {
@@ -133,7 +133,7 @@ __device__ void features_of(const Dissimilar& call, int b, char* features) {
   }
 }
 
-// One over the length of a row.
+// The inverse of a row's length.
 __device__ float inverse_length(const char* row, int dim) {
   float square = 0;
   for (int j = 0; j < dim; j += 4) {
@@ -143,14 +143,14 @@ __device__ float inverse_length(const char* row, int dim) {
   return 1 / fmaxf(sqrtf(square), 1e-12f);
 }
 
-// Of each of group A, a warp's 16 at a time, the largest cosine with one of group B.
+// The largest cosine of each token of group A with one of group B, 16 tokens of A per warp.
 __device__ void likenesses(const char* features, const float* inverse, const int* group_a,
                            int size_a, const int* group_b, int size_b, int dim, uint32_t* alike) {
   const int bytes = row_bytes(dim, sizeof(float)), steps = steps_of(dim, sizeof(float));
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const uint32_t base = shared_address(features);
   for (int tile = 16 * warp; tile < size_a; tile += 16 * kWarps) {
-    const int of_a = min(tile + lane % 16, size_a - 1);  // rows beyond the last are it again
+    const int of_a = min(tile + lane % 16, size_a - 1);  // rows beyond the last repeat it
     const uint32_t left = base + group_a[of_a] * bytes + lane / 16 * 16;
     float best0 = -INFINITY, best1 = -INFINITY;
     for (int start = 0; start < size_b; start += 32) {
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kThreads, 4) dissimilar_kernel(const Dissimila
     inverse[i] = inverse_length(features + i * bytes, call.dim);
   }
   __syncthreads();
-  uint32_t* const alike = keys;  // which are not needed any more
+  uint32_t* const alike = keys;  // the keys are not needed any more
   likenesses(features, inverse, group_a, size_a, group_b, size_b, call.dim, alike);
   stays.set(n, [&](int i) {
     return !in_a.has(i) || rank_of(alike, 0, size_a, in_a.before(i)) >= call.drop;

@@ -1,5 +1,5 @@
-// The CUDA kernels that choose a pruning layer's tokens, on raw pointers: kernels and torch compile
-// apart.
+// The CUDA kernels that choose a pruning layer's tokens, on raw pointers, so that they compile
+// without torch.
 
 #pragma once
 
@@ -14,14 +14,14 @@ namespace pcx {
 constexpr int kMostTokens = 1024, kMostHeads = 64;
 
 struct Heads {
-  const float* scores;  // [B, H, N], dense, each head's of sum 1
+  const float* scores;  // [B, H, N], dense; each head sums to 1
   int count;            // H
   float low, high;      // bounds of the variance of N times the scores
 };
 
 struct Important {
   Heads heads;
-  const int64_t* among;  // [B, N]: what the tokens are; null for 0 to N - 1
+  const int64_t* among;  // [B, N]: indices to return for the tokens; null for 0 to N - 1
   int64_t* out;          // [B, first_patch + keep], dense
   int64_t among_stride;  // of samples; tokens are dense
   int batch, tokens, first_patch, keep;
@@ -35,7 +35,8 @@ struct Dissimilar {
   int batch, tokens, first_patch, drop, dim;  // dim is a multiple of 8
 };
 
-// Of shared memory, that a block of dissimilar tokens asks for; and a bound on what it has besides.
+// Bytes of shared memory: requested by a block of dissimilar tokens, and a bound on the rest it
+// has.
 int choice_bytes(int tokens, int dim);
 constexpr int kOtherBytes = 1024;
 

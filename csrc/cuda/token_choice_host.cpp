@@ -1,5 +1,5 @@
-// important_tokens and dissimilar_tokens on CUDA: which calls the kernels can run. The operations
-// give every other call to the form written out in torch.
+// important_tokens and dissimilar_tokens on CUDA: decides which calls the kernels run. The
+// reference in plain torch runs every other call.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -21,7 +21,7 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Why the kernels cannot run on scores [B, H, N]; empty where they can.
+// The reason why the kernels cannot run on scores [B, H, N], or an empty text if they can.
 std::string cannot(const Tensor& scores) {
   if (scores.scalar_type() != at::kFloat)
     return std::string("it computes float32 scores, got ") + toString(scores.scalar_type());
@@ -111,7 +111,7 @@ Tensor important_tokens(const Tensor& scores, int64_t keep, int64_t protected_to
   return written_out.call(scores, keep, protected_tokens, low, high, among);
 }
 
-// The same where backend="cuda" is asked for, which falls back to nothing.
+// The same for backend="cuda", which raises an error instead of falling back.
 Tensor important_in_cuda(const Tensor& scores, int64_t keep, int64_t protected_tokens, double low,
                          double high, const OptionalTensor& among) {
   check_important(scores, keep, protected_tokens, among);

@@ -1,17 +1,17 @@
-// Weighted PageRank, s <- A^T s with A = softmax(q k^T scale), for several iterations: a block
-// takes one head of a sample after another, and a head's whole matrix stays in registers from the
-// products to the last iteration. One iteration alone is weighted_pagerank_once.cu's. Graphs that
-// are too large for a block are shared by two of a cluster, on Hopper.
+// Weighted PageRank, s <- A^T s with A = softmax(q k^T scale), for several iterations. A block
+// computes one head of a sample after another. A head's whole matrix stays in registers, from the
+// products to the last iteration. On Hopper, two blocks of a cluster share a graph that is too
+// large for one. One iteration alone is computed by weighted_pagerank_once.cu.
 //
-// A warp holds 16 rows of A^T, so 16 tokens whose scores it alone makes: an iteration reads the
-// scores from shared memory, sums over a row within four lanes, and writes 16 new ones. Rows of A
-// are columns there, spread over all warps, and are summed once. What their sums divide is not the
-// matrix but the scores: A^T s = E^T (s / Z) with E = exp(logits), Z = E's row sums; a head whose
-// sums tell that this overflows or vanishes is done again, with maxima taken off. The next head's
-// queries and keys are copied while a head iterates.
+// A warp holds 16 rows of A^T, and alone computes the scores of their 16 tokens. An iteration reads
+// the scores from shared memory, sums over a row within four lanes, and writes 16 new ones. Rows of
+// A are columns of A^T, spread over all warps, and are summed once. Their sums Z divide the scores,
+// not the matrix: A^T s = E^T (s / Z) with E = exp(logits). If the sums show that E overflows or
+// vanishes, the head is computed again with maxima subtracted. The next head's queries and keys are
+// copied while a head iterates.
 //
-// 16 bits go through the tensor cores as they are; float32 as three products of TF32 parts, which
-// is float32 to about 2^-20. All sums have a fixed order.
+// 16-bit numbers go through the tensor cores as they are. float32 is computed as three products of
+// TF32 parts, which is float32 to about 2^-20. All sums have a fixed order.
 
 #include <algorithm>
 
@@ -20,13 +20,13 @@
 namespace pcx {
 namespace {
 
-// Where the i-th weight lies: a lane's four of 16, two of either tile, side by side.
+// The place of the i-th weight: a lane's four of 16, two of either tile, are side by side.
 __device__ __forceinline__ int weight_place(int i) {
   return i / 16 * 16 + i % 8 / 2 * 4 + i / 8 % 2 * 2 + i % 2;
 }
 
-// Of this thread's column: over what the warps have of it in `parts`, then over the blocks that
-// share a head.
+// Reduces this thread's column over the warps' partial results in `parts`, then over the blocks
+// that share a head.
 template <typename Op, int WARPS, int SHARES, int COLUMNS>
 __device__ __forceinline__ float over_head(const float (&parts)[WARPS][COLUMNS],
                                            float (&of_shares)[SHARES][COLUMNS]) {
@@ -47,9 +47,9 @@ __device__ __forceinline__ float over_head(const float (&parts)[WARPS][COLUMNS],
   return found;
 }
 
-// With HOPPER, products are those of warp groups, of head dim 64 in 16 bits; the warps beyond TILES
-// that make their number a multiple of four then have no rows. So many blocks of a cluster as
-// SHARES says share a head: each has some rows of A^T, and all scores.
+// With HOPPER, products are those of warp groups, for head dim 64 in 16 bits. Warps beyond TILES,
+// which make the number of warps a multiple of four, then have no rows. SHARES blocks of a cluster
+// share a head: each has some rows of A^T, and all scores.
 template <typename T, int TILES, int WARPS, int BLOCKS, bool HOPPER, int SHARES>
 __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Pagerank call) {
 #ifndef __CUDA_ARCH_FEAT_SM90_ALL
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
   __shared__ float parts[kTiles][kColumns], top[kColumns], inverse[kRows];
   __shared__ float maxima[SHARES][kColumns], sums[SHARES][kColumns];
   __shared__ int tokens[kTokens];
-  __shared__ uint64_t arrived[2];  // barriers, of weights that blocks send
+  __shared__ uint64_t arrived[2];  // barriers of the weights that blocks send each other
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, place = lane % 4;
   const int n = call.nodes, heads = call.batch * call.heads;
   const int bytes = HOPPER ? kRowBytes : row_bytes(call.dim, sizeof(T));
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
   uint32_t parities = 0;  // of the barriers
   if constexpr (SHARES > 1) {
     if (thread < 2) make_barrier(shared_address(arrived + thread), 1);
-    sync_cluster();  // nothing is sent to a block that does not run yet
+    sync_cluster();  // no block may send before the other one runs
   } else {
     __syncthreads();
   }
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
       const float total = over_head<Sum>(parts, sums);
       const bool lost = thread < n && !within_range(total);
       if (thread < kRows) {
-        inverse[thread] = thread < n ? 1 / total : 0;  // what is no token weighs nothing
+        inverse[thread] = thread < n ? 1 / total : 0;  // rows beyond the tokens have weight 0
         weights[0][weight_place(thread)] = start * inverse[thread];
       }
       if (thread < kTokens) tokens[thread] = next_token;
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
     }
     if (next < heads) copy_head(next);
     start = next_start;
-    // A warp that has nothing to send would not hold a phase up, and could miss two.
+    // A warp with nothing to send would not hold up a phase, and could miss two.
     if constexpr (SHARES > 1)
       if (!has_rows) continue;
 
@@ -186,9 +186,9 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
         }
       }
       const float first = over_row<Sum>(s0[0] + s0[1]), second = over_row<Sum>(s1[0] + s1[1]);
-      if (step == call.iters) inverse0 = inverse1 = 1;  // the last scores are wanted as they are
+      if (step == call.iters) inverse0 = inverse1 = 1;  // the last scores are not divided
       if constexpr (SHARES > 1) {
-        // All of it has come only after all blocks have read what it takes the place of.
+        // All of it arrives only after all blocks have read the numbers that it replaces.
         const uint32_t barrier = shared_address(arrived + step % 2);
         if (thread == 0) expect_bytes(barrier, sizeof(weights[0]));
         if (place < SHARES) {
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(32 * WARPS, BLOCKS) pagerank_kernel(const Page
       to = other;
     }
 
-    // The sum is 1 but for rounding, which every iteration carries on.
+    // The sum is 1 up to rounding, which accumulates over the iterations.
     const float* scores = from;
     float total = 0;
     for (int i = lane; i < kRows; i += 32) total += scores[i];
@@ -234,7 +234,7 @@ cudaError_t launch_kernel(const Pagerank& call, cudaStream_t stream) {
                                .stream = stream,
                                .attrs = &cluster,
                                .numAttrs = SHARES > 1 ? 1u : 0u};
-  int resident = 0;  // heads at a time
+  int resident = 0;  // heads computed at a time
   if constexpr (SHARES > 1) {
     error = cudaOccupancyMaxActiveClusters(&resident, kernel, &config);
   } else {
@@ -246,7 +246,7 @@ cudaError_t launch_kernel(const Pagerank& call, cudaStream_t stream) {
   return cudaLaunchKernelEx(&config, kernel, call);
 }
 
-// So many blocks as a processor has registers for.
+// As many blocks as a processor has registers for.
 template <typename T, int TILES, int BLOCKS, int ON_HOPPER = BLOCKS>
 cudaError_t launch_tiles(const Pagerank& call, cudaStream_t stream) {
   // Thirteen tiles in sixteen warps would leave wgmma no registers beside the matrix.
@@ -290,7 +290,7 @@ int shared_bytes(int nodes, int dim, Element type) {
   const int tiles = tiles_for(nodes), columns = 16 * tiles, rows = (tiles + 3) / 4 * 64;
   const int own = nodes > kMostInOneBlock ? (tiles + 1) / 2 * 16 : columns;
   const int bytes = row_bytes(dim, type == Element::kFloat ? 4 : 2);
-  // What is not asked for but declared is rounded up to a kilobyte.
+  // Shared memory that the kernel declares itself is rounded up to a kilobyte.
   const auto declared = [](int numbers) { return (4 * numbers + 1023) / 1024 * 1024; };
   const int several = (own + columns) * bytes + declared((tiles + 5) * columns);
   const int once = (rows + columns) * bytes + declared(6 * columns + 2 * rows);

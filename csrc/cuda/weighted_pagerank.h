@@ -1,4 +1,4 @@
-// The CUDA kernels of weighted_pagerank, on raw pointers: kernels and torch compile apart.
+// The CUDA kernels of weighted_pagerank, on raw pointers, so that they compile without torch.
 
 #pragma once
 
@@ -10,8 +10,8 @@
 
 namespace pcx {
 
-// Nodes whose attention matrix the registers of one block hold, and of two, which a cluster of
-// Hopper's has; one iteration in 16 bits holds only some rows of it at a time.
+// The most nodes whose attention matrix fits the registers of one block, and of a cluster of two
+// blocks on Hopper. One iteration in 16 bits holds only some rows of the matrix at a time.
 constexpr int kMostInOneBlock = 208, kMostNodes = 272;
 
 struct Pagerank {
@@ -26,7 +26,7 @@ struct Pagerank {
   float scale;                                          // above 0
 };
 
-// Tiles of 16 nodes that a kernel holds.
+// The number of tiles of 16 nodes that a kernel for so many nodes holds.
 constexpr int tiles_for(int nodes) {
   return nodes <= 64    ? 4
          : nodes <= 96  ? 6
@@ -37,19 +37,19 @@ constexpr int tiles_for(int nodes) {
                         : 17;
 }
 
-// The fewest nodes that so many tiles are taken for.
+// The fewest nodes for which a kernel of so many tiles is chosen.
 constexpr int fewest_nodes(int tiles) {
   int nodes = 1;
   while (tiles_for(nodes) != tiles) ++nodes;
   return nodes;
 }
 
-// Of shared memory, that a block takes at most, of the kernels that run without wgmma.
+// The most shared memory, in bytes, that a block of the kernels without wgmma needs.
 int shared_bytes(int nodes, int dim, Element type);
 
 cudaError_t launch_pagerank(const Pagerank& call, Element type, cudaStream_t stream);
 
-// The same where iters is 1 and the type has 16 bits.
+// The same for iters = 1 and a type of 16 bits.
 cudaError_t launch_pagerank_once(const Pagerank& call, Element type, cudaStream_t stream);
 
 }  // namespace pcx

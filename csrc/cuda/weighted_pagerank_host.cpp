@@ -1,5 +1,5 @@
-// weighted_pagerank on CUDA: which calls the kernels can run. The operation gives every other call
-// to Triton, which gives those that it cannot run either to torch.
+// weighted_pagerank on CUDA: decides which calls the kernels run. Triton runs every other call that
+// it can, and the reference in plain torch the rest.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -32,7 +32,7 @@ int64_t nodes_of(const Tensor& q, const OptionalTensor& among) {
   return among ? among->size(1) : q.size(2);
 }
 
-// Why the kernels cannot run; empty where they can.
+// The reason why the kernels cannot run, or an empty text if they can.
 std::string cannot(const Tensor& q, const Tensor& k, const Tensor& init, const OptionalTensor& bias,
                    const OptionalTensor& prefix_k, const OptionalTensor& among, int64_t iters,
                    double scale) {
@@ -120,7 +120,7 @@ Tensor weighted_pagerank(const Tensor& q, const Tensor& k, const Tensor& init,
   return in_triton.call(q, k, init, bias, prefix_k, among, iters, scale);
 }
 
-// The same where backend="cuda" is asked for, which falls back to nothing.
+// The same for backend="cuda", which raises an error instead of falling back.
 Tensor in_cuda(const Tensor& q, const Tensor& k, const Tensor& init, const OptionalTensor& bias,
                const OptionalTensor& prefix_k, const OptionalTensor& among, int64_t iters,
                double scale) {

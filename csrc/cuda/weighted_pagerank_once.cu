@@ -1,8 +1,8 @@
-// One iteration of Weighted PageRank, A^T s with A = softmax(q k^T scale), in 16 bits: a block is
-// one head of a sample, and takes a few tiles of 16 queries after the other. Nothing of A outlives
-// a tile: its rows are normalised within four lanes, and its columns are added to sums that stay in
-// registers until the last tile, when lanes and warps add them up, in a fixed order. Maxima are
-// taken off only when a head is done again, after sums that overflow or vanish without.
+// One iteration of Weighted PageRank, A^T s with A = softmax(q k^T scale), in 16 bits. A block
+// computes one head of a sample, some tiles of 16 queries after others. Only one tile of A exists
+// at a time. Its rows are normalised within four lanes. Its columns are added to sums that stay in
+// registers until the last tile. Lanes and warps then add these sums in a fixed order. If sums
+// overflow or vanish, the head is computed again with maxima subtracted.
 
 #include "attention_graph.cuh"
 
@@ -12,9 +12,10 @@ namespace {
 template <int TILES>
 constexpr int kFewest = fewest_nodes(TILES);
 
-// A tile's logits, in place, times `factor`, become attention; sums of its columns, each row taken
-// `start` times, are added to `sums`. What is no key has no attention. Whether sums of rows tell
-// that maxima had to be taken off. Warps that have no rows only wait for their group's products.
+// Turns a tile's logits times `factor` into attention, in place; columns beyond the keys get none.
+// Adds the sums of its columns, each row multiplied by `start`, to `sums`. Returns whether the sums
+// of rows show that maxima must be subtracted. Warps without rows only wait for their group's
+// products.
 template <bool HOPPER, int TILES>
 __device__ __forceinline__ bool vote(float (&e)[2 * TILES][4], float (&sums)[2 * TILES][2],
                                      float factor, float start0, float start1, int n, bool has_rows,
@@ -62,9 +63,9 @@ __device__ __forceinline__ bool vote(float (&e)[2 * TILES][4], float (&sums)[2 *
   return !within_range(total0) || !within_range(total1);
 }
 
-// With HOPPER, products are a warp group's, of 64 queries and head dim 64. Which warp takes which
-// 16 of them turns with the block, since the last 64 are seldom whole; sums keep the queries'
-// order.
+// With HOPPER, products are a warp group's, of 64 queries and head dim 64. Which warp computes
+// which 16 queries rotates with the block, since the last 64 are seldom complete. Sums keep the
+// order of the queries.
 template <typename T, int TILES, int BLOCKS, bool HOPPER>
 __global__ void __launch_bounds__(128, BLOCKS) once_kernel(const Pagerank call) {
 #ifndef __CUDA_ARCH_FEAT_SM90_ALL
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(128, BLOCKS) once_kernel(const Pagerank call) 
   for (int i = thread; i < kColumns; i += kThreads)
     scores[i] = i < n ? parts[0][i] + parts[1][i] + parts[2][i] + parts[3][i] : 0;
   __syncthreads();
-  float total = 0;  // 1 but for rounding
+  float total = 0;  // 1 up to rounding
   for (int i = lane; i < kColumns; i += 32) total += scores[i];
   total = over_warp(total);
   for (int i = thread; i < n; i += kThreads)

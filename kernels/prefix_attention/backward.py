@@ -34,18 +34,20 @@ def backward(
     tiles: dict[str, Tiles] | None = None,
     hopper: tuple[bool, bool, bool] = (False, False, False),
 ) -> tuple[Tensor | None, ...]:
-    """(dq, dk, dv, dprefix_k, dprefix_v, dbias); None where `needs` (q, own, prefix, bias) says no.
+    """The gradients (dq, dk, dv, dprefix_k, dprefix_v, dbias).
 
-    dq, dk and dv lie in memory as [B, N, H, d]; the bias's gradient is [B, H, N, S] float32, to be
-    summed to its shape. Those of sets [G, H, m, d] lie in memory as [G, m, H, d]. `hopper` says
-    which of the queries', own keys' and prefix's the CUDA kernels of pcx._C give.
+    `needs` says which of (q, own keys, prefix, bias) need one; the others are None. `hopper` says
+    which of (q, own keys, prefix) the CUDA kernels of pcx._C compute.
+
+    dq, dk and dv lie in memory as [B, N, H, d], and those of sets [G, H, m, d] as [G, m, H, d]. The
+    gradient of the bias is [B, H, N, S] float32; the caller sums it to the bias's shape.
     """
     need_q, need_own, need_prefix, need_bias = needs
     batch, heads, _, dim = q.shape
     own, m = k.shape[2], prefix_k.shape[-2]
     q, k, v, prefix_k, prefix_v = map(rowwise, (q, k, v, prefix_k, prefix_v))
     grad_out, out = rowwise(grad_out), rowwise(out)
-    lse = lse.transpose(0, 1).contiguous().transpose(0, 1)  # hooks on saved tensors may move it
+    lse = lse.transpose(0, 1).contiguous().transpose(0, 1)  # hooks may change its layout
     index, lengths = dense(index), dense(lengths)
     tiles = tiles or {}
     hopper_queries, hopper_own, hopper_prefix = hopper

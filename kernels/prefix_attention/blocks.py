@@ -1,4 +1,4 @@
-"""Blocks of rows that the kernels of prefix_attention read and write alike."""
+"""Blocks of rows, read and written in the same way by all kernels of prefix_attention."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import triton.language as tl
 
 @triton.jit
 def bias_of(bias, b, h, B1, strides):
-    """Where the bias [B0, B1, H, N, S] of head h of sample b begins."""
+    """The offset of head h of sample b in the bias [B0, B1, H, N, S]."""
     return bias + ((b // B1) * strides[0] + (b % B1) * strides[1] + h * strides[2])
 
 
 @triton.jit
 def set_of(b, index, G, INDEXED: tl.constexpr):
-    """The prefix set of a sample; an index out of range, asserted elsewhere, is clamped."""
+    """The prefix set of a sample. An index out of range is clamped here and asserted elsewhere."""
     chosen = b
     if INDEXED:
         chosen = tl.minimum(tl.maximum(tl.load(index + b), 0), G - 1)
@@ -24,7 +24,7 @@ def set_of(b, index, G, INDEXED: tl.constexpr):
 @triton.jit
 def rows_at(pointer, offsets, inside, DIM: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
             MASKED: tl.constexpr):  # fmt: skip
-    """[rows, WIDTH] of rows that begin anywhere; zeros outside of them."""
+    """Loads [rows, WIDTH] of rows that begin anywhere; zeros outside of them."""
     columns = FIRST + tl.arange(0, WIDTH)
     pointers = pointer + offsets[:, None] + columns[None, :]
     if MASKED:
@@ -39,7 +39,7 @@ def rows_at(pointer, offsets, inside, DIM: tl.constexpr, FIRST: tl.constexpr, WI
 @triton.jit
 def store(pointer, rows, stride, limit, values, DIM: tl.constexpr, FIRST: tl.constexpr,
           WIDTH: tl.constexpr):  # fmt: skip
-    """The counterpart of `tile`: writes [rows, WIDTH] from column FIRST, where there are such."""
+    """The counterpart of `tile`: writes the rows and columns of [rows, WIDTH] that exist."""
     columns = FIRST + tl.arange(0, WIDTH)
     inside = (rows < limit)[:, None]
     if FIRST + WIDTH > DIM:

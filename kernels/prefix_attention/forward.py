@@ -1,14 +1,14 @@
 """Attention over [a prefix shared by samples; own keys], and its log-sum-exp.
 
-One program per (sample, head, tile of queries) keeps one online softmax over the prefix's tiles,
-which every sample shares and L2 holds, and then over the sample's own (FlashAttention-2,
-arXiv:2307.08691, with two sources of keys). No atomics: the same bits on every run. On Hopper the
-kernels of csrc/cuda stand in for most of this where they fit.
+One program computes a tile of queries of one head and sample. It keeps one online softmax, first
+over the prefix's tiles, which all samples share and L2 holds, then over the sample's own
+(FlashAttention-2, arXiv:2307.08691, with two sources of keys). There are no atomics, so every run
+gives the same bits. On Hopper the kernels of csrc/cuda run most calls that fit their limits.
 
-All functions of this folder take what `pcx.ops.prefix_attention` has checked:
+The arguments of all functions of this folder were checked by `pcx.ops.prefix_attention`:
     q [B, H, N, d]; k, v [B, H, S, d]; prefix_k, prefix_v [H, m, d] or [G, H, m, d]; index [B];
     lengths [G]; bias [B0 | 1, B1 | 1, H | 1, N | 1, S | 1] with B0 * B1 = B, additive or boolean.
-The kernels take the strides of a tensor as one tuple, of samples, heads and tokens.
+A kernel gets the strides of a tensor as one tuple, of samples, heads and tokens.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _attend(
     else:  # the maximum before scaling: scaling and subtraction are then one instruction
         new = tl.maximum(top, tl.max(scores, 1) * factor)
     base = new
-    if GUARD:  # rows that attend to nothing so far
+    if GUARD:  # for rows that attend to nothing so far
         base = tl.where(new == float("-inf"), 0.0, new)
     if BIAS > 0:
         weights = tl.exp2(scores - base[:, None])
@@ -88,7 +88,7 @@ def _attend_to_all(
     PREFIX_TAIL: tl.constexpr, OWN_TAIL: tl.constexpr, RAGGED: tl.constexpr, BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BM rows of queries from `first`, over a prefix of `valid` keys and S own keys.
+    """Attention of BM rows of queries from `first`, over `valid` prefix keys and S own keys.
 
     `prefix` and `own` are sources, and `bias` is a bias, as `_attend` takes them.
     """
@@ -192,9 +192,9 @@ def forward(
     scale: float,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, H, N, d], in memory [B, N, H, d], and LSE [B, H, N] float32, in memory [H, B, N].
+    """The output [B, H, N, d], in memory [B, N, H, d], and LSE [B, H, N], in memory [H, B, N].
 
-    `tiles` is (queries, keys, warps, stages) in place of the shipped configuration.
+    The LSE is float32. `tiles`, (queries, keys, warps, stages), replaces the shipped configuration.
     """
     batch, heads, n, dim = q.shape
     own, m = k.shape[2], prefix_k.shape[-2]

@@ -1,9 +1,9 @@
 """The gradients of keys and values, of a prefix and of a sample's own.
 
-One program per tile of keys goes over the queries that use them. A sample's own keys are a prefix
-that it alone uses, so the same kernel gives both. The rows of all samples that share a prefix are
-folded into one axis, cut into chunks whose partial sums are added in a fixed order. No atomics: the
-same bits on every run.
+One program computes a tile of keys and loops over the queries that use them. One kernel computes
+both kinds, since a sample's own keys are a prefix that it alone uses. The rows of all samples that
+share a prefix are folded into one axis and cut into chunks. The chunks' partial sums are added in a
+fixed order. There are no atomics, so every run gives the same bits.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def _add(
     DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr,
     USERS: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what BM rows of queries give to the gradients of a tile of keys and values."""
+    """Adds the contribution of BM rows of queries to the gradients of a tile of keys and values."""
     dk0, dk1, dv0, dv1 = acc
     folded = start + tl.arange(0, BM)
     inside = folded < end
-    if USERS == "one":  # the pointers stand at the sample
+    if USERS == "one":  # the pointers are already at the sample
         q_at = folded * q_strides[2]
         g_at = folded * grad_out_strides[2]
         place = folded
@@ -157,7 +157,7 @@ def _key_gradients(
     begin = chunk * rows_per_chunk
     end = tl.minimum(begin + rows_per_chunk, users * N)
     whole = end
-    if USERS == "one":  # whole tiles, then the rows left over in a tile of their own
+    if USERS == "one":  # whole tiles, then a smaller tile with the remaining rows
         whole = begin + (end - begin) // BM * BM
     for start in tl.range(begin, whole, BM):
         dk0, dk1, dv0, dv1 = _add(
@@ -184,7 +184,7 @@ def _key_gradients(
 
 @dataclass(frozen=True)
 class Rows:
-    """What the backward pass reads by query."""
+    """The tensors of the backward pass that have a row per query."""
 
     q: Tensor
     lse: Tensor
@@ -194,7 +194,7 @@ class Rows:
 
 
 def hopper_gradients(keys: Tensor, values: Tensor, rows: Rows) -> tuple[Tensor, ...]:
-    """dk and dv by the CUDA kernels for Hopper."""
+    """dk and dv, computed by the CUDA kernels for Hopper."""
     return torch.ops.pcx.prefix_attention_key_gradients_hopper(
         rows.q, rows.grad_out, keys, values, rows.lse, rows.delta, rows.scale
     )
@@ -208,7 +208,7 @@ def prefix_gradients(
     lengths: Tensor | None,
     config: Tiles,
 ) -> tuple[Tensor, Tensor]:
-    """dprefix_k and dprefix_v, of a prefix [H, m, d] or of sets [G, H, m, d]."""
+    """dprefix_k and dprefix_v of a prefix [H, m, d] or of sets [G, H, m, d]."""
     batch, heads, n, dim = rows.q.shape
     m, sets = prefix_k.shape[-2], set_count(prefix_k)
     chunks, users = 1, None
@@ -241,7 +241,7 @@ def fill_gradients(
     lengths: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> None:
-    """Fills dk and dv [chunks, G, H, m, d], of the same strides."""
+    """Fills dk and dv [chunks, G, H, m, d], which must have equal strides."""
     q, grad_out = rows.q, rows.grad_out
     batch, heads, n, dim = q.shape
     chunks, sets, _, m, _ = dk.shape

@@ -1,4 +1,4 @@
-"""What the launches of prefix_attention's kernels share: sizes of tiles, and optional arguments."""
+"""Tile sizes and optional arguments for the launches of prefix_attention's kernels."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 from pcx.kernels.launch import products_of_warps
 from pcx.ops.hardware import processors
 
-# Vary from call to call: one compiled form for all.
+# Not specialised, since they vary from call to call.
 RUNTIME = ["N", "S", "m", "B1", "rows_per_chunk"]
 
 Tiles = tuple[int, int, int, int]  # queries, keys, warps, stages
 
-# Tuned on an H200. In 16 bits none spills there at d = 64 and 80; float32 without TF32 goes through
-# plain multiply-adds and does. With head dims of two parts (d = 40 and 96) Triton 3.6 gave wrong
-# gradients at 8 warps and in 64x64 tiles, so these keep to what the tests on a GPU have passed.
+# Tuned on an H200. In 16 bits no kernel spills there at d = 64 and 80. float32 without TF32 runs on
+# plain multiply-adds and spills. With head dims of two parts (d = 40 and 96) Triton 3.6 gave wrong
+# gradients at 8 warps and in 64x64 tiles, so these use only tiles that passed the GPU tests.
 _TILES: dict[str, dict[str, Tiles]] = {
     "16 bits": {
         "forward": (64, 32, 4, 3),
@@ -37,19 +37,19 @@ _TILES: dict[str, dict[str, Tiles]] = {
         "prefix": (32, 32, 8, 2),
     },
 }
-# Where the tiles above spill with Triton 3.8.
+# Replacements for tiles above that spill with Triton 3.8.
 _BY_WARPS = {("16 bits", "own"): (32, 64, 4, 3)}
 
 
 def configuration(kernel: str, q: Tensor, keys: int) -> Tiles:
-    """The tiles that a kernel runs with: "forward", "query", "own" or "prefix"."""
+    """The tiles of a kernel: "forward", "query", "own" or "prefix"."""
     group = "16 bits" if q.shape[-1] in (16, 32, 64) else "16 bits, two parts or d > 64"
     if q.dtype == torch.float32:
         group = "float32"
     bm, bn, warps, stages = _TILES[group][kernel]
     if (group, kernel) in _BY_WARPS and products_of_warps(q):
         bm, bn, warps, stages = _BY_WARPS[group, kernel]
-    if kernel in ("forward", "query") and q.shape[2] <= 16:  # queries of [CLS] only
+    if kernel in ("forward", "query") and q.shape[2] <= 16:  # few queries, such as [CLS] alone
         bm = 16
     if kernel == "prefix" and keys <= bn // 2:
         bm, bn = 32, max(32, triton.next_power_of_2(keys))
@@ -57,29 +57,29 @@ def configuration(kernel: str, q: Tensor, keys: int) -> Tiles:
 
 
 def tail(count: int, tile: int) -> int:
-    """The tile that holds what whole tiles leave over."""
+    """The size of the tile for the rows that whole tiles leave over."""
     rest = count % tile
     return max(16, triton.next_power_of_2(rest)) if rest else 0
 
 
 def chunk_count(q: Tensor, programs: int, rows: int) -> int:
-    """Into how many parts the batch is cut so that the programs fill the chip four times."""
+    """The number of parts that the batch is cut into, so that programs fill the GPU four times."""
     cores = processors(q.device) if q.is_cuda else 2
     return max(1, min(4 * cores // max(programs, 1), rows // 256))
 
 
 def dense(x: Tensor | None) -> Tensor | None:
-    """An optional index or list of lengths, contiguous in memory."""
+    """An optional index or list of lengths, made contiguous."""
     return None if x is None else x.contiguous()
 
 
 def given(x: Tensor | None, other: Tensor) -> Tensor:
-    """An optional argument, or in its place another tensor that the kernel does not read."""
+    """An optional argument, or if it is None another tensor, which the kernel does not read."""
     return other if x is None else x
 
 
 def set_count(prefix: Tensor) -> int:
-    """G of a prefix [G, H, m, d], or 1 of [H, m, d]."""
+    """The number of sets: G of a prefix [G, H, m, d], 1 of [H, m, d]."""
     return prefix.shape[0] if prefix.dim() == 4 else 1
 
 

@@ -1,6 +1,6 @@
-"""The gradient of the queries, of a bias, and delta, which the keys' gradients use.
+"""The gradients of the queries and of a bias, and delta, which the gradients of keys use.
 
-One program per tile of queries goes over the prefix's keys and the sample's own.
+One program computes a tile of queries and loops over the prefix's keys and the sample's own.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _add(
     DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASKED: tl.constexpr,
     BIAS: tl.constexpr, NEED_DBIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what a tile of keys gives to the gradient of a tile of queries."""
+    """Adds the contribution of a tile of keys to the gradient of a tile of queries."""
     acc0, acc1 = acc
     slopes, k0, k1 = _slopes(
         queries, gradients, source, bias, columns, limit, rows, N, lse, delta, factor,
@@ -88,7 +88,7 @@ def _query_gradient(
     RAGGED: tl.constexpr, BIAS: tl.constexpr, LSE_GRAD: tl.constexpr, NEED_DQ: tl.constexpr,
     NEED_DBIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(dO * O) - dLSE [H, B, N]; dq [B, N, H, d]; dbias [B, H, N, S]."""
+    """Writes delta = rowsum(dO * O) - dLSE [H, B, N], dq [B, N, H, d] and dbias [B, H, N, S]."""
     tiles = tl.cdiv(N, BM)
     pid = tl.program_id(0)
     h = (pid // tiles) % H
@@ -191,11 +191,11 @@ def query_gradient(
     need_bias: bool,
     config: Tiles,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """dq; delta = rowsum(dO * O) - dLSE [B, H, N], in memory [H, B, N]; dbias."""
+    """dq, delta = rowsum(dO * O) - dLSE [B, H, N] (in memory [H, B, N]), and dbias."""
     batch, heads, n, dim = q.shape
     own, m = k.shape[2], prefix_k.shape[-2]
     delta = q.new_empty(heads, batch, n, dtype=torch.float32).transpose(0, 1)
-    # A bias's gradient comes from the kernel that makes dq, which then needs a place for it.
+    # The kernel of dq computes the bias's gradient too, and needs a place for dq even if unwanted.
     dq = q.new_empty(batch, n, heads, dim).transpose(1, 2) if need_q or need_bias else None
     dbias = q.new_empty(batch, heads, n, own, dtype=torch.float32) if need_bias else None
     bm, bn, warps, stages = config

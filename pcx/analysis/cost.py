@@ -1,4 +1,4 @@
-"""What a model computes: its multiply-adds, as a whole and by module."""
+"""Counts the multiply-adds of a model, pruned or not, whole and by module."""
 
 from __future__ import annotations
 
@@ -10,27 +10,32 @@ from torch.utils.flop_counter import FlopCounterMode
 from pcx.backbones.inputs import input_size
 from pcx.backbones.probing import hollow
 
-BATCH = 64
-WHOLE = "Global"  # the counter's name of it
-EMBEDDINGS = ("patch_embed", "patch_embeddings", "embeds")  # timm's, Hugging Face's, NaFlexViT's
+BATCH = 64  # images per counted batch
+WHOLE = "Global"  # the name under which torch's counter keeps the whole model's operations
+# Names of the patch embedding in timm's models, in Hugging Face's, and in NaFlexViT.
+EMBEDDINGS = ("patch_embed", "patch_embeddings", "embeds")
 
 
 def multiply_adds(model: nn.Module, *, patch_embedding: bool = True) -> float:
     """Multiply-adds of one image: half the operations that torch's counter sees.
 
-    Those of matrix products, convolutions and attention, of one image of a batch of 64 of the
-    model's own image size; what is computed once for the whole batch, such as prompts' keys and
-    values, counts for 1/64. What ranking the tokens of a pruned model takes is left out, as in the
-    paper (Zero-TPrune, Table 1). Counted on shapes alone, in eval mode, on a copy without weights.
+    Matrix products, convolutions and attention are counted, for an image of the model's own size
+    in a batch of 64. What is computed once for the whole batch, such as the prompts' keys and
+    values, counts for 1/64. Ranking the tokens of a pruned model is not counted, as in the paper
+    (Zero-TPrune, Table 1). The count needs shapes alone. It runs in eval mode on a copy without
+    weights.
 
     Args:
         model: a timm vision transformer, Hugging Face's ...ForImageClassification or a pcx.VPT,
-            pruned or not; not changed.
-        patch_embedding: with that of turning patches into tokens. The Zero-TPrune paper's figures
-            are without (DeiT-S: 4.55 G, and 3.08 G for its Table 1).
+            pruned or not. It is not changed.
+        patch_embedding: whether turning patches into tokens is counted. The Zero-TPrune paper
+            leaves it out (DeiT-S: 4.55 G, and 3.08 G for its Table 1).
+
+    Returns:
+        Multiply-adds per image.
 
     Raises:
-        ValueError: the patch embedding is to be left out and was not found.
+        ValueError: `patch_embedding` is False and the patch embedding was not found.
 
     Example:
         >>> whole = pcx.multiply_adds(model)
@@ -51,9 +56,10 @@ def multiply_adds(model: nn.Module, *, patch_embedding: bool = True) -> float:
 
 
 def multiply_adds_by_module(model: nn.Module) -> dict[str, float]:
-    """`multiply_adds` of every module that computes any, by name, and of the `WHOLE`.
+    """Multiply-adds of one image by module, and of the whole model under the key `WHOLE`.
 
-    The names begin with the model's class: "VisionTransformer.blocks.0.attn".
+    Modules that compute none are left out. The names begin with the model's class:
+    "VisionTransformer.blocks.0.attn".
     """
     counts = operations_of(hollow(model), input_size(model))
     return {name: operations / 2 / BATCH for name, operations in counts.items()}
@@ -61,10 +67,14 @@ def multiply_adds_by_module(model: nn.Module) -> dict[str, float]:
 
 @torch.no_grad()
 def operations_of(hollow: nn.Module, size: tuple[int, int, int]) -> dict[str, int]:
-    """Of a batch, by the names of modules, and of the `WHOLE`.
+    """Operations of one batch by module, and of the whole model under the key `WHOLE`.
 
-    The counter knows neither every backend's attention nor pcx's own operations; on shapes alone
-    all of attention is matrix products.
+    Torch's counter does not know every backend's attention, nor pcx's own ops. On meta tensors all
+    attention is computed by matrix products, which it knows.
+
+    Args:
+        hollow: a model on the meta device, as `pcx.backbones.probing.hollow` gives it.
+        size: channels, height and width of an image.
     """
     dtype = next(p.dtype for p in hollow.parameters() if p.is_floating_point())
     counter = FlopCounterMode(display=False)

@@ -1,18 +1,20 @@
-"""Figures of a condensation."""
+"""Draws figures of a condensation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from matplotlib.figure import Figure
 
-from pcx.condensation.condensing import Condensation
+if TYPE_CHECKING:
+    from pcx.models.record import Condensation
 
 
 def kept_per_layer(before: Sequence[int], after: Sequence[int], file: Path) -> None:
-    """Prompts kept in each layer (Prompt Condensation, Fig. 7)."""
+    """Draws the prompts of each layer before and after selection (Prompt Condensation, Fig. 7)."""
     figure, axes = _figure("layer", "prompts")
     layers = range(1, len(before) + 1)
     axes.bar(layers, before, color="0.85", label="before")
@@ -23,7 +25,7 @@ def kept_per_layer(before: Sequence[int], after: Sequence[int], file: Path) -> N
 
 
 def score_distribution(condensation: Condensation, file: Path) -> None:
-    """Every prompt's score, highest first, and where the cut lies."""
+    """Draws all prompts' scores from the highest on, and the cut if the scope is global."""
     figure, axes = _figure("prompt, by rank over all layers", f"score ({condensation.method})")
     flat = torch.cat(list(condensation.scores))
     layer = torch.cat([torch.full((len(s),), i) for i, s in enumerate(condensation.scores)])
@@ -39,7 +41,12 @@ def score_distribution(condensation: Condensation, file: Path) -> None:
 
 
 def accuracy_by_keep(result: dict, file: Path) -> None:
-    """Accuracy against the share of prompts kept (Prompt Condensation, Fig. 4)."""
+    """Draws accuracy against the share of prompts kept (Prompt Condensation, Fig. 4).
+
+    Args:
+        result: the results of one task, as `pcx.experiments.demo.demo` returns them.
+        file: where the figure is written; the name's ending says the format.
+    """
     figure, axes = _figure("prompts kept, %", "test accuracy, %")
     rows = result["accuracy_by_keep"]
     error = result["standard_error"]["vpt"]

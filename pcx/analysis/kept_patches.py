@@ -1,4 +1,4 @@
-"""Which patches are left after each pruning layer, drawn over the images."""
+"""Draws the patches that are left after each pruning layer over the images."""
 
 from __future__ import annotations
 
@@ -13,24 +13,34 @@ from torch import Tensor
 if TYPE_CHECKING:
     from pcx.token_pruning.dropping import Pruning
 
-DROPPED = 0.85  # how white a patch becomes
+WHITENESS = 0.85  # share of white in a patch that was dropped
 
 
 def kept_masks(pruning: Pruning, height: int, width: int) -> list[Tensor]:
-    """After each step, whether each pixel's patch is left; [B, height, width], boolean.
+    """Masks of the pixels whose patch is left, one per pruning step.
+
+    Args:
+        pruning: the handle of a model that images went through.
+        height, width: size of those images, pixels.
+
+    Returns:
+        One mask [B, height, width] per step, boolean.
 
     Raises:
-        ValueError: the images of the last batch were of another size, or patches are not square.
+        ValueError: the images of the last batch had another size, or patches are not square.
     """
     side = math.isqrt(pruning.patch_pixels)
     if side**2 != pruning.patch_pixels:
-        raise ValueError(f"pruning: its patches of {pruning.patch_pixels} pixels are not square")
+        raise ValueError(
+            f"pruning: its patches of {pruning.patch_pixels} pixels are not square; only square "
+            "patches can be drawn"
+        )
     rows, columns = height // side, width // side
     kept, came = pruning.kept, pruning.tokens - pruning.prefix_tokens
     if rows * columns != came:
         raise ValueError(
             f"height, width: {height} x {width} has {rows * columns} patches of {side} x {side}, "
-            f"the images of the last batch had {came}"
+            f"the images of the last batch had {came}; give their size"
         )
     masks = []
     for places in kept:
@@ -42,13 +52,13 @@ def kept_masks(pruning: Pruning, height: int, width: int) -> list[Tensor]:
 
 
 def draw_kept(images: Tensor, pruning: Pruning, file: Path) -> None:
-    """Each image of the last batch, and what is left of it after each step (paper, Fig. 5).
+    """Draws each image of the last batch beside what is left of it after each step (Fig. 5).
 
     Args:
-        images: [B, 3, H, W] between 0 and 1, as shown; what went through the model may have been
-            normalised otherwise.
-        pruning: of the model that they went through.
-        file: a PNG, or another format that its name says.
+        images: [B, 3, H, W] between 0 and 1, as they are shown. The model may have seen them
+            normalised.
+        pruning: the handle of the model that the images went through.
+        file: where the figure is written; the name's ending says the format.
     """
     batch, _, height, width = images.shape
     masks = kept_masks(pruning, height, width)
@@ -63,7 +73,7 @@ def draw_kept(images: Tensor, pruning: Pruning, file: Path) -> None:
     for column, (step, mask) in enumerate(zip(pruning.steps, masks, strict=True), 1):
         count = int(mask[0].sum()) // pruning.patch_pixels
         grid[0, column].set_title(f"layer {step.layer}: {count}", fontsize=9)
-        faded = torch.where(mask[:, None], shown, DROPPED + (1 - DROPPED) * shown)
+        faded = torch.where(mask[:, None], shown, WHITENESS + (1 - WHITENESS) * shown)
         for axes, image in zip(grid[:, column], faded, strict=True):
             axes.imshow(image.permute(1, 2, 0).numpy())
     for axes in grid.flat:

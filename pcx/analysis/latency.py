@@ -1,4 +1,4 @@
-"""Time per image of a model's forward pass."""
+"""Measures the time per image of a model's forward pass."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def milliseconds_per_image(model: nn.Module, *, batch: int = 32, repeats: int = 
     """Median wall-clock time of a forward pass in eval mode, divided by the batch.
 
     Args:
-        model: on the device to measure.
-        batch: images per pass.
-        repeats: timed passes, after two that warm up.
+        model: the model, on the device to measure. Its mode is restored.
+        batch: number of images per pass.
+        repeats: number of timed passes, after two passes that warm up.
 
     Returns:
         Milliseconds per image.
@@ -42,7 +42,10 @@ def milliseconds_per_image(model: nn.Module, *, batch: int = 32, repeats: int = 
 
 
 def by_path(model: VPT, *, batch: int = 32, repeats: int = 10) -> dict[str, float]:
-    """Milliseconds per image of a VPT folded and concatenated, every token computed in both."""
+    """Milliseconds per image of a VPT on each path, {"folded": ..., "concat": ...}.
+
+    Every token of the last layer is computed on both paths, so that they do the same work.
+    """
     whole = model.keep([torch.arange(m) for m in model.counts])
     for layer in whole.layers:
         layer.read_tokens = None

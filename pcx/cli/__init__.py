@@ -16,10 +16,10 @@ __all__ = ["COMMANDS", "app", "main", "new_backbone"]
 
 
 class Listed(NamedTuple):
-    """A command before its file is imported: where its function is, and its line of help."""
+    """A command whose file is not imported yet."""
 
-    target: str
-    help: str
+    target: str  # "module:function"
+    help: str  # its line in `pcx --help`
 
 
 # A new command is one file in this folder and one line here.
@@ -38,19 +38,19 @@ _FUNCTIONS = Registry("command", {name: listed.target for name, listed in COMMAN
 
 
 def _as_listed() -> dict[str, Any]:
-    """The commands without their options."""
+    """All commands, without their options, so that no file is imported."""
     return {name: TyperCommand(name, help=listed.help) for name, listed in COMMANDS.items()}
 
 
 class CommandTable(TyperGroup):
-    """The group of `COMMANDS`: it lists them as they are, and imports the one that is run."""
+    """The group of `COMMANDS`, which imports only the command that is run."""
 
     def __init__(self, **attributes: Any):
         super().__init__(**attributes)
         self.commands = _as_listed()
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command with its options, None where there is no such command."""
+        """The command with its options, or None if there is no such command."""
         if cmd_name not in self.commands:
             return None
         alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -58,7 +58,7 @@ class CommandTable(TyperGroup):
         return typer.main.get_command(alone)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """The help of a group of the commands as listed, of which no file is imported."""
+        """Writes the list of commands without importing their files."""
         listing = TyperGroup(
             name=self.name, commands=_as_listed(), help=self.help, params=self.params
         )
@@ -72,7 +72,7 @@ app = typer.Typer(
 
 @app.callback()
 def _group() -> None:
-    """Makes a group of the application, although no command is registered with typer."""
+    """Makes typer treat the application as a group, although no command is registered with it."""
 
 
 def main() -> None:

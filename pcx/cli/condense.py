@@ -1,4 +1,4 @@
-"""pcx condense."""
+"""The command `pcx condense`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ def condense(
     keep: Annotated[str, typer.Option(help="a fraction, a count, or auto")] = "0.3",
     backbone: o.FileBackbone = None,
     weights: o.Weights = None,
-    method: Annotated[str, typer.Option(help="of scoring, such as taylor or gate")] = "taylor",
+    method: Annotated[str, typer.Option(help="scoring method, such as taylor or gate")] = "taylor",
     scope: Annotated[str, typer.Option(help="global or local")] = "global",
     epochs: o.Epochs = 20,
     lr: Annotated[
-        float | None, o.option("a tenth of the training's by default", o.OPTIMISATION)
+        float | None,
+        o.option("learning rate; a tenth of the training's by default", o.OPTIMISATION),
     ] = None,
     batch_size: o.BatchSize = 64,
     split: o.Split = "train",
@@ -70,6 +71,7 @@ def condense(
 
 
 def _say_cost(model: VPT) -> None:
+    """Prints the share of prompts among the tokens, and the operations that they add."""
     from pcx.analysis.prompt_cost import token_cost
 
     cost = token_cost(model)

@@ -1,4 +1,4 @@
-"""--config: the values of a command's options from a TOML file."""
+"""The option --config, which reads a command's options from a TOML file."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import typer
 
 
 def use_config(ctx: typer.Context, file: Path | None) -> Path | None:
-    """Makes a file's values the defaults of the command, which its command line overrides.
+    """Makes the values in a file the defaults of the command; the command line overrides them.
 
-    Keys are names of options, with - or _. They stand at the top level, or in a table named after
-    the command, which wins over the top level.
+    Keys are names of options, with - or _. They stand at the top level or in a table named after
+    the command. The table overrides the top level.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: the file is not TOML, or a key or value does not fit the command.
     """
     if file is None or ctx.resilient_parsing:
@@ -36,7 +36,7 @@ def use_config(ctx: typer.Context, file: Path | None) -> Path | None:
 
 
 def _values(file: Path, command: str) -> dict[str, Any]:
-    """The keys of the top level, and over them those of the command's own table."""
+    """The values of the top level, overridden by those of the command's own table."""
     from pcx.cli import COMMANDS
 
     content = read_toml(file)
@@ -60,25 +60,27 @@ def _refuse_doubled(file: Path, source: Mapping[str, Any]) -> None:
         if "-" in key and key.replace("-", "_") in source:
             raise ValueError(
                 f"--config: {file} has {key!r} and {key.replace('-', '_')!r}, which are one "
-                "option; leave one of them"
+                "option; remove one of them"
             )
 
 
 def read_toml(file: Path) -> dict[str, Any]:
-    """The content of a TOML file; errors name the file and the line."""
+    """Reads a TOML file; errors name the file and the line."""
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
 
     if not file.is_file():
-        raise FileNotFoundError(f"--config: no file {file}")
+        raise FileNotFoundError(f"--config: no file {file}; give the path of a TOML file")
     content = file.read_bytes()
     try:
         return tomllib.loads(content.decode())
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"--config: {file}, line {line}: it is not UTF-8; save it so") from None
+        raise ValueError(
+            f"--config: {file}, line {line}: it is not UTF-8; save it as UTF-8"
+        ) from None
     except tomllib.TOMLDecodeError as error:
         last = f"at line {max(1, len(content.splitlines()))}, the end"
         reason = str(error).replace("at end of document", last)
@@ -95,7 +97,7 @@ def _unknown(file: Path, command: str, key: str, options: Mapping[str, Any]) -> 
 
 
 def _checked(ctx: typer.Context, option: Any, value: Any, where: str) -> Any:
-    """The value as the command line would give it, once it was converted as a trial."""
+    """The value as text of the command line, after a trial conversion; flags stay booleans."""
     flag = getattr(option, "is_flag", False)
     if isinstance(value, Mapping):
         raise ValueError(f"{where}: got a table, expected a value")
@@ -105,7 +107,7 @@ def _checked(ctx: typer.Context, option: Any, value: Any, where: str) -> Any:
         )
     if flag:
         return value
-    # As text, since a whole number must not be cut out of 2.5.
+    # Converted from text, so that 2.5 for a whole number is an error and not 2.
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     try:
         option.process_value(ctx, text)

@@ -1,4 +1,4 @@
-"""pcx demo."""
+"""The command `pcx demo`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pcx env."""
+"""The command `pcx env`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from rich.table import Table
 
 
 def env() -> None:
-    """Versions, devices, and which backend runs each operation and why not the others."""
+    """Prints versions, devices, and for each op the backend used and why others cannot run."""
     from pcx.training.run_folder import device_name, versions
 
     console = Console(soft_wrap=True, highlight=False)
@@ -29,12 +29,12 @@ def _extension() -> str:
     from pcx.ops.library import EXTENSION
 
     if not EXTENSION:
-        return "not there; operations run in Triton or torch"
+        return "not installed; ops run in Triton or torch"
     return f"loaded, with kernels for {' and '.join(sorted(EXTENSION))}"
 
 
 def _table() -> Table:
-    """Every operation's backends, the preferred ones first, and which one this machine uses."""
+    """A table of every op's backends in order of preference, and of the one that is used here."""
     from pcx.ops.dispatch import report
 
     table = Table("operation", "backend", "on this machine")

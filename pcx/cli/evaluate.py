@@ -1,4 +1,4 @@
-"""pcx eval."""
+"""The command `pcx eval`."""
 
 from __future__ import annotations
 

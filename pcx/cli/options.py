@@ -1,4 +1,4 @@
-"""Options that commands share, and what commands make of them."""
+"""Options that several commands share, and functions that read them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from pcx.models.vpt.model import VPT
     from pcx.tasks import Task
 
-EMBEDDED = "pcx_scenes_vit"  # pcx.backbones.NAME, which would import torch
+EMBEDDED = "pcx_scenes_vit"  # equals pcx.backbones.NAME; importing that would import torch
 BACKBONE, DATA, OPTIMISATION, RUN = "Backbone", "Data", "Optimisation", "Run"
 
 
 def option(help: str, panel: str, *names: str) -> Any:
-    """An option that help lists under a heading."""
+    """An option that `--help` lists under the heading `panel`."""
     return typer.Option(*names, help=help, rich_help_panel=panel)
 
 
@@ -46,9 +46,9 @@ Workers = Annotated[int, option("processes that read images", DATA)]
 
 # Optimisation
 Epochs = Annotated[int, option("passes over the training data", OPTIMISATION)]
-ClipGrad = Annotated[float | None, option("largest norm of the gradient", OPTIMISATION)]
+ClipGrad = Annotated[float | None, option("norm to which the gradient is clipped", OPTIMISATION)]
 Amp = Annotated[str, option("no, bf16 or fp16", OPTIMISATION)]
-Seed = Annotated[int, option("of all random numbers", OPTIMISATION)]
+Seed = Annotated[int, option("seed of all random numbers", OPTIMISATION)]
 
 # Run
 Resume = Annotated[bool, option("continue from the run's checkpoint", RUN)]
@@ -68,7 +68,7 @@ Ranking = Annotated[str, typer.Option(help="pagerank, cls, average or random")]
 
 
 def new_backbone(name: str, num_classes: int, weights: Path | None = None) -> nn.Module:
-    """The embedded backbone or one of timm, with timm's weights or those of a file."""
+    """Builds the embedded backbone, or a model of timm with timm's weights or a file's."""
     from pcx.backbones.building import build_backbone
 
     _check_backbone(name, weights)
@@ -76,10 +76,10 @@ def new_backbone(name: str, num_classes: int, weights: Path | None = None) -> nn
 
 
 def backbone_data_config(name: str, weights: Path | None = None) -> dict:
-    """The images that a backbone expects, without reading its weights.
+    """The image settings that a backbone expects, found without reading its weights.
 
-    A seed fixes a head by the numbers that are drawn after the backbone was built with it. The
-    backbone must therefore be built when the task's number of classes is known.
+    The backbone itself must be built after the task is loaded, with the task's number of classes.
+    Otherwise a seed would not give the same head.
     """
     import timm
     from accelerate import init_empty_weights
@@ -99,16 +99,16 @@ def _check_backbone(name: str, weights: Path | None) -> None:
 
     if name == EMBEDDED:
         if weights is not None:
-            raise ValueError(f"--weights: {EMBEDDED} has its own; give --backbone as well")
+            raise ValueError(f"--weights: {EMBEDDED} has its own weights; give --backbone as well")
         return
     if not timm.is_model(name):
         raise ValueError(f"--backbone: timm knows no {name!r}; see timm.list_models()")
     if weights is not None and not weights.is_file():
-        raise FileNotFoundError(f"--weights: no file {weights}")
+        raise FileNotFoundError(f"--weights: no file {weights}; give the path of a weights file")
 
 
 def loaded_model(file: Path, backbone: str | None, weights: Path | None) -> Any:
-    """A saved model on the backbone of that name, or on the one that its file names."""
+    """Loads a saved model on the backbone of that name, or on the one that its file names."""
     from pcx.checkpoints.saving import backbone_in, load
 
     if backbone is None and weights is None:
@@ -118,7 +118,7 @@ def loaded_model(file: Path, backbone: str | None, weights: Path | None) -> Any:
 
 
 def run_folder_of(out: Path) -> Path:
-    """The run folder of a command, beside the file that it writes."""
+    """The run folder of a command: the name of the file that it writes, and '.ckpt'."""
     return out.with_name(f"{out.name}.ckpt")
 
 
@@ -130,7 +130,7 @@ def say(text: str) -> None:
 def say_accuracy(
     model: VPT, data: Task, batch_size: int, amp: str, split: str = "test", workers: int = 0
 ) -> None:
-    """Evaluates a model on a split and prints what it found."""
+    """Evaluates a model on a split and prints accuracy, its standard error, and loss."""
     from pcx.training.evaluation import evaluate, standard_error
 
     found = evaluate(model, data.loader(split, batch_size, num_workers=workers), amp=amp)
@@ -141,7 +141,7 @@ def say_accuracy(
 
 
 def numbers(name: str, text: str, kind: Any) -> list:
-    """The numbers of an option such as 1,2,3."""
+    """Parses a list of numbers such as 1,2,3."""
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
@@ -149,6 +149,6 @@ def numbers(name: str, text: str, kind: Any) -> list:
 
 
 def one_or_more(name: str, text: str, kind: Any) -> Any:
-    """A number where the option has one, or a list of numbers."""
+    """Parses one number, or a list of numbers such as 1,2,3."""
     found = numbers(name, text, kind)
     return found[0] if len(found) == 1 else found

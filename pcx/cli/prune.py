@@ -1,4 +1,4 @@
-"""pcx prune."""
+"""The command `pcx prune`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,23 @@ if TYPE_CHECKING:
 def prune(
     model: o.ModelFile,
     task: o.TaskName,
-    layers: Annotated[str, typer.Option(help="after which to drop patches, from 1, as 2,4")],
-    keep: Annotated[str, typer.Option(help="share of the patches that stays, one or one each")],
-    iters: Annotated[str, typer.Option(help="of PageRank, one or one each")] = "5",
+    layers: Annotated[
+        str, typer.Option(help="layers after which to drop patches, from 1, such as 2,4")
+    ],
+    keep: Annotated[
+        str, typer.Option(help="share of the patches that stay, for all layers or one each")
+    ],
+    iters: Annotated[
+        str, typer.Option(help="PageRank iterations, for all layers or one each")
+    ] = "5",
     similar: Annotated[
-        str, typer.Option(help="similar patches to drop first, one or one each")
+        str, typer.Option(help="similar patches to drop first, for all layers or one each")
     ] = "0",
     ranking: o.Ranking = "pagerank",
-    out: Annotated[Path | None, typer.Option(help="a PNG of what is left of some images")] = None,
-    images: Annotated[int, typer.Option(help="drawn in it")] = 4,
+    out: Annotated[
+        Path | None, typer.Option(help="file for a picture of the patches left (.png)")
+    ] = None,
+    images: Annotated[int, typer.Option(help="number of images in that picture")] = 4,
     backbone: o.FileBackbone = None,
     weights: o.Weights = None,
     split: o.Split = "test",
@@ -35,7 +43,7 @@ def prune(
     workers: o.Workers = 0,
     config: o.Config = None,
 ) -> None:
-    """Accuracy of a saved model whole and with tokens pruned (Zero-TPrune), untrained."""
+    """Accuracy of a saved model, whole and with tokens pruned by Zero-TPrune without training."""
     from pcx.backbones.inputs import data_config
     from pcx.tasks import load_task
     from pcx.token_pruning.dropping import zero_tprune
@@ -53,7 +61,7 @@ def prune(
         "cls_boost": loaded.spec.has_cls,
     }
     pruning = zero_tprune(loaded, **settings)
-    if out is not None:  # first, since a picture that cannot be written need not wait
+    if out is not None:  # first, so that a picture that cannot be written is an error at once
         _draw(loaded, pruning, next(iter(data.loader(split, images)))[0], out)
     pruning.remove()
     o.say_accuracy(loaded, data, batch_size, amp, split, workers)
@@ -63,7 +71,7 @@ def prune(
 
 
 def _draw(model: VPT, pruning: Pruning, images: Any, out: Path) -> None:
-    """Draws what a pruned model leaves of images [B, C, H, W]."""
+    """Draws the patches that a pruned model leaves of images [B, C, H, W]."""
     import torch
 
     from pcx.analysis.kept_patches import draw_kept

@@ -1,4 +1,4 @@
-"""pcx search."""
+"""The command `pcx search`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,22 @@ def search(
     model: o.ModelFile,
     task: o.TaskName,
     budget: Annotated[float, typer.Option(help="share of the multiply-adds, or a number of them")],
-    trials: Annotated[int, typer.Option(help="settings to evaluate on images of val")] = 100,
-    images: Annotated[int, typer.Option(help="of val, the same for all settings")] = 1024,
+    trials: Annotated[
+        int, typer.Option(help="number of settings to evaluate on the split val")
+    ] = 100,
+    images: Annotated[
+        int, typer.Option(help="number of images of val, the same for all settings")
+    ] = 1024,
     ranking: o.Ranking = "pagerank",
     storage: Annotated[
-        str | None, typer.Option(help="Optuna's, as sqlite:///search.db; goes on where it stopped")
+        str | None,
+        typer.Option(help="Optuna's storage, such as sqlite:///search.db; continues a search"),
     ] = None,
     backbone: o.FileBackbone = None,
     weights: o.Weights = None,
-    split: Annotated[str, o.option("on which the best one is evaluated", o.DATA)] = "test",
+    split: Annotated[
+        str, o.option("split on which the best setting is evaluated", o.DATA)
+    ] = "test",
     batch_size: o.BatchSize = 64,
     root: o.Root = None,
     amp: o.Amp = "no",
@@ -38,7 +45,7 @@ def search(
     from pcx.token_pruning.budget_search import search as search_settings
     from pcx.token_pruning.dropping import zero_tprune
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # the bar says how it goes
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # the progress bar shows the same
     loaded = o.loaded_model(model, backbone, weights).eval()
     data = load_task(task, data_config(loaded), root=root)
     found = search_settings(

@@ -1,4 +1,4 @@
-"""pcx train."""
+"""The command `pcx train`."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ def train(
     weights: o.Weights = None,
     method: Annotated[str, typer.Option(help=f"one of {', '.join(METHODS)}")] = "vpt",
     prompts: Annotated[
-        str, typer.Option(help="of vpt: per layer, or one count per layer as 8,8,4; 0 is allowed")
+        str,
+        typer.Option(help="of vpt: number per layer, for all or one each, as 8,8,4; 0 is allowed"),
     ] = "20",
     kind: Annotated[str, typer.Option(help="of vpt: deep, shallow or prefix")] = "deep",
     dropout: Annotated[
         float, typer.Option(help="of vpt: share of prompt elements, in training")
     ] = 0.0,
     epochs: o.Epochs = 100,
-    lr: Annotated[float | None, o.option("the learning rate itself", o.OPTIMISATION)] = None,
-    base_lr: Annotated[float | None, o.option("scaled by batch / 256", o.OPTIMISATION)] = None,
+    lr: Annotated[float | None, o.option("learning rate, not scaled", o.OPTIMISATION)] = None,
+    base_lr: Annotated[
+        float | None, o.option("learning rate, scaled by batch / 256", o.OPTIMISATION)
+    ] = None,
     weight_decay: Annotated[float, o.option("on prompts and head weight", o.OPTIMISATION)] = 1e-3,
     batch_size: o.BatchSize = 64,
     split: Annotated[
-        str, o.option("train, to choose settings by val, or trainval", o.DATA)
+        str, o.option("train, with val for choosing settings, or trainval", o.DATA)
     ] = "train",
     head_init: Annotated[str, typer.Option(help="published or keep")] = "published",
     clip_grad: o.ClipGrad = None,
@@ -43,10 +46,7 @@ def train(
     resume: o.Resume = False,
     config: o.Config = None,
 ) -> None:
-    """Trains a method on a task.
-
-    What the method adds to the backbone is trained, and the head.
-    """
+    """Trains a method on a task: the parameters that it adds to the backbone, and the head."""
     import torch
 
     from pcx.checkpoints.saving import save

@@ -1,1 +1,1 @@
-"""Runs whose results are figures and tables."""
+"""Experiments: runs that end in figures and tables."""

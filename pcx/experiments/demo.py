@@ -1,4 +1,4 @@
-"""The main job on data in the package: VPT, scores, condensation, and their baselines."""
+"""The demo: VPT, scoring, condensation and their baselines on data in the package."""
 
 from __future__ import annotations
 
@@ -27,16 +27,15 @@ from pcx.training.fitting import fit
 
 TASKS = ("digits", "sprites:ori")
 PROMPTS, KEEP = 20, 0.3
-KEEPS = (0.1, KEEP, 0.5)  # fine-tuned at KEEP alone
-# Shorter searches than this are still at chance on the harder task and choose by noise.
+KEEPS = (0.1, KEEP, 0.5)  # only KEEP is fine-tuned
+# A search over fewer epochs is still at chance on the harder task, and chooses by noise.
 EPOCHS, TUNE_EPOCHS, SEARCH_EPOCHS = 15, 4, 6
 BATCH = 32
 RATES, LINEAR_RATES = (0.1, 0.3), (0.1, 0.3, 1.0)
-# With the published head (kaiming-normal by fan-out) 10 or 16 classes start at a loss so high that
-# its gradients destroy the prompts of this small backbone; clipped gradients and timm's head do
-# not.
+# The published head (kaiming-normal by fan-out) starts at a high loss for 10 or 16 classes. Its
+# gradients destroy the prompts of this small backbone. Clipped gradients and timm's head do not.
 CLIP = 1.0
-# timm's "sgd" has Nesterov's momentum, which in so few epochs gets further than the plain one.
+# timm's "sgd" has Nesterov's momentum, which gets further than plain momentum in so few epochs.
 OPT = "sgd"
 HEAD_INIT = "keep"
 
@@ -54,11 +53,11 @@ def demo(out: Path = Path("runs/demo"), *, seed: int = 0, tasks: tuple[str, ...]
 
     Args:
         out: folder for the results.
-        seed: of prompts, heads and training.
-        tasks: names as `pcx.tasks.load_task` takes them, procedural or in the package.
+        seed: seed of prompts, heads and training.
+        tasks: names for `pcx.tasks.load_task`, of procedural tasks or those in the package.
 
     Returns:
-        What was written to result.json.
+        The content of result.json.
     """
     console, start = Console(width=None if sys.stdout.isatty() else 110), time.perf_counter()
     result: dict = {"seed": seed, "keep": KEEP, "threads": torch.get_num_threads(), "tasks": {}}
@@ -167,7 +166,7 @@ def _per_layer(counts: tuple[int, ...]) -> str:
 
 
 class _Search:
-    """Trains a method at each rate on "train", picks by "val", then trains on both."""
+    """Trains at each rate on "train", picks the rate by "val", then trains on both splits."""
 
     def __init__(self, task: Task, seed: int, console: Console):
         self.task, self.seed, self.console = task, seed, console
@@ -180,7 +179,7 @@ class _Search:
         return model, lr
 
     def linear(self) -> tuple[VPT, float]:
-        """The probe, on features computed once: the frozen backbone repeats them each epoch."""
+        """Trains the linear probe on features that the frozen backbone computes once."""
         model = self._new(0)
         train, val, both = (self._features(s) for s in ("train", "val", "trainval"))
         lr = self._best(

@@ -1,9 +1,7 @@
 """Trains the embedded backbone: `python -m pcx.experiments.pretrain --out FOLDER`.
 
-One GPU, minutes.
-
-Writes `scenes_vit.safetensors` and its log `scenes_vit.csv`. Every scene is new; accuracy is
-measured on scenes from another seed.
+It takes minutes on one GPU, and writes `scenes_vit.safetensors` and its log `scenes_vit.csv`. No
+scene is seen twice. Accuracy is measured on scenes from another seed.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ def normalise(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, device: str, batches: int = 40, batch: int = 512) -> float:
-    """Percent of held-out scenes whose shape and colour are both named rightly."""
+    """Accuracy on held-out scenes in percent; shape and colour must both be right."""
     generator = torch.Generator(device).manual_seed(HELD_OUT_SEED)
     model.eval()
     right = 0
@@ -50,7 +48,7 @@ def main(
     lr: float = 2e-3,
     log_every: int = 500,
 ) -> None:
-    """Trains, evaluates and writes the weights and the log."""
+    """Trains and evaluates the backbone, and writes its weights and the log."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     model = scenes_vit(64, pretrained=False).to(device).train()

@@ -1,1 +1,1 @@
-"""Stateless operations: each checks its arguments, chooses a backend and calls it."""
+"""Ops: stateless functions that check their arguments, choose a backend and call it."""

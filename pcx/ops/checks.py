@@ -5,13 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# What Triton's kernels over heads' rows compute: types, head dims, and offsets of 32 bits.
+# Limits of the Triton kernels of attention and PageRank: dtypes, the largest head dim, and the
+# largest offset between elements, which is kept in 32 bits.
 TRITON_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_DIM, MOST_OFFSET = 128, 2**31 - 1
 
 
 def triton_cannot_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
-    """None where Triton's kernels compute attention of [B, H, N, d] tensors, or why they do not."""
+    """The reason why Triton's kernels cannot compute this attention, or None if they can.
+
+    The tensors are [B, H, N, d].
+    """
     if q.dtype not in TRITON_TYPES:
         return f"it computes bfloat16, float16 and float32, q has {q.dtype}"
     if q.shape[-1] != v.shape[-1]:
@@ -29,7 +33,7 @@ def triton_cannot_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str |
 
 
 def broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor broadcasts to a shape."""
+    """Whether a tensor broadcasts to exactly this shape."""
     try:
         return tuple(torch.broadcast_shapes(tensor.shape, shape)) == shape
     except RuntimeError:
@@ -37,5 +41,8 @@ def broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
 
 
 def values_known(x: Tensor) -> bool:
-    """Whether a check may read values: on a GPU it would wait for the device."""
+    """Whether a check may read a tensor's values.
+
+    It may on the CPU, outside of torch.compile. On a GPU a check would wait for the device.
+    """
     return x.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -1,8 +1,8 @@
-"""The one dispatch of all ops: what backends an op has, and why one of them cannot run.
+"""The one dispatch of all ops: which backends an op has, and why one of them cannot run.
 
-An op's file lists its backends as rows of a `Dispatch`. The reasons of these rows decide what
-`backend="auto"` calls, what the error says where a backend is asked for by name, and what `report`
-tells of this machine.
+An op's file lists its backends as rows of a `Dispatch`. Each row can say why it cannot run a call.
+These reasons decide which backend `backend="auto"` calls, what the error says if a backend is asked
+for by name, and what `report` says about this machine.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class Backend:
     """One backend of an op.
 
     Args:
-        name: as the argument `backend` takes it.
-        device: the type of the device that its tensors lie on; any by default.
-        needs: what of NEEDS must be installed.
-        majors: the major compute capabilities of the GPUs that it is written for; any by default.
-        auto: whether "auto" takes it; False of one that is used where it is named alone.
-        can_run: takes the op's checked arguments, from the first tensor on; None where the backend
-            can run, or the reason why it cannot.
-        run: the backend's function of the op's checked arguments; None where the torch op finds
-            it by the device of its tensors.
+        name: its name in the argument `backend`.
+        device: device type that its tensors must have, such as "cuda"; any by default.
+        needs: keys of NEEDS that must be installed.
+        majors: major compute capabilities of the GPUs that it is written for; any by default.
+        auto: whether "auto" may choose it. A backend with False runs only if asked for by name.
+        can_run: a function of the op's checked arguments, from the first tensor on. It returns
+            None if the backend can run, or the reason why it cannot.
+        run: the backend's function of the op's checked arguments. None means that the torch op
+            finds the implementation by the device of its tensors.
     """
 
     name: str
@@ -59,11 +59,11 @@ class Backend:
 
 
 class Dispatch:
-    """The backends of one op, the preferred ones first.
+    """The backends of one op, in order of preference.
 
     Args:
-        argument: the name of the op's first tensor, for messages.
-        rows: its backends.
+        argument: name of the op's first tensor, for messages.
+        rows: the backends.
     """
 
     def __init__(self, argument: str, *rows: Backend):
@@ -72,9 +72,9 @@ class Dispatch:
         self._added: list[Backend] = []
 
     def add(self, row: Backend) -> None:
-        """Adds a backend with a `run` of its own; "auto" takes it first wherever it can run.
+        """Adds a backend that brings its own `run`; "auto" prefers it wherever it can run.
 
-        A backend that is to be asked for by name alone says `auto=False`.
+        Give the row `auto=False` if it should run only when asked for by name.
 
         Raises:
             ValueError: the name is taken, or the row has no `run`.
@@ -87,14 +87,14 @@ class Dispatch:
         self._added.append(row)
 
     def own_run(self, backend: str, *arguments: Any) -> Callable[..., Any] | None:
-        """The function of a row that brings its own, None where the op itself finds what to call.
+        """The chosen backend's own function, or None if the torch op finds what to call.
 
         Args:
-            backend: "auto", or a name, which is checked.
+            backend: "auto" or a backend's name, which is checked.
             arguments: the op's checked arguments, as `can_run` takes them.
 
         Raises:
-            ValueError: there is no backend of that name, or it cannot run.
+            ValueError: no backend has that name, or it cannot run on the arguments.
         """
         if backend != "auto":
             self.check(backend, *arguments)
@@ -105,7 +105,7 @@ class Dispatch:
         return None
 
     def cannot(self, name: str, first: torch.Tensor, *arguments) -> str | None:
-        """None where the backend can run on checked arguments, or the reason why it cannot."""
+        """The reason why the backend cannot run on checked arguments, or None if it can."""
         row = self.rows[name]
         if row.device is not None and first.device.type != row.device:
             kind = row.device.upper()
@@ -113,15 +113,20 @@ class Dispatch:
         return _missing(row) or row.can_run(first, *arguments)
 
     def check(self, name: str, *arguments) -> None:
-        """Raises a ValueError where there is no such backend, or it cannot run on the arguments."""
+        """Checks that a backend of that name exists and can run on the arguments.
+
+        Raises:
+            ValueError: it does not exist, or cannot run.
+        """
         if name not in self.rows:
             raise ValueError(f"backend: got {name!r}, expected one of {('auto', *self.rows)}")
         reason = self.cannot(name, *arguments)
         if reason:
-            raise ValueError(f"backend: {name!r} cannot run: {reason}")
+            others = tuple(other for other in ("auto", *self.rows) if other != name)
+            raise ValueError(f"backend: {name!r} cannot run: {reason}; other backends: {others}")
 
     def unavailable(self, name: str) -> str | None:
-        """None where the backend can run on this machine at all, or the reason why it cannot."""
+        """The reason why the backend can run no call on this machine, or None if it can."""
         row = self.rows[name]
         reason = _missing(row)
         if reason or row.device != "cuda":
@@ -157,16 +162,16 @@ def _missing(row: Backend) -> str | None:
 
 
 class Line(NamedTuple):
-    """Of `report`: an op, one of its backends, and why this machine cannot run it, or None."""
+    """One line of `report`: an op, one of its backends, and whether this machine can run it."""
 
     op: str
     backend: str
-    reason: str | None
-    auto: bool  # whether "auto" may take it
+    reason: str | None  # why this machine cannot run it, None if it can
+    auto: bool  # whether "auto" may choose it
 
 
 def report() -> list[Line]:
-    """Every op's backends on this machine, the preferred ones first; needs no tensors."""
+    """The backends of every op on this machine, in order of preference; needs no tensors."""
     return [
         Line(op, row.name, dispatch.unavailable(row.name), row.auto)
         for op, dispatch in OPS.items()
@@ -175,5 +180,8 @@ def report() -> list[Line]:
 
 
 def exporting() -> bool:
-    """`torch.compiler.is_exporting()`, which in torch 2.11 is true of all that is compiled."""
+    """Whether torch.export is tracing.
+
+    `torch.compiler.is_exporting()` does not tell: in torch 2.11 it is true under torch.compile too.
+    """
     return torch.compiler._is_exporting_flag

@@ -1,8 +1,8 @@
-"""The torch library "pcx" that every op is defined in, and the compiled part pcx._C.
+"""The torch library "pcx", which holds every op, and the compiled extension pcx._C.
 
-Each op's file defines its schema, its fake and its gradient in Python, so that they exist without
-the compiled part. pcx._C adds implementations to them: C++ for the CPU, and CUDA C++ where it was
-built with nvcc.
+Each op's file defines its schema, its fake and its gradient in Python, so that the op exists
+without the extension. pcx._C adds implementations: C++ for the CPU, and CUDA C++ if it was built
+with nvcc.
 """
 
 from __future__ import annotations
@@ -15,27 +15,39 @@ import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("pcx", "FRAGMENT")
-SCHEMAS = 12  # moves with every change of an op's schema, as kSchemas in csrc/operations.h
+# Version of the ops' schemas. It goes up with every change of a schema, together with kSchemas in
+# csrc/operations.h.
+SCHEMAS = 12
 
 
 def token_major(like: Tensor, tokens: int, dim: int) -> Tensor:
-    """[B, H, tokens, dim] over memory [B, tokens, H, dim], as all backends give it."""
+    """An empty [B, H, tokens, dim] with memory in the order [B, tokens, H, dim].
+
+    All backends of attention return this layout.
+    """
     return like.new_empty(like.shape[0], tokens, like.shape[1], dim).transpose(1, 2)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type of scores and sums: float64 for float64, float32 for every other type."""
+    """The dtype of scores and sums: float64 for float64, float32 for every other dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _load() -> frozenset[str]:
-    """What the compiled part, where there is one, has kernels for: "cpu", "cuda"."""
+    """Loads the extension, and returns the devices that it has kernels for: "cpu", "cuda".
+
+    An extension that is missing, does not load, or has other schemas gives an empty set.
+    """
     try:
         _C: Any = importlib.import_module("pcx._C")
     except ModuleNotFoundError:
         return frozenset()
-    except ImportError as error:  # it is there, and built for another torch or CUDA
-        warnings.warn(f"pcx._C does not load and is left out: {error}", stacklevel=2)
+    except ImportError as error:  # built for another torch or CUDA
+        warnings.warn(
+            f"pcx._C does not load and is left out: {error}; build it again with "
+            "`pip install --no-build-isolation -e .`",
+            stacklevel=2,
+        )
         return frozenset()
     info = _C.build_info()
     if info.get("schemas") != SCHEMAS:

@@ -1,4 +1,4 @@
-"""The derivative of a loss by the attention logits of a prefix, which removing its keys changes."""
+"""The derivative of a loss by the attention logits of a prefix, for scoring its keys."""
 
 from __future__ import annotations
 
@@ -25,27 +25,28 @@ def logit_gate(
     *,
     backend: str = "auto",
 ) -> Tensor:
-    """Makes `gate` a leaf whose gradient is that by a number added to a prefix key's logits.
+    """Lets the gradient of `gate` be the loss's derivative by the logits of each prefix key.
 
-    That is the sum over heads and queries of P * (dP - delta), the column sums of the softmax's
-    gradient, from what attention gave; no attention matrix is kept.
+    That is, gate[b, i] acts as a number added to the logits of prefix key i in sample b. Its
+    gradient is the sum over heads and queries of P * (dP - delta), the column sums of the softmax's
+    gradient. It is computed from attention's outputs; no attention matrix is kept.
 
     Args:
         out: [B, H, N, d], the output of attention over the prefix and other keys.
-        gate: [B, m], zeros.
+        gate: [B, m], zeros that require a gradient.
         q: [B, H, N, d].
-        prefix_k: [H, m, d], or [B, H, m, d].
-        prefix_v: the same shape.
+        prefix_k: [H, m, d] or [B, H, m, d].
+        prefix_v: the same shape as prefix_k.
         lse: [B, H, N], as `pcx.prefix_attention` returns it.
         scale: factor on the logits.
-        backend: of the gradient: "triton" (on CUDA) or "reference" (torch). "auto" is the first
-            of these that can run.
+        backend: backend of the gradient: "triton" (on CUDA) or "reference" (torch). "auto" is the
+            first of these that can run.
 
     Returns:
         `out`, to be used in its place.
 
     Raises:
-        ValueError: there is no such backend, or the backend asked for cannot run.
+        ValueError: no backend has that name, or the backend asked for cannot run.
     """
     q, prefix_k, prefix_v = (t.detach().to(out.dtype) for t in (q, prefix_k, prefix_v))
     run = DISPATCH.own_run(backend, q, out, scale) or torch.ops.pcx.prefix_logit_gradient

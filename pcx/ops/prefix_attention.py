@@ -1,7 +1,7 @@
 """Attention over [keys and values shared by the batch; own keys and values].
 
-With pcx._C the gradient, and the choice of a kernel on CUDA, are C++ (csrc/): Python would take
-longer over them than the GPU. Without it they are the Python below.
+With pcx._C, C++ (csrc/) computes the gradient and chooses the kernel on CUDA, because Python would
+take longer than the GPU. Without pcx._C, the Python in this file does both.
 """
 
 from __future__ import annotations
@@ -36,33 +36,33 @@ def prefix_attention(
 ) -> Any:
     """Attends to a prefix shared by the batch and to each sample's own keys.
 
-    softmax([q K_P^T, q k^T + bias] * scale) [V_P; v], which is VPT-Deep's attention seen from the
-    image tokens (VPT paper, Eq. 7). Equals `F.scaled_dot_product_attention` over the concatenated
-    keys and values, with the bias added after scaling as there.
+    It computes softmax([q K_P^T * scale, q k^T * scale + bias]) [V_P; v], which is VPT-Deep's
+    attention seen from the image tokens (VPT paper, Eq. 7). The result equals
+    `F.scaled_dot_product_attention` over the concatenated keys and values.
 
     Args:
-        q: [B, H, N, d]; more leading batch dimensions may stand in the place of B.
+        q: [B, H, N, d]; several batch dimensions may stand in the place of B.
         k: [B, H, S, d].
         v: [B, H, S, dv].
         prefix_k: [H, m, d], one prefix for the whole batch, or [G, H, m, d], G prefix sets; m may
             be 0.
         prefix_v: [H, m, dv] or [G, H, m, dv].
         prefix_index: [B] int64, the set of each sample; needed with G sets unless G = B.
-        prefix_lengths: [G] int64, the valid length of each set where they differ.
+        prefix_lengths: [G] int64, the valid length of each set, 0 to m; m by default.
         bias: as SDPA's attn_mask, additive or boolean (True attends), broadcastable to [B, H, N,
-            S]; the prefix has none. A row that attends to nothing gives zeros.
+            S]. The prefix has no bias. A row that attends to nothing gives zeros.
         scale: factor on the logits, 1 / sqrt(d) by default.
-        return_lse: also return the natural log of the softmax's denominator, [B, H, N] in float32
+        return_lse: whether to return the log-sum-exp of the logits too, [B, H, N] in float32
             (float64 for float64), differentiable.
-        backend: "cuda" (Hopper, 16 bits, d = 64, no bias; of the backward, the gradients of
-            prefix sets that samples share are Triton's), "triton" (any other call on CUDA), "cpu"
-            (C++) or "reference" (torch, by concatenation). The first three give the same bits on
-            every run and have no second derivative. "auto" is the first of these that can run on
-            CUDA, "cuda" only where it is faster. Elsewhere "auto" is "reference", which is faster
-            there but for the LSE.
+        backend: "cuda", "triton", "cpu" (C++), "reference" (torch, by concatenation) or "auto".
+            "cuda" needs Hopper, 16 bits, d = 64 and no bias; Triton computes its gradients of
+            prefix sets that samples share. "triton" runs every other call on CUDA. On CUDA "auto"
+            is the first that can run, and "cuda" only where it is faster. Elsewhere "auto" is
+            "reference", which is faster there unless the LSE is asked for. All but "reference"
+            give the same bits on every run and have no second derivative.
 
     Returns:
-        [B, H, N, dv], with the LSE as a second item where asked for.
+        [B, H, N, dv], and the LSE as a second item if `return_lse`.
 
     Raises:
         TypeError: an argument is no tensor, or dtypes differ outside autocast.
@@ -99,9 +99,12 @@ def prefix_attention(
 
 
 def _automatic(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str:
-    """The choice of backend="auto": "auto" leaves that between "cuda" and "triton" to the op."""
+    """The backend that "auto" stands for: "reference", or "auto" for CUDA kernels.
+
+    With "auto" the op chooses between "cuda" and "triton" itself.
+    """
     if exporting() or q.device.type != "cuda":
-        return "reference"  # the exported program then needs torch alone
+        return "reference"  # an exported program then needs torch alone
     if not hardware.TRITON or triton_cannot_attend(q, k, v, scale):
         return "reference"
     return "auto"
@@ -119,7 +122,7 @@ def _by_reference(tensors: tuple, index, lengths, bias, scale: float, return_lse
 
 
 def _autocast(*tensors: Tensor | None) -> tuple:
-    """Casts as SDPA's own autocast does; boolean masks stay."""
+    """Casts floating tensors to the autocast dtype, as SDPA's own autocast does."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if device == "meta" or not torch.is_autocast_enabled(device):  # meta knows no autocast
         return tensors
@@ -135,7 +138,10 @@ def _autocast(*tensors: Tensor | None) -> tuple:
 
 
 def _assert_later(index: Tensor | None, lengths: Tensor | None, prefix: Tensor) -> None:
-    """Checks values on a GPU without waiting for them; the kernels clamp what it finds."""
+    """Checks values on a GPU without waiting for them.
+
+    A wrong value raises later; until then the kernels clamp it.
+    """
     named = {
         "prefix_index": (index, prefix.shape[0] - 1, "0..G-1"),
         "prefix_lengths": (lengths, prefix.shape[-2], "0..m"),
@@ -147,10 +153,10 @@ def _assert_later(index: Tensor | None, lengths: Tensor | None, prefix: Tensor) 
 
 
 def _five_dimensions(bias: Tensor, lead: torch.Size) -> Tensor:
-    """As [B0 | 1, B1 | 1, H | 1, N | 1, S | 1] with B0 * B1 samples in all.
+    """The bias as [B0 | 1, B1 | 1, H | 1, N | 1, S | 1], for a batch of B0 * B1 samples.
 
-    A bias that is the same along some neighbouring batch dimensions, as Swin's is for all images
-    of a batch of windows, is not expanded along them.
+    A bias may be the same along some neighbouring batch dimensions, as Swin's is for all images of
+    a batch of windows. It is not expanded along these.
     """
     bias = bias.reshape((1,) * (len(lead) + 3 - bias.dim()) + bias.shape)
     own = bias.shape[:-3]
@@ -176,7 +182,7 @@ def _batches(bias: Tensor, batch: int) -> tuple[int, int]:
     return (batch // inner if inner else bias.shape[0]), inner  # inner is 0 for no samples
 
 
-# These two take q, k, v, prefix_k, prefix_v, bias and scale, as checked.
+# The arguments of these two are q, k, v, prefix_k, prefix_v, bias and scale, after the checks.
 def _triton_cannot(q, k, v, prefix_k, prefix_v, bias, scale) -> str | None:
     return triton_cannot_attend(q, k, v, scale)
 
@@ -191,7 +197,7 @@ def _cpu_cannot(q, k, *_) -> str | None:
 
 DISPATCH = Dispatch(
     "q",
-    # What its kernels cannot run beside, csrc/cuda/prefix_attention.cpp says in the call itself.
+    # The further limits of the "cuda" kernels are checked in csrc/cuda/prefix_attention.cpp.
     Backend("cuda", "cuda", ("triton", "cuda extension"), (9,), can_run=_triton_cannot),
     Backend("triton", "cuda", ("triton",), can_run=_triton_cannot),
     Backend("cpu", "cpu", ("cpu extension",), auto=False, can_run=_cpu_cannot),
@@ -200,7 +206,7 @@ DISPATCH = Dispatch(
 
 
 def cpu_cannot(q: Tensor, k: Tensor) -> str | None:
-    """None where backend="cpu" can run with these queries and keys, or the reason why not."""
+    """The reason why backend="cpu" cannot run with these queries and keys, or None if it can."""
     return DISPATCH.cannot("cpu", q, k)
 
 
@@ -215,8 +221,8 @@ LIBRARY.define(
     "Tensor? bias, Tensor out, Tensor lse, float scale, bool[] needs, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-# What the two call on CUDA; without gradients of their own. `hopper` says which of the gradients of
-# queries, own keys and prefix the two below give.
+# The two ops above call these two on CUDA; these have no gradient of their own. `hopper` says for
+# queries, own keys and prefix whether the Hopper ops below compute that gradient instead.
 LIBRARY.define(
     "prefix_attention_triton(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
     "Tensor? prefix_index, Tensor? prefix_lengths, Tensor? bias, float scale) -> (Tensor, Tensor)"
@@ -227,8 +233,8 @@ LIBRARY.define(
     "Tensor? bias, Tensor out, Tensor lse, float scale, bool[] needs, bool[] hopper) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-# The gradient of q, and delta [B, H, N], which the other gradients use; those of a sample's own
-# keys and values, or of a prefix [H, m, d].
+# The first op returns the gradient of q, and delta [B, H, N], which the other gradients use. The
+# second op returns the gradients of a sample's own keys and values, or of a prefix [H, m, d].
 LIBRARY.define(
     "prefix_attention_query_gradient_hopper(Tensor q, Tensor k, Tensor v, Tensor prefix_k, "
     "Tensor prefix_v, Tensor? prefix_index, Tensor? prefix_lengths, Tensor out, Tensor lse, "
@@ -241,7 +247,7 @@ LIBRARY.define(
 
 
 def _like_prefix(prefix: Tensor) -> Tensor:
-    """[H, m, d], or [G, H, m, d] over memory [G, m, H, d]: one row for each prompt of a set."""
+    """An empty gradient of a prefix: [H, m, d], or [G, H, m, d] with memory [G, m, H, d]."""
     if prefix.dim() == 3:
         return prefix.new_empty(prefix.shape)
     return token_major(prefix, *prefix.shape[2:])

@@ -1,4 +1,4 @@
-"""Checks of `pcx.prefix_attention`'s arguments."""
+"""Checks of the arguments of `pcx.prefix_attention`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ def check_prefix_attention(
     lengths: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    """Raises a TypeError or ValueError that names the argument, what it got and what it may be."""
+    """Checks shapes, dtypes, devices and, on the CPU, the values of indices.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, what it got and what it may be.
+    """
     _check_tensors({"q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v})
     for name, tensor in {"prefix_index": index, "prefix_lengths": lengths, "bias": bias}.items():
         if tensor is None:
@@ -26,7 +30,9 @@ def check_prefix_attention(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tensor.device != q.device:
-            raise ValueError(f"{name}: on {tensor.device}, but q is on {q.device}")
+            raise ValueError(
+                f"{name}: on {tensor.device}, but q is on {q.device}; move them to one device"
+            )
     *lead, heads, n, dim = q.shape
     own, m = k.shape[-2], prefix_k.shape[-2]
     _expect("k", k, (*lead, heads, own, dim))
@@ -51,9 +57,13 @@ def _check_tensors(named: dict[str, Tensor]) -> None:
         if tensor.dim() < 4 and not name.startswith("prefix"):
             raise ValueError(f"{name}: shape {tuple(tensor.shape)}, expected [..., B, H, N, d]")
         if tensor.dtype != q.dtype:
-            raise TypeError(f"{name}: dtype {tensor.dtype}, but q has {q.dtype}")
+            raise TypeError(
+                f"{name}: dtype {tensor.dtype}, but q has {q.dtype}; cast them to one dtype"
+            )
         if tensor.device != q.device:
-            raise ValueError(f"{name}: on {tensor.device}, but q is on {q.device}")
+            raise ValueError(
+                f"{name}: on {tensor.device}, but q is on {q.device}; move them to one device"
+            )
     if q.shape[-1] == 0:
         raise ValueError(f"q: shape {tuple(q.shape)}, expected a head dim of at least 1")
     if not q.is_floating_point():
@@ -71,11 +81,15 @@ def _check_sets(
     batch, count = lead.numel(), sets[0] if sets else None
     for name, given in {"prefix_index": index, "prefix_lengths": lengths}.items():
         if given is not None and count is None:
-            raise ValueError(f"{name}: given, but prefix_k has no set dimension [G, H, m, d]")
+            raise ValueError(
+                f"{name}: given, but prefix_k has no set dimension [G, H, m, d]; leave it out, or "
+                "give prefix sets"
+            )
     if index is None or count is None:
         if count not in (None, batch):
             raise ValueError(
-                f"prefix_index: needed to choose among {count} prefix sets for a batch of {batch}"
+                f"prefix_index: needed to choose among {count} prefix sets for a batch of {batch}; "
+                "give the index of each sample's set"
             )
     else:
         if tuple(index.shape) != tuple(lead) or index.dtype not in (torch.int64, torch.int32):

@@ -1,4 +1,4 @@
-"""Scores of prompts from per-sample gradients, behind their LayerNorm or without one."""
+"""Scores of prompts from per-sample gradients, taken at the prompts or behind their LayerNorm."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ def prompt_score(
     eps: float = 1e-5,
     backend: str = "auto",
 ) -> Tensor:
-    """||g * p||_2 and |<g, p>| of each sample and prompt (Prompt Condensation, Eq. 16).
+    """Scores ||g * p||_2 and |<g, p>| of each sample and prompt (Prompt Condensation, Eq. 16).
 
-    g is the gradient of a sample's loss by prompt p. With `layer_norm`, what is given is the
-    gradient by LayerNorm's output for the prompts, and its backward is part of the same pass.
+    g is the gradient of a sample's loss by prompt p. With `layer_norm`, `gradient` is the gradient
+    by the output of a LayerNorm over the prompts, and g is computed by its backward pass.
 
     Args:
-        gradient: [B, m, D].
+        gradient: [B, m, D], one gradient per sample.
         prompts: [m, D].
-        layer_norm: whether a LayerNorm over D, whose input the prompts are, lies between.
-        weight: its weight [D], None for none.
-        eps: its epsilon.
+        layer_norm: whether `gradient` was taken behind a LayerNorm over D.
+        weight: weight [D] of the LayerNorm, or None if it has none.
+        eps: epsilon of the LayerNorm.
         backend: "triton" (on CUDA), "cpu" (C++) or "reference" (torch). "auto" is the first of
             these that can run.
 
     Returns:
-        [2, B, m], float32 (float64 for float64): the norms, and the inner products. Not
-        differentiable.
+        [2, B, m], float32 (float64 for float64): the norms, then the absolute inner products. They
+        are not differentiable.
 
     Raises:
         TypeError: an argument is not of floating point.
@@ -57,7 +57,10 @@ def _check(gradient: Tensor, prompts: Tensor, weight: Tensor | None) -> None:
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: {tensor.dtype}, expected floating point")
         if tensor.device != gradient.device:
-            raise ValueError(f"{name}: on {tensor.device}, gradient on {gradient.device}")
+            raise ValueError(
+                f"{name}: on {tensor.device}, gradient on {gradient.device}; move them to one "
+                "device"
+            )
     if gradient.dim() != 3 or prompts.shape != gradient.shape[1:]:
         raise ValueError(
             f"prompts: shape {tuple(prompts.shape)}, expected [m, D] of gradient [B, m, D], which "

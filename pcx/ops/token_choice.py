@@ -1,4 +1,4 @@
-"""The choice of the tokens that a pruning layer keeps, from the scores of its attention heads."""
+"""Chooses the tokens that a pruning layer keeps, from the scores of its attention heads."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ def important_tokens(
     among: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The I-stage of Zero-TPrune (Sec. 3.2): the patches of the highest scores.
+    """The I-stage of Zero-TPrune (Sec. 3.2): keeps the patches of the highest scores.
 
     The heads' scores are filtered by their variance (VHF) and combined (EIR, Eq. 2).
 
     Args:
-        scores: [B, H, N], each head's summing to 1.
-        keep: patches that stay, 0 to N - protected; of equal ones the first stay.
-        protected: tokens at the front, which all stay.
-        variances: bounds on the variance of N times a head's scores, both inclusive.
-        among: [B, N] int64, what the N tokens are; 0 to N - 1 by default.
+        scores: [B, H, N]; the scores of each head sum to 1.
+        keep: number of patches that stay, 0 to N - protected; the first among equals.
+        protected: number of tokens at the front, which all stay.
+        variances: (low, high), inclusive bounds on the variance of N times a head's scores.
+        among: [B, N] int64, the indices to return for the N tokens; 0 to N - 1 by default.
         backend: "cuda" (float32, up to 1024 tokens and 64 heads) or "reference" (torch). "auto" is
             the first of these that can run.
 
     Returns:
-        [B, protected + keep] int64: the tokens that stay, ascending among the N.
+        [B, protected + keep] int64: the tokens that stay, in their order among the N.
 
     Raises:
-        ValueError: more are to be kept than there are, or the backend asked for cannot run.
+        ValueError: `keep` is more than there are patches, or the backend asked for cannot run.
     """
     arguments = (scores, keep, protected, *variances, among)
     run = IMPORTANT.own_run(backend, *arguments)
@@ -54,18 +54,18 @@ def dissimilar_tokens(
     variances: tuple[float, float] = reference.VARIANCES,
     backend: str = "auto",
 ) -> Tensor:
-    """The S-stage of Zero-TPrune (Sec. 3.3): without patches that are like more important ones.
+    """The S-stage of Zero-TPrune (Sec. 3.3): drops patches that are like more important ones.
 
-    Patches are ranked by their votes as `important_tokens` ranks them. Of the less important half,
-    those go whose keys, averaged over the heads, have the largest cosine with a patch of the other
-    half.
+    Patches are ranked by their votes as `important_tokens` ranks them, and split into halves. The
+    patches dropped are those of the less important half that have the largest cosine with a patch
+    of the other half. Cosines are of the keys averaged over the heads.
 
     Args:
-        votes: [B, H, N], each head's summing to 1.
+        votes: [B, H, N]; the votes of each head sum to 1.
         k: [B, H, N, d].
-        drop: patches to drop, 0 to half of the patches; of equally alike ones the first go.
-        protected: tokens at the front, which are in neither half and all stay.
-        variances: bounds on the variance of N times a head's votes, both inclusive.
+        drop: number of patches to drop, 0 to half of the patches; the first among equals.
+        protected: number of tokens at the front, which are in neither half and all stay.
+        variances: (low, high), inclusive bounds on the variance of N times a head's votes.
         backend: "cuda" (votes in float32, up to 1024 tokens and 64 heads) or "reference" (torch).
             "auto" is the first of these that can run.
 
@@ -73,7 +73,7 @@ def dissimilar_tokens(
         [B, N - drop] int64: the tokens that stay, ascending.
 
     Raises:
-        ValueError: more are to be dropped than the half holds, or the backend asked for cannot run.
+        ValueError: `drop` is more than half of the patches, or the backend asked for cannot run.
     """
     arguments = (votes, k, drop, protected, *variances)
     run = DISSIMILAR.own_run(backend, *arguments)
@@ -82,8 +82,8 @@ def dissimilar_tokens(
     return run(*arguments)
 
 
-# Those of "_cuda" are the kernels alone; an op gives calls that they cannot run to
-# "_written_out", which is torch's.
+# The "_cuda" ops are the kernels alone. The ops without a suffix call them, and pass calls that the
+# kernels cannot run to "_written_out", the reference in plain torch.
 for _kernels in ("", "_cuda", "_written_out"):
     LIBRARY.define(
         f"important_tokens{_kernels}(Tensor scores, int keep, int protected, float low, "
@@ -94,7 +94,7 @@ for _kernels in ("", "_cuda", "_written_out"):
         "float low, float high) -> Tensor"
     )
 
-# What the CUDA kernels cannot run, csrc/cuda/token_choice_host.cpp says in the call itself.
+# The limits of the CUDA kernels are checked in the call (csrc/cuda/token_choice_host.cpp).
 IMPORTANT = Dispatch(
     "scores",
     Backend("cuda", "cuda", ("cuda extension",), run=torch.ops.pcx.important_tokens_cuda),

@@ -1,4 +1,4 @@
-"""Weighted PageRank over the graph that attention draws between tokens."""
+"""Weighted PageRank over the graph whose edges are the attention weights between tokens."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ def weighted_pagerank(
 
     Args:
         q, k: [B, H, N, d], of the same N tokens.
-        iters: how often, 0 or more.
-        init: the scores at first, broadcastable to [B, H, n], not negative; scaled to sum to 1.
+        iters: number of iterations, 0 or more.
+        init: initial scores, broadcastable to [B, H, n], 0 or more. They are scaled to sum to 1.
             Uniform by default.
-        scale: 1/sqrt(d) by default.
+        scale: factor on the logits, 1/sqrt(d) by default.
         bias: as SDPA's attn_mask, additive or boolean, broadcastable to [B, H, n, n].
-        prefix_k: keys [H, m, d] that every token attends to besides, such as prompts'. They are
-            sinks: what flows to them in an iteration is taken out of the graph, and what is left
-            on the tokens is scaled to sum to 1 again.
-        among: [B, n] int64, the tokens between which the graph is drawn, none twice; all N by
-            default, and n is N. Checked to be tokens on the CPU.
-        backend: "cuda" (neither a bias nor a prefix; up to 272 tokens), "triton" (any other call on
-            CUDA), "cpu" (C++) or "reference" (torch, with the attention matrix written out).
+        prefix_k: [H, m, d], further keys that every token attends to, such as prompts. They are
+            sinks: each iteration takes the score that flows to them out of the graph, and scales
+            the tokens' scores to sum to 1 again.
+        among: [B, n] int64, the tokens of the graph, none twice. By default they are all N tokens,
+            and n is N. Their range is checked on the CPU alone.
+        backend: "cuda" (no bias, no prefix, up to 208 tokens, on Hopper 272), "triton" (every other
+            call on CUDA), "cpu" (C++) or "reference" (torch, which stores the attention matrix).
             "auto" is the first of these that can run.
 
     Returns:
-        [B, H, n] float32 (float64 for float64). Not differentiable.
+        [B, H, n] float32 (float64 for float64). The scores are not differentiable.
 
     Raises:
-        TypeError: q or k are not of floating point, or bias is neither that nor boolean.
+        TypeError: q or k is not floating point, or bias is neither floating point nor boolean.
         ValueError: a shape or value does not fit, or the backend asked for cannot run; the message
             names the argument.
     """
@@ -86,7 +86,9 @@ def _check(q, k, iters, init, bias, prefix_k, among) -> None:
     named = {"k": k, "init": init, "bias": bias, "prefix_k": prefix_k, "among": among}
     for name, given in named.items():
         if given is not None and given.device != q.device:
-            raise ValueError(f"{name}: on {given.device}, but q is on {q.device}")
+            raise ValueError(
+                f"{name}: on {given.device}, but q is on {q.device}; move them to one device"
+            )
     batch, heads, n, dim = q.shape
     if among is not None:
         _check_among(among, batch, n)
@@ -121,7 +123,10 @@ def _check_among(among: Tensor, batch: int, tokens: int) -> None:
             f"among: {among.dtype} of shape {tuple(among.shape)}, expected int64 [{batch}, n]"
         )
     if values_known(among) and not ((among >= 0) & (among < tokens)).all():
-        raise ValueError(f"among: expected tokens, 0 to {tokens - 1}")
+        raise ValueError(
+            f"among: values {int(among.min())} to {int(among.max())}, expected tokens, 0 to "
+            f"{tokens - 1}"
+        )
 
 
 def _triton_cannot(q, k, init, bias, prefix_k, *_) -> str | None:
@@ -140,8 +145,8 @@ def _triton_cannot(q, k, init, bias, prefix_k, *_) -> str | None:
     return None
 
 
-# Those of "cuda" and "triton" are the kernels alone. The op itself gives calls that "cuda" cannot
-# run to "triton", which gives those that it cannot run to the reference.
+# The "_cuda" and "_triton" ops are the kernels alone. The op without a suffix passes calls that the
+# CUDA kernels cannot run to "_triton", and that passes calls that it cannot run to the reference.
 for _kernels in ("", "_cuda", "_triton"):
     LIBRARY.define(
         f"weighted_pagerank{_kernels}(Tensor q, Tensor k, Tensor init, Tensor? bias, "
@@ -150,7 +155,7 @@ for _kernels in ("", "_cuda", "_triton"):
 
 DISPATCH = Dispatch(
     "q",
-    # What its kernels cannot run, csrc/cuda/weighted_pagerank_host.cpp says in the call itself.
+    # The limits of the "cuda" kernels are checked in csrc/cuda/weighted_pagerank_host.cpp.
     Backend("cuda", "cuda", ("cuda extension",), (8, 9), run=torch.ops.pcx.weighted_pagerank_cuda),
     Backend(
         "triton",

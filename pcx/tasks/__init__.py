@@ -1,4 +1,4 @@
-"""Tasks: images and labels by name, as a backbone expects them."""
+"""Tasks: data sets that are loaded by name and prepared for a backbone."""
 
 from __future__ import annotations
 
@@ -23,16 +23,20 @@ NAMES = (
 
 @dataclass
 class Task:
-    """A task's splits: "train" and "val" for choosing settings, "trainval", and "test"."""
+    """A classification task: its name, its number of classes and its splits."""
 
     name: str
     num_classes: int
-    splits: dict[str, Dataset]
+    splits: dict[str, Dataset]  # "train" and "val" choose settings; "trainval" is both; "test"
 
     def loader(
         self, split: str, batch_size: int = 64, *, num_workers: int = 0, drop_last: bool = False
     ) -> DataLoader:
-        """A loader of one split, shuffled where it is for training."""
+        """A loader of one split; "train" and "trainval" are shuffled.
+
+        Raises:
+            ValueError: there is no such split.
+        """
         if split not in self.splits:
             raise ValueError(f"split: got {split!r}, expected one of {sorted(self.splits)}")
         dataset = self.splits[split]
@@ -46,19 +50,19 @@ class Task:
 
 
 def load_task(name: str, config: dict, *, root: str | os.PathLike | None = None) -> Task:
-    """Loads a task by name, its images as the backbone expects them.
+    """Loads a task by name and prepares its images as the backbone expects them.
 
     Args:
         name: "digits" (real scans), "sprites:count", "sprites:ori", "sprites:loc" (rendered),
-            "vtab:<name>", "fgvc:<name>" (on disk under root), or any name that
-            `timm.data.create_dataset` understands, such as "torch/cifar10", "hfds/..." or "" for a
+            "vtab:<name>", "fgvc:<name>" (on disk under root), or a name that
+            `timm.data.create_dataset` reads, such as "torch/cifar10", "hfds/..." or "" for a
             folder of folders.
-        config: the backbone's, from `pcx.backbones.inputs.data_config(model)`.
-        root: folder of data sets on disk; "data" by default.
+        config: the image settings from `pcx.backbones.inputs.data_config(model)`.
+        root: folder of the data sets on disk, "data" by default.
 
     Raises:
-        ValueError: no such task, or a malformed list; names file and line.
-        FileNotFoundError: a folder or file is missing; names it and what was expected.
+        ValueError: there is no such task, or a list is malformed; the message names file and line.
+        FileNotFoundError: a folder or file is missing; the message says what was expected there.
     """
     family, _, detail = name.partition(":")
     if name == "digits":

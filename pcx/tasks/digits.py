@@ -10,7 +10,10 @@ SIZES = {"train": 200, "val": 200}  # the rest, 1397, is the test split
 
 
 def digits() -> dict[str, tuple[Tensor, Tensor]]:
-    """Images [N, 3, 8, 8] uint8 and labels [N] of "train", "val" and "test", always split alike."""
+    """Images [N, 3, 8, 8] uint8 and labels [N] of "train", "val" and "test".
+
+    The split is always the same.
+    """
     from sklearn.datasets import load_digits  # loads scipy, which nothing else here needs
 
     data = load_digits()

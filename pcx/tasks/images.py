@@ -15,12 +15,12 @@ from torch.utils.data import Dataset
 
 
 class MemoryImages(Dataset):
-    """Images in memory, resized and normalised once as a backbone expects them.
+    """Images in memory, resized and normalised once for a backbone.
 
     Args:
         images: [N, 3, h, w] uint8.
         labels: [N] int64.
-        config: of the backbone, see `pcx.backbones.inputs.data_config`.
+        config: the image settings from `pcx.backbones.inputs.data_config`.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, config: dict):
@@ -45,12 +45,12 @@ class FileImages(Dataset):
     """Image files with labels.
 
     Args:
-        samples: (file, label) of each.
-        transform: PIL image -> tensor.
-        eval_transform: the transform without augmentation, which scoring reads through.
+        samples: (file, label) of each image.
+        transform: function of a PIL image that returns a tensor.
+        eval_transform: the same without augmentation; scoring reads images through it.
 
     Raises:
-        ValueError: on reading a file that is no whole image; names it.
+        ValueError: a file that is read is not a whole image; the message names it.
     """
 
     def __init__(
@@ -72,12 +72,13 @@ class FileImages(Dataset):
 
 
 class ReaderImages(Dataset):
-    """The images that a timm reader gives; `transform` and `eval_transform` as in `FileImages`.
+    """Images of a timm reader; an image that cannot be read is an error.
 
-    timm's own data set replaces an image that it cannot read by the next one.
+    timm's own data set replaces such an image by the next one. The attributes `transform` and
+    `eval_transform` are those of `FileImages`, None at first.
 
     Raises:
-        ValueError: on reading a file that is no whole image; names it.
+        ValueError: a file that is read is not a whole image; the message names it.
     """
 
     def __init__(self, reader: Any):
@@ -100,6 +101,8 @@ def _opened(file: Any, name: Any) -> Image.Image:
         with Image.open(file) as image:
             return image.convert("RGB")
     except FileNotFoundError:
-        raise FileNotFoundError(f"{name}: listed in the split, but there is no file") from None
+        raise FileNotFoundError(
+            f"{name}: listed in the split, but there is no file; add it, or take it off the list"
+        ) from None
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"{name}: not a whole image file ({error})") from error
+        raise ValueError(f"{name}: not a whole image file ({error}); fetch it again") from error

@@ -1,4 +1,4 @@
-"""Data sets on disk: VTAB-1k's community layout, FGVC's JSON splits, timm's readers."""
+"""Reads data sets on disk: VTAB-1k's community layout, FGVC's JSON splits, and timm's readers."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ VTAB_LISTS = {"train": "train800", "val": "val200", "trainval": "train800val200"
 
 
 def vtab(name: str, root: Path, config: dict) -> tuple[dict[str, Any], int]:
-    """A task of VTAB-1k: <root>/vtab-1k/<name>/{train800,val200,train800val200,test}.txt.
+    """Splits and number of classes of a VTAB-1k task.
 
-    Each line reads `images/<split>/NNNNNN.jpg label`. Images are resized without augmentation.
+    The lists are <root>/vtab-1k/<name>/{train800,val200,train800val200,test}.txt. Each line reads
+    `images/<split>/NNNNNN.jpg label`. Images are resized without augmentation.
     """
     name = ALIASES.get(name, name)
     if name not in VTAB_CLASSES:
@@ -60,10 +61,11 @@ def vtab(name: str, root: Path, config: dict) -> tuple[dict[str, Any], int]:
 
 
 def fgvc(name: str, root: Path, config: dict) -> tuple[dict[str, Any], int]:
-    """A task of FGVC: <root>/<name>/{train,val,test}.json = {relative path: class}.
+    """Splits and number of classes of an FGVC task.
 
-    A label is the class's place among the sorted classes of the training split. Training images are
-    resized to 256, cropped at random to the input size and flipped, as in VPT's code.
+    The files <root>/<name>/{train,val,test}.json are objects {relative path: class}. The label of a
+    class is its index among the sorted classes of the training split. Training images are resized
+    to 256, cropped at random to the input size and flipped, as in VPT's code.
     """
     folder = _existing(root / name, "a folder with train.json, val.json and test.json")
     tables = {split: _read_table(folder / f"{split}.json") for split in ("train", "val", "test")}
@@ -73,7 +75,10 @@ def fgvc(name: str, root: Path, config: dict) -> tuple[dict[str, Any], int]:
     for split, table in tables.items():
         unknown = sorted(set(table.values()) - set(classes), key=str)
         if unknown:
-            raise ValueError(f"{folder / split}.json: classes {unknown[:5]} are not in train.json")
+            raise ValueError(
+                f"{folder / split}.json: classes {unknown[:5]} are not in train.json; every class "
+                "needs training images"
+            )
         samples[split] = [(folder / path, classes[c]) for path, c in table.items()]
     samples["trainval"] = samples["train"] + samples["val"]
     augmented = _cropped(config)
@@ -85,11 +90,14 @@ def fgvc(name: str, root: Path, config: dict) -> tuple[dict[str, Any], int]:
 
 
 def from_timm(name: str, root: Path, config: dict) -> tuple[dict[str, Any], int]:
-    """Any data set that `timm.data.create_dataset` reads.
+    """Splits and number of classes of a data set that `timm.data.create_dataset` reads.
 
-    "trainval" is its train split, of which a tenth, drawn with a fixed seed, is "val" and the rest
-    "train" where it has no validation split besides the test split. "test" is its test split, or
-    else its validation split.
+    | split    | with train, validation and test | with train and one more split            |
+    | -------- | ------------------------------- | ---------------------------------------- |
+    | trainval | train                           | train                                    |
+    | train    | train                           | nine tenths of train                     |
+    | val      | validation                      | a tenth of train, drawn by a fixed seed  |
+    | test     | test                            | that split                               |
     """
     whole = _timm_split(name, root, ("train",))
     classes = getattr(getattr(whole, "reader", None), "class_to_idx", None)
@@ -132,7 +140,7 @@ def _timm_split(
                 class_map=classes,  # type: ignore[arg-type]  # None is its default
             )
             return ReaderImages(dataset.reader) if type(dataset) is ImageDataset else dataset
-        except Exception as error:  # whatever a reader raises, timm has dozens
+        except Exception as error:  # timm has dozens of readers, which raise errors of any type
             failures.append(f"{type(error).__name__}: {error}")
     if missing_ok:
         return None
@@ -148,7 +156,10 @@ def _class_count(dataset: Dataset, name: str) -> int:
             found = getattr(holder, attribute, None)
             if found:
                 return len(found)
-    raise ValueError(f"name: {name!r} does not say how many classes it has")
+    raise ValueError(
+        f"name: {name!r} does not say how many classes it has; use a data set with classes or "
+        "class_to_idx"
+    )
 
 
 def _resized(config: dict) -> transforms.Compose:
@@ -178,7 +189,9 @@ def _to_tensor(config: dict) -> list:
 
 def _existing(path: Path, what: str) -> Path:
     if not path.exists():
-        raise FileNotFoundError(f"{path}: not found, expected {what}; pass root= where it lies")
+        raise FileNotFoundError(
+            f"{path}: not found, expected {what}; pass root=, the folder of the data sets"
+        )
     return path
 
 

@@ -1,7 +1,7 @@
 """Draws scenes of flat shapes with known factors, many at a time, on any device.
 
-Every procedural task and the upstream task of the embedded backbone draw with this one function, so
-that they differ in the factors they vary and ask for, not in how a shape looks.
+All procedural tasks and the upstream task of the embedded backbone use this one function. They
+differ in the factors that they vary and ask for, not in how a shape looks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SHAPES = ("disc", "square", "triangle", "star", "cross", "ring", "heart", "ellip
 
 @dataclass
 class Objects:
-    """K objects in each of B scenes, drawn in the order of K (the last lies on top).
+    """The factors of K objects in each of B scenes; the last object lies on top.
 
     Lengths are fractions of the image's side, angles are radians, colours lie in [0, 1].
     """
@@ -55,7 +55,7 @@ def render(objects: Objects, background: Tensor, size: int = 64) -> Tensor:
             objects.angle[:, k, None, None],
             radius,
         )
-        distance = _distance(objects.shape[:, k], u, v) * radius * size  # about pixels
+        distance = _distance(objects.shape[:, k], u, v) * radius * size  # roughly in pixels
         cover = (0.5 - distance).clamp(0, 1) * objects.visible[:, k, None, None]  # [B, size, size]
         image = torch.lerp(image, objects.colour[:, k, :, None, None], cover[:, None])
     return (image.clamp(0, 1) * 255).round().to(torch.uint8)

@@ -1,7 +1,7 @@
-"""The upstream task of the embedded backbone: which shape, in which colour, is the main object?
+"""The upstream task of the embedded backbone: the shape and colour of the main object.
 
-Cluttered scenes with one large object among small ones over a graded, noisy background. The label
-is shape x colour, so the downstream tasks (digits, counting, orientation, location) ask for what
+A scene has one large object among small ones over a graded, noisy background. The label is
+shape x colour. The downstream tasks (digits, counting, orientation, location) ask for factors that
 this task ignores.
 """
 

@@ -1,12 +1,14 @@
-"""Procedural tasks that ask what three of VTAB's structured tasks ask.
+"""Procedural tasks that ask the questions of three of VTAB's structured tasks.
 
-- count: how many objects, 3 to 10 (clevr-count);
-- ori: the orientation of the object, 16 bins over the full turn (dsprites-orientation; a square or
-  an ellipse looks alike at several angles there as well, so full marks are out of reach);
-- loc: the horizontal position of the object, 16 bins (dsprites-location).
+| task  | question                              | classes     | VTAB's task          |
+| ----- | ------------------------------------- | ----------- | -------------------- |
+| count | how many objects there are, 3 to 10   | 8           | clevr-count          |
+| ori   | the orientation of the object         | 16 (a turn) | dsprites-orientation |
+| loc   | the horizontal position of the object | 16          | dsprites-location    |
 
-Images are 64x64, rendered from known factors with a fixed seed per split; 1000 training images as
-in VTAB-1k (800 train, 200 val).
+A square or an ellipse looks alike at several angles, in dSprites too, so no model can reach 100% on
+"ori". Images are 64x64 and rendered from known factors with a fixed seed per split. There are 1000
+training images as in VTAB-1k (800 train, 200 val).
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def _uniform(generator: Generator, *shape: int, low: float = 0.0, high: float = 
 
 
 def _single(size: int, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
-    """One white shape on black: dSprites' factors, with its steps in scale, angle and position."""
+    """One white shape on black, with the steps of dSprites in scale, angle and position."""
     shape = torch.tensor(_DSPRITES)[torch.randint(3, (size, 1), generator=generator)]
     scale = torch.randint(6, (size, 1), generator=generator) / 5  # 6 scales
     turn = torch.randint(40, (size, 1), generator=generator)  # 40 angles

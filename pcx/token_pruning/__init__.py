@@ -1,4 +1,4 @@
-"""Fewer image tokens: without training, or trained for."""
+"""Token reduction: methods that drop, merge, sample or fade image tokens in a model's layers."""
 
 from pcx.token_pruning.budget_search import SearchResult, search
 from pcx.token_pruning.distillation import Teacher, finetune, three_term_loss

@@ -32,19 +32,20 @@ from pcx.training.precision import AMP
 if TYPE_CHECKING:
     import optuna
 
+# The arguments of `zero_tprune` that a search draws; they cannot be fixed.
 SEARCHED = ("layers", "keep", "iters", "similar")
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What `search` found.
+    """The result of `search`: the best setting, its accuracy and its cost.
 
     Attributes:
-        study: Optuna's, of all trials: their values are accuracies, percent; their user attributes
-            "setting" and "multiply_adds" what was evaluated.
-        fixed: as given.
-        unpruned: accuracy of the model without pruning on the same images, percent.
-        images: on how many.
+        study: Optuna's study of all trials. A trial's value is an accuracy in percent. Its user
+            attributes "setting" and "multiply_adds" hold the evaluated setting and its cost.
+        fixed: the argument `fixed` of the search.
+        unpruned: accuracy of the unpruned model on the same images, percent.
+        images: number of images that every setting was evaluated on.
     """
 
     study: optuna.Study
@@ -54,23 +55,26 @@ class SearchResult:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The arguments of `pcx.zero_tprune` of the highest accuracy, of equal ones the first."""
+        """The arguments of `pcx.zero_tprune` with the highest accuracy; the first among equals."""
         setting = self._trial.user_attrs["setting"]
         return {**{name: tuple(values) for name, values in setting.items()}, **self.fixed}
 
     @property
     def accuracy(self) -> float:
-        """Of `best`, percent, on the images by which it was chosen; on others expect less."""
+        """Accuracy of `best`, percent.
+
+        It is measured on the images that chose the setting. Expect less on other images.
+        """
         return self._trial.values[0]
 
     @property
     def multiply_adds(self) -> float:
-        """Of `best`, per image, as `pcx.multiply_adds` counts them."""
+        """Multiply-adds per image of `best`, as `pcx.multiply_adds` counts them."""
         return self._trial.user_attrs["multiply_adds"]
 
     @property
     def _trial(self) -> optuna.trial.FrozenTrial:
-        return max(_evaluated(self.study), key=lambda trial: (trial.values[0], -trial.number))
+        return max(_completed(self.study), key=lambda trial: (trial.values[0], -trial.number))
 
 
 def search(
@@ -88,70 +92,74 @@ def search(
     amp: str = "no",
     progress: bool = True,
 ) -> SearchResult:
-    """Draws settings of `pcx.zero_tprune` at one budget and evaluates each (Sec. 4.1, G.5).
+    """Searches for the best setting of `pcx.zero_tprune` at one budget (Sec. 4.1, G.5).
 
-    Drawn are how many layers prune, three or more, and which, the last one never; each layer's keep
-    ratio, 0.5 to 0.99; its similar patches, up to a tenth of all; and its iterations: 30 to 50 in
-    the first three layers, 1 in the last three, 5 to 10 between (G.1). Every setting then meets the
-    budget, within a few whole patches and never above it: where dropping the similar patches alone
-    takes less, fewer of them are dropped, and nothing else is; otherwise the keep ratios are raised
-    to one power, found by bisection, but none is brought under 0.3. Layers that cannot reach the
-    budget are joined by more, in an order that was drawn too, so that no setting is rejected.
+    Settings are drawn from these ranges. The last layer never prunes.
+
+    | drawn                     | range                                                        |
+    | ------------------------- | ------------------------------------------------------------ |
+    | number of layers          | 3 or more                                                    |
+    | keep ratio                | 0.5 to 0.99                                                  |
+    | similar patches           | 0 to a tenth of all patches                                  |
+    | PageRank iterations (G.1) | 30 to 50 in layers 1 to 3, 1 in the last three, else 5 to 10 |
+
+    Each setting is then scaled to the budget, to within a few whole patches and never above it. If
+    dropping similar patches alone reaches the budget, fewer of them are dropped and nothing else.
+    Otherwise all keep ratios are raised to one power, found by bisection, and none falls below 0.3.
+    If that is not enough, more layers join, in a drawn order. So no setting is rejected.
 
     Args:
-        model: as `pcx.zero_tprune` takes it, not pruned; left as it was found, also by an error.
+        model: as `pcx.zero_tprune` takes it, not pruned. It is left as it was, after an error too.
         loader: yields (images, labels) of validation data. A DataLoader over a map-style data set
             is read unshuffled and without augmentation.
-        budget: share of the unpruned model's multiply-adds, in (0, 1], or a number of them, above
-            1; with the patch embedding, as `pcx.multiply_adds` counts them.
-        trials: settings to evaluate, with those that the storage has already.
-        images: to evaluate every setting on, the same for all: drawn by the seed, or the first
-            ones of a loader whose order cannot be chosen; held on the model's device.
-        seed: of images and settings, 0 or more.
+        budget: a share of the unpruned model's multiply-adds, in (0, 1], or a number of them per
+            image, above 1. Both include the patch embedding, as in `pcx.multiply_adds`.
+        trials: number of settings to evaluate. Settings that are in the storage already count.
+        images: number of images that all settings are evaluated on. The seed draws them, or they
+            are a loader's first if its order is fixed. They are held on the model's device.
+        seed: seed of the images and the settings, 0 or more.
         fixed: further arguments of `pcx.zero_tprune`, the same in all settings.
-        sampler: Optuna's, to draw by; by default each trial is drawn at random, from the seed and
-            its number.
-        storage: where Optuna keeps the study, such as "sqlite:///search.db"; a study that is there
-            is continued, and processes may share it.
-        study_name: of the study in it.
+        sampler: an Optuna sampler; by default trials are random, from the seed and their number.
+        storage: where Optuna keeps the study, such as "sqlite:///search.db". An existing study
+            is continued, and several processes may share it.
+        study_name: name of the study in the storage.
         amp: "no", "bf16" or "fp16".
-        progress: show a bar and the result.
+        progress: whether to show a progress bar and the result.
 
     Returns:
-        `.best`, its `.accuracy` beside `.unpruned`, its `.multiply_adds`, and the `.study`.
+        `.best`, its `.accuracy` and `.multiply_adds`, the accuracy `.unpruned`, the `.study`.
 
     Raises:
         ValueError: an argument is out of range, the model is pruned already, the budget cannot be
-            reached, or the study in the storage is of another search. Other weights or images of
-            the same number are not noticed.
+            reached, or the stored study has other arguments (weights and images are not compared).
 
     Example:
         >>> found = pcx.token_pruning.search(model, val_loader, budget=0.65)
         >>> pruning = pcx.zero_tprune(model, **found.best)
     """
     fixed = dict(fixed or {})
-    _check(model, budget, {"trials": trials, "images": images}, seed, fixed, amp)
+    _check_arguments(model, budget, {"trials": trials, "images": images}, seed, fixed, amp)
     space = Space(model, fixed)
     limit = space.limit(budget)
-    facts = {"budget": limit, "unpruned": space.whole, "images": images, "seed": seed}
-    study = _study(storage, study_name, sampler, {**facts, "fixed": fixed, "amp": amp})
+    arguments = {"budget": limit, "unpruned": space.whole, "images": images, "seed": seed}
+    study = _open_study(storage, study_name, sampler, {**arguments, "fixed": fixed, "amp": amp})
     evaluation = _Evaluation(model, loader, images, seed, fixed, amp)
     unpruned = evaluation.accuracy(check=True)
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("searching", total=trials)
-        while (done := len(_evaluated(study))) < trials:
+        while (done := len(_completed(study))) < trials:
             bar.update(task, completed=done)
             _try_one(study, space, limit, evaluation, seed if sampler is None else None)
     result = SearchResult(study, fixed, unpruned, evaluation.images)
     Console(quiet=not progress).print(
-        f"best of {len(_evaluated(study))} settings at {limit / space.whole:.3f} of "
+        f"best of {len(_completed(study))} settings at {limit / space.whole:.3f} of "
         f"{space.whole / 1e9:.3g} G multiply-adds: {result.accuracy:.2f}% of {result.images} "
         f"images, unpruned {unpruned:.2f}%"
     )
     return result
 
 
-def _check(
+def _check_arguments(
     model: nn.Module, budget: float, counts: dict[str, int], seed: int, fixed: dict, amp: str
 ) -> None:
     for name, value in {**counts, "seed": seed}.items():
@@ -169,13 +177,19 @@ def _check(
     if amp not in AMP:
         raise ValueError(f"amp: got {amp!r}, expected one of {tuple(AMP)}")
     if found_on(model):
-        raise ValueError("model: it is pruned; call remove() of what zero_tprune gave first")
+        raise ValueError(
+            "model: it is pruned; call remove() of the handle that zero_tprune returned first"
+        )
 
 
-def _study(
-    storage: Any, name: str, sampler: optuna.samplers.BaseSampler | None, facts: dict[str, Any]
+def _open_study(
+    storage: Any, name: str, sampler: optuna.samplers.BaseSampler | None, arguments: dict[str, Any]
 ) -> optuna.Study:
-    """A new study of the search that the facts describe, or the one in the storage."""
+    """The study of that name in the storage, or a new one that records the search's arguments.
+
+    Raises:
+        ValueError: the stored study was made with other arguments.
+    """
     import optuna
 
     study = optuna.create_study(
@@ -185,18 +199,20 @@ def _study(
         direction="maximize",
         load_if_exists=True,
     )
-    facts = json.loads(json.dumps(facts))  # as they are read back
-    before = {fact: study.user_attrs.get(fact) for fact in facts}
-    if study.trials and before != facts:
+    arguments = json.loads(json.dumps(arguments))  # in the form in which they are read back
+    before = {key: study.user_attrs.get(key) for key in arguments}
+    if study.trials and before != arguments:
         raise ValueError(
-            f"storage: its study {name!r} is of {before}, not of {facts}; give another study_name"
+            f"storage: its study {name!r} is of {before}, not of {arguments}; give another "
+            "study_name"
         )
-    for fact, value in facts.items():
-        study.set_user_attr(fact, value)
+    for key, value in arguments.items():
+        study.set_user_attr(key, value)
     return study
 
 
-def _evaluated(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+def _completed(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """The trials that were evaluated to the end."""
     from optuna.trial import TrialState
 
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
@@ -209,11 +225,11 @@ def _try_one(
     evaluation: _Evaluation,
     seed: int | None,
 ) -> None:
-    """One trial of the study: a setting, drawn by a seed or by the study's sampler, evaluated."""
+    """Draws one setting by the seed, or by the study's sampler if None, and evaluates it."""
     import optuna
 
     trial = study.ask()
-    if seed is not None:  # and by number, so that a search that goes on does not repeat itself
+    if seed is not None:  # mixed with the trial's number: a continued search draws new settings
         mixed = np.random.SeedSequence((seed, trial.number)).generate_state(1)[0]
         study.sampler = optuna.samplers.RandomSampler(seed=int(mixed))
     try:
@@ -229,7 +245,7 @@ def _try_one(
 
 
 class _Evaluation:
-    """A model's accuracy on some images, which it holds on the model's device."""
+    """Measures a model's accuracy on a fixed set of images, held on the model's device."""
 
     def __init__(
         self, model: nn.Module, loader: Any, images: int, seed: int, fixed: dict, amp: str
@@ -238,7 +254,7 @@ class _Evaluation:
         self.device = next(model.parameters()).device
         self.batches: list[tuple[Tensor, Tensor]] = []
         self.images = 0
-        for batch in _some(loader, model, images, seed):
+        for batch in _drawn_samples(loader, model, images, seed):
             x, labels = images_and_labels(batch)
             if not isinstance(labels, Tensor) or not labels.dim():
                 raise ValueError("loader: it yields single samples; give it a batch_size")
@@ -248,10 +264,10 @@ class _Evaluation:
             if self.images == images:
                 break
         if not self.images:
-            raise ValueError("loader: it yielded no sample")
+            raise ValueError("loader: it yielded no sample, expected one batch or more")
 
     def pruned(self, setting: Mapping[str, Any]) -> float:
-        """Percent, with a setting of `zero_tprune` for the length of the call."""
+        """Accuracy in percent of the model pruned by a setting of `zero_tprune`."""
         pruning = zero_tprune(self.model, **setting, **self.fixed)
         try:
             return self.accuracy()
@@ -260,19 +276,22 @@ class _Evaluation:
 
     @torch.no_grad()
     def accuracy(self, *, check: bool = False) -> float:
-        """Percent; `check` looks at the labels."""
+        """Accuracy in percent of the model as it is; `check` also validates the labels."""
         right = torch.zeros((), dtype=torch.int64, device=self.device)
-        with self._as_evaluated():
+        with self._eval_mode():
             for images, labels in self.batches:
                 logits = logits_of(self.model(images))
                 if check:
-                    SingleLabel().losses(logits, labels)  # says what is wrong with the labels
+                    SingleLabel().losses(logits, labels)  # raises an error that names the fault
                 right += (logits.argmax(-1) == labels).sum()
         return 100 * int(right) / self.images
 
     @contextmanager
-    def _as_evaluated(self) -> Iterator[None]:
-        """Eval mode and autocast, and the seed for rankings and partitions that are random."""
+    def _eval_mode(self) -> Iterator[None]:
+        """Within it the model is in eval mode and autocast, and the global generator is seeded.
+
+        Random rankings and partitions draw from that generator. All is restored afterwards.
+        """
         modes = [(module, module.training) for module in self.model.modules()]
         on_cuda = self.device.type == "cuda"
         generator = torch.default_generator
@@ -289,8 +308,11 @@ class _Evaluation:
                 module.training = training
 
 
-def _some(loader: Any, model: nn.Module, images: int, seed: int) -> Any:
-    """A loader of as many samples drawn by the seed, where it can be told which to read."""
+def _drawn_samples(loader: Any, model: nn.Module, images: int, seed: int) -> Any:
+    """A loader of that many samples, drawn by the seed.
+
+    A loader whose samples cannot be chosen is returned without augmentation, all of it.
+    """
     plain = plain_loader(loader, data_config(model)).loader
     if not isinstance(plain, DataLoader) or not isinstance(plain.sampler, SequentialSampler):
         return plain
@@ -298,5 +320,5 @@ def _some(loader: Any, model: nn.Module, images: int, seed: int) -> Any:
         return plain
     dataset: Any = plain.dataset
     drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    some = Subset(dataset, drawn[:images].sort().values.tolist())
-    return rebuilt(plain, some, batch_size=plain.batch_size)
+    subset = Subset(dataset, drawn[:images].sort().values.tolist())
+    return rebuilt(plain, subset, batch_size=plain.batch_size)

@@ -1,4 +1,4 @@
-"""Training of a model that is to be pruned: soft masks, and the whole model as its teacher."""
+"""Training of a model for pruning, under soft masks and with the unpruned model as its teacher."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pcx.token_pruning.soft_masks import TEMPERATURE, SoftPruning, soft_prune
 from pcx.training.evaluation import accelerator_for
 from pcx.training.fitting import fit
 
-WEIGHT = 0.5  # of distillation and of KL, as DynamicViT publishes them
+WEIGHT = 0.5  # weight of the distillation term and of the KL term, as DynamicViT publishes them
 
 
 def finetune(
@@ -47,19 +47,20 @@ def finetune(
 
     The unpruned model is the teacher, and the loss is `three_term_loss`. The model is left
     unpruned: prune it afterwards with the same `layers`, `keep` and `iters`, and `similar=0`.
-    `pcx.fit` of a model that is pruned already is cheaper (benchmarks/zero_tprune_finetune.py).
+    Each setting needs a training of its own, and the unpruned model gets worse. `pcx.fit` of a
+    model that is pruned already is cheaper (benchmarks/zero_tprune_finetune.py).
 
     Args:
-        model: a tuned model, or a vision transformer of which is trained what requires gradients;
-            trained already, and not pruned.
+        model: a tuned model, or a vision transformer, whose parameters that require gradients are
+            trained. It is trained already and not pruned.
         loader: as `pcx.fit` takes it.
         layers, keep, iters, temperature, cls_boost, variances: as `soft_prune` takes them.
-        epochs, lr: of this training, without warm-up; a tuned model's record stays as it is.
-        distill, kl: weights of the loss's second and third term.
+        epochs, lr: as `pcx.fit` takes them, without warm-up. A tuned model's record is kept.
+        distill, kl: weights of the loss's second and third term, 0 or more.
         opt, weight_decay, clip_grad, amp, seed, progress: as `pcx.fit` takes them.
 
     Returns:
-        As `pcx.fit` does; loss and accuracy are those under soft masks.
+        The history, as `pcx.fit` returns it. Loss and accuracy are those under soft masks.
 
     Raises:
         ValueError: an argument does not fit, or the model cannot be pruned softly.
@@ -80,14 +81,14 @@ def finetune(
     settings |= {"temperature": temperature, "cls_boost": cls_boost, "variances": variances}
     options: dict[str, Any] = {"epochs": epochs, "lr": lr, "opt": opt, "amp": amp, "seed": seed}
     options |= {"weight_decay": weight_decay, "clip_grad": clip_grad, "progress": progress}
-    lesson = _Lesson(teacher, soft_prune(model, **settings), distill, kl)
+    loss = _DistillationLoss(teacher, soft_prune(model, **settings), distill, kl)
     record = copy.copy(model.record) if isinstance(model, TunedModel) else None
-    hook = model.register_forward_hook(lesson.hear)
+    hook = model.register_forward_hook(loss.run_teacher)
     try:
-        return fit(model, loader, warmup_epochs=0, criterion=lesson.criterion, **options)
+        return fit(model, loader, warmup_epochs=0, criterion=loss.criterion, **options)
     finally:
         hook.remove()
-        lesson.soft.remove()
+        loss.soft.remove()
         if isinstance(model, TunedModel) and record is not None:
             model.record = record
 
@@ -105,17 +106,21 @@ def three_term_loss(
 ) -> Tensor:
     """CE + lambda_distill L_distill + lambda_KL L_KL (Zero-TPrune, Sec. C, Eq. 7).
 
-    L_distill = sum_i m_i |t_i - t'_i|^2 / (D sum_i m_i) over the tokens of the last block, each
-    normalised to mean 0 and variance 1 over its features, as DynamicViT compares them behind the
-    last norm; m_i weighs the tokens and is not trained by it. L_KL = KL(y || y') of the predicted
-    classes, y the student's. The weights of 0.5 are DynamicViT's.
+    L_distill = sum_i m_i |t_i - t'_i|^2 / (D sum_i m_i), over the tokens t of the last block and
+    the teacher's tokens t'. Each token is normalised to mean 0 and variance 1 over its features,
+    because DynamicViT compares them behind the last norm. The masks m_i are constants here: no
+    gradient flows into them.
+
+    L_KL = KL(y || y') of the predicted classes, where y is the student's and y' the teacher's
+    distribution. The weights of 0.5 are DynamicViT's.
 
     Args:
         logits, teacher_logits: [B, C].
-        labels: [B], integers.
-        tokens, teacher_tokens: [B, N, D]; `SoftPruning.tokens`, and what a `Teacher` gives.
-        mask: [B, N]; the last of `SoftPruning.masks`.
-        distill, kl: lambda_distill and lambda_KL.
+        labels: [B], integers in 0..C-1.
+        tokens: [B, N, D], as `SoftPruning.tokens` gives them.
+        teacher_tokens: [B, N, D], as a `Teacher` gives them.
+        mask: [B, N], the last of `SoftPruning.masks`.
+        distill, kl: lambda_distill and lambda_KL, 0 or more.
 
     Returns:
         [B], the loss of each sample.
@@ -130,7 +135,8 @@ def three_term_loss(
     ):
         if mine.shape != theirs.shape:
             raise ValueError(
-                f"{name}: shape {tuple(mine.shape)}, but the teacher's is {tuple(theirs.shape)}"
+                f"{name}: shape {tuple(mine.shape)}, but the teacher's is {tuple(theirs.shape)}, "
+                "expected equal ones"
             )
     wide = torch.promote_types(logits.dtype, torch.float32)
     size = tokens.shape[-1:]
@@ -144,12 +150,12 @@ def three_term_loss(
 
 
 class Teacher:
-    """A frozen copy of a model as it is; of a VPT, over the same backbone's memory.
+    """A frozen copy of a model; a tuned model's copy shares the backbone's memory.
 
-    Called with images it gives logits [B, C] and what the last block gave [B, N, D].
+    Called with images it returns logits [B, C] and the output of the last block [B, N, D].
 
     Args:
-        model: a `pcx.VPT`, or what `pcx.zero_tprune` takes, not pruned.
+        model: a `pcx.VPT`, or another model that `pcx.zero_tprune` takes, not pruned.
     """
 
     def __init__(self, model: nn.Module):
@@ -165,32 +171,33 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Any) -> tuple[Tensor, Tensor]:
-        seen: list[Any] = []
-        hook = self.last.register_forward_hook(lambda _, __, out: seen.append(out))
+        outputs: list[Any] = []
+        hook = self.last.register_forward_hook(lambda _, __, out: outputs.append(out))
         try:
-            out = self.model(images)
+            predictions = self.model(images)
         finally:
             hook.remove()
-        tokens = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
-        return logits_of(out), tokens
+        tokens = outputs[0][0] if isinstance(outputs[0], tuple) else outputs[0]
+        return logits_of(predictions), tokens
 
 
-class _Lesson:
-    """Lets the teacher see each batch of the student, for a criterion that `fit` can call."""
+class _DistillationLoss:
+    """`three_term_loss` as a criterion of `fit`, with the teacher's outputs of the same batch."""
 
     def __init__(self, teacher: Teacher, soft: SoftPruning, distill: float, kl: float):
         self.teacher, self.soft = teacher, soft
         self.distill, self.kl = distill, kl
-        self.heard: tuple[Tensor, Tensor] | None = None
+        self.teacher_outputs: tuple[Tensor, Tensor] | None = None  # logits, tokens
 
-    def hear(self, _: nn.Module, arguments: tuple, __: Tensor) -> None:
-        self.heard = self.teacher(*arguments)
+    def run_teacher(self, _: nn.Module, arguments: tuple, __: Tensor) -> None:
+        """A forward hook of the student: gives the teacher the same batch."""
+        self.teacher_outputs = self.teacher(*arguments)
 
     def criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
-        assert self.heard is not None
+        assert self.teacher_outputs is not None
         tokens, mask = self.soft.tokens, self.soft.masks[-1]
         return three_term_loss(
-            logits, labels, tokens, mask, *self.heard, distill=self.distill, kl=self.kl
+            logits, labels, tokens, mask, *self.teacher_outputs, distill=self.distill, kl=self.kl
         )
 
 

@@ -1,4 +1,4 @@
-"""Zero-TPrune: image tokens dropped after some layers, without training."""
+"""Zero-TPrune: drops image tokens after some layers, without training."""
 
 from __future__ import annotations
 
@@ -14,10 +14,17 @@ from pcx.models.block_forward import StandIn
 from pcx.ops.dispatch import exporting
 from pcx.ops.reference.token_choice import pick
 from pcx.token_pruning import stages
-from pcx.token_pruning.handles import Handle, blocks_of, clear, composed, patches_of, spec_of
+from pcx.token_pruning.handles import (
+    Handle,
+    blocks_of,
+    clear,
+    patches_of,
+    places_at_first_step,
+    spec_of,
+)
 from pcx.token_pruning.schedule import Step, arguments_of, check_counts, check_layers, steps_of
 
-# The paper's ablations on DeiT-S (Sec. 4.1): 4.55 to 3.08 GFLOPs.
+# The setting of the paper's ablations on DeiT-S (Sec. 4.1): from 4.55 to 3.08 GFLOPs.
 TABLE_1: dict[str, Any] = {
     "layers": (1, 3, 6, 9, 11),
     "keep": (1.0, 0.9, 0.8, 0.7, 1.0),
@@ -25,11 +32,12 @@ TABLE_1: dict[str, Any] = {
     "similar": 10,
 }
 
-# Settings of our own that come to the multiply-adds of the paper's variants on DeiT-S, 34.7, 45.1
-# and 12.7% fewer (Table 2), whose settings it does not give: after a third and two thirds of the
-# layers, one ratio for both, and 5 iterations, the paper's for layers in the middle (Sec. 4.2). On
-# the embedded backbone such places lose least (benchmarks/results/zero_tprune_scenes.csv). "a"
-# comes to 121 patches at once, whose attention kernels take in one tile of 128 queries.
+# Settings that come to the multiply-adds of the paper's variants a, b and c on DeiT-S, 34.7, 45.1
+# and 12.7% fewer (Table 2). The paper does not give its settings; these are ours. They prune after
+# a third and two thirds of the layers, by one keep ratio, with 5 iterations, the paper's number for
+# layers in the middle (Sec. 4.2). On the embedded backbone these places lose least accuracy
+# (benchmarks/results/zero_tprune_scenes.csv). "a" leaves 121 patches after its first step, which
+# fit one tile of 128 queries of the attention kernels.
 VARIANTS: dict[str, dict[str, Any]] = {
     name: {"layers": (4, 8), "keep": keep, "iters": 5, "similar": 10}
     for name, keep in {"a": 0.653, "b": 0.493, "c": 0.927}.items()
@@ -37,14 +45,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Pruning(Handle):
-    """What `zero_tprune` set up; `remove` takes it away again.
+    """The handle of `zero_tprune`; `remove` takes the pruning away again.
 
     Attributes:
-        steps: what is dropped after which layer, in their order.
-        prefix_tokens: tokens before the patches.
-        patch_pixels: of one patch.
-        blocks: names of all of the backbone's blocks.
-        tokens: that came to the first step with the last batch.
+        steps: the pruning steps, in the order of their layers.
+        prefix_tokens: number of tokens before the patches: [CLS] and registers.
+        patch_pixels: number of pixels of one patch.
+        blocks: names of all blocks of the backbone.
+        tokens: number of tokens before the first step, in the last batch.
     """
 
     def __init__(
@@ -62,9 +70,11 @@ class Pruning(Handle):
 
     @property
     def kept(self) -> list[Tensor]:
-        """Of the last batch, after each step: the places [B, n], in the sequence of tokens that
-        came to the first step, of those that are left. A copy of the model has no handle."""
-        return composed([pruned.stays for pruned in self._pruned])
+        """Places of the tokens left after each step, in the last batch.
+
+        One tensor [B, n] int64 per step. A place counts in the sequence before the first step.
+        """
+        return places_at_first_step([pruned.stays for pruned in self._pruned])
 
     @property
     def tokens(self) -> int:
@@ -86,27 +96,29 @@ def zero_tprune(
 ) -> Pruning:
     """Drops image tokens after some layers by their attention graph (Zero-TPrune, Sec. 3).
 
-    After each of `layers`, tokens are ranked by one vote (I'), those that are like a more important
-    one are dropped (S), and of the rest those of the highest Weighted PageRank stay (I). [CLS],
-    registers and prompts are never dropped; a layer's graph leaves its prompts out. All samples
-    lose equally many tokens, so shapes are static: the model compiles and exports as before. Its
-    weights and `state_dict` stay as they are. Setting it up anew replaces what was.
+    Each step has three stages, after a layer. I' ranks all tokens by one vote. S drops `similar`
+    patches that are like a more important one. I keeps the share `keep` of the rest that has the
+    highest Weighted PageRank. [CLS], registers and prompts are never dropped, and prompts are not
+    part of a layer's graph.
+
+    All samples lose equally many tokens, so shapes are static: the model compiles and exports as
+    before. Its weights and `state_dict` do not change. A second call replaces the first pruning.
 
     Args:
         model: a timm vision transformer, Hugging Face's ...ForImageClassification, or a pcx.VPT on
-            the path "folded"; changed in place until `remove` is called. Without rotary positions.
-        layers: after which, counted from 1, ascending; not the last where only the head's tokens
-            are computed there.
-        keep: share of the patches, after S, that stay; one for all layers, or one each.
-        iters: of PageRank; the paper has 30, 5 and 1 in the first three, the middle and the last
-            three layers.
-        similar: patches that S drops.
-        ranking: of the tokens that S leaves: "pagerank", or a baseline to compare with: "cls" (the
-            attention of [CLS]), "average" (that of all tokens), "random".
-        cls_boost: let [CLS] start sqrt(N) times above the others ("Zero-TPrune"), or all alike
-            ("Zero-TPrune-uni").
-        partition, measure: of S, as `pcx.token_pruning.stages.without_similar` takes them.
-        variances: bounds of the head filter.
+            the path "folded", without rotary positions. It is changed in place until `remove`.
+        layers: layers after which to prune, counted from 1, ascending. The last one is excluded if
+            it computes the head's tokens alone.
+        keep: share in (0, 1] of the patches left by S that stay; one for all layers, or one each.
+        iters: PageRank iterations, 1 or more; the paper uses 30, 5 and 1 in the first three, the
+            middle and the last three layers.
+        similar: number of patches that S drops, 0 or more.
+        ranking: how I ranks tokens: "pagerank", or a baseline to compare with: "cls" (attention of
+            [CLS]), "average" (attention of all tokens), "random".
+        cls_boost: whether [CLS] starts sqrt(N) times above the others ("Zero-TPrune"), or all start
+            alike ("Zero-TPrune-uni").
+        partition, measure: as `pcx.token_pruning.stages.without_similar` takes them, for S.
+        variances: (low, high), the bounds of the head filter.
 
     Returns:
         A handle: `remove()`, and `kept` after a forward.
@@ -149,22 +161,24 @@ def zero_tprune(
 
 
 class _PrunedForward(StandIn):
+    """Stands in for a block's forward and drops tokens of its output."""
+
     def __init__(self, block: nn.Module, step: Step, protected: int, choices: dict[str, Any]):
         super().__init__(block)
         self.step, self.protected, self.choices = step, protected, choices
-        self.stays: Tensor | None = None  # [B, n], of the tokens that came
+        self.stays: Tensor | None = None  # [B, n], places in the sequence before this step
         self.came = 0
 
     def after(self, tokens: Tensor, call: attention.Call, known: None) -> Tensor:
         with torch.no_grad():
             stays = self._choose(call)
-        self.stays = None if exporting() else stays  # then nothing to look at
+        self.stays = None if exporting() else stays  # an exported program keeps no state
         return pick(tokens, stays)
 
     def _choose(self, call: attention.Call) -> Tensor:
         self.came = call.q.shape[2]
         keep = self.step.left(self.came - self.protected)
-        if call.q.device.type == "meta":  # shapes alone: there is nothing to rank
+        if call.q.device.type == "meta":  # meta tensors have shapes alone, so any tokens do
             return call.q.new_empty(len(call.q), self.protected + keep, dtype=torch.int64)
         return stages.prune(
             call.q,

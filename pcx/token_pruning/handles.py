@@ -1,4 +1,4 @@
-"""Handles of what is set up on a model, and the models that it can be set up on."""
+"""The handle that every token reduction returns, and checks of the models it can be set up on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pcx.models.base import TunedModel
 from pcx.models.block_forward import StandIn, found_on
 from pcx.ops.reference.attention import additive
 
-# Families whose blocks know nothing of where a token stands.
+# Families whose blocks do not depend on the position of a token, so that tokens may be dropped.
 FAMILIES = (
     "VisionTransformer",
     "VisionTransformerDistilled",
@@ -28,11 +28,19 @@ FAMILIES = (
 
 
 class Handle:
-    """Stand-ins on a model; `remove` takes them away again. A copy of the model has no handle.
+    """A token reduction that is set up on a model; `remove` takes it away again.
+
+    A copy of the model keeps the reduction but has no handle.
+
+    Args:
+        stand_ins: the objects that stand in for the blocks' forwards.
+        spec: the backbone's spec.
+        name: the reduction's name in `pcx.models.REDUCTIONS`.
+        arguments: its arguments as JSON, by which a saved model is set up again.
 
     Attributes:
-        prefix_tokens: tokens before the patches.
-        patch_pixels: of one patch.
+        prefix_tokens: number of tokens before the patches: [CLS] and registers.
+        patch_pixels: number of pixels of one patch.
     """
 
     def __init__(
@@ -45,13 +53,18 @@ class Handle:
             stand_in.reduction = {"name": name, "arguments": arguments}
 
     def remove(self) -> None:
-        """The model computes all tokens again."""
+        """Removes the reduction: the model computes all tokens again."""
         for stand_in in self._stand_ins:
             stand_in.remove()
 
 
 def biased(call: attention.Call, bias: Tensor) -> attention.Call:
-    """The call with a bias of its keys besides its own, [B, 1, 1, S], additive or boolean."""
+    """The attention call with one more bias on its keys.
+
+    Args:
+        call: the call, with or without a bias of its own.
+        bias: [B, 1, 1, S], additive or boolean (True attends).
+    """
     if call.bias is not None:
         wide = torch.promote_types(call.q.dtype, torch.float32)
         bias = additive(call.bias, wide) + additive(bias, wide)
@@ -60,36 +73,41 @@ def biased(call: attention.Call, bias: Tensor) -> attention.Call:
     return dataclasses.replace(call, bias=bias)
 
 
-def seen(name: str, found: Sequence[Any]) -> list[Any]:
-    """What the last batch left in stand-ins, for a handle's property of that name.
-
-    Raises:
-        RuntimeError: some of it is None.
-    """
-    if any(each is None for each in found):
-        raise RuntimeError(f"{name}: no batch has gone through the model yet")
-    return list(found)
-
-
-def composed(stays: Sequence[Tensor | None]) -> list[Tensor]:
-    """The places [B, n] that each step's tokens had in the sequence that came to the first step.
+def of_last_batch(name: str, values: Sequence[Any]) -> list[Any]:
+    """The values that stand-ins kept of the last batch.
 
     Args:
-        stays: of each step, the places [B, n] among the tokens that came to it.
+        name: the handle's property that shows them, for the message.
+        values: one value per stand-in, None before the first batch.
+
+    Raises:
+        RuntimeError: a value is None.
+    """
+    if any(value is None for value in values):
+        raise RuntimeError(f"{name}: no batch has gone through the model yet; call the model first")
+    return list(values)
+
+
+def places_at_first_step(stays: Sequence[Tensor | None]) -> list[Tensor]:
+    """Places [B, n] of the tokens left after each step, in the sequence before the first step.
+
+    Args:
+        stays: for each step, the places [B, n] of the tokens that stay, in the sequence before
+            that step.
     """
     places: list[Tensor] = []
-    for each in seen("kept", stays):
+    for each in of_last_batch("kept", stays):
         places.append(places[-1].gather(1, each) if places else each)
     return places
 
 
 def spec_of(model: Any) -> BackboneSpec:
-    """The spec of a tuned model or a backbone, whatever stands in on it.
+    """Finds the spec of a tuned model or a backbone, and turns on its fused attention.
 
-    A backbone's fused attention is turned on.
+    A reduction that is set up on the model is left out of the probing and put back afterwards.
 
     Raises:
-        ValueError: its tokens meet elsewhere than in the blocks' attention.
+        ValueError: tokens are mixed elsewhere than in the blocks' attention.
     """
     if isinstance(model, TunedModel):
         attention.fuse(model.plain_backbone())
@@ -100,7 +118,7 @@ def spec_of(model: Any) -> BackboneSpec:
     try:
         spec = find_spec(model)
         attention.fuse(model)
-        check_promptable(model, spec)  # which runs the blocks
+        check_promptable(model, spec)  # this runs the blocks
         return spec
     finally:
         for stand_in in before:
@@ -108,22 +126,28 @@ def spec_of(model: Any) -> BackboneSpec:
 
 
 def blocks_of(model: Any, spec: BackboneSpec) -> list[Any]:
-    """The blocks, first to last.
+    """The model's blocks from first to last, checked for token reduction.
 
     Raises:
-        ValueError: the model's attention is not one call per block that leaves out where tokens
-            stand, or prompts are among its tokens.
+        ValueError: attention depends on the tokens' positions, a block makes several attention
+            calls, or prompts are among the tokens.
     """
     if spec.family not in FAMILIES:
         raise ValueError(
             f"model: {spec.family} turns or biases attention by the tokens' places, which "
-            f"pruning would mix up; expected one of {FAMILIES}"
+            f"pruning would mix up; use a model of one of {FAMILIES}"
         )
     calls = max(block.calls for block in spec.blocks)
     if calls > 1:
-        raise ValueError(f"model: {spec.family} attends {calls} times in a block")
+        raise ValueError(
+            f"model: {spec.family} attends {calls} times in a block, expected once; use a model of "
+            f"one of {FAMILIES}"
+        )
     if isinstance(model, TunedModel) and model.adds_tokens:
-        raise ValueError("model: its path is 'concat', expected 'folded'")
+        raise ValueError(
+            "model: its path is 'concat', which puts prompts among the tokens; set model.path = "
+            "'folded'"
+        )
     return spec.blocks_in(backbone_of(model))
 
 
@@ -133,7 +157,7 @@ def backbone_of(model: Any) -> Any:
 
 
 def patches_of(model: Any) -> int | None:
-    """Of the images that the backbone was made for, None where it does not say."""
+    """The number of patches of an image, or None if the backbone does not state it."""
     for module in backbone_of(model).modules():
         if isinstance(getattr(module, "num_patches", None), int):
             return module.num_patches
@@ -141,13 +165,20 @@ def patches_of(model: Any) -> int | None:
 
 
 def clear(model: nn.Module, blocks: Sequence[Any], layers: Sequence[int]) -> None:
-    """Removes what stands in on a model, so that others can on these of its layers, from 1.
+    """Removes every reduction from a model, so that another can be set up.
+
+    Args:
+        model: the model.
+        blocks: its blocks.
+        layers: layers that the new reduction needs, counted from 1.
 
     Raises:
-        ValueError: something that is not of pcx stands in for a block's forward.
+        ValueError: the forward of such a layer was replaced by something that is not pcx's.
     """
     for layer in layers:
         if not isinstance(blocks[layer - 1].__dict__.get("forward"), StandIn | None):
-            raise ValueError(f"model: something else stands in for layer {layer}'s forward")
+            raise ValueError(
+                f"model: something else stands in for layer {layer}'s forward; remove it first"
+            )
     for old in found_on(model):
         old.remove()

@@ -1,4 +1,4 @@
-"""ToMe: image tokens that are alike are merged after each layer, without training."""
+"""ToMe: merges image tokens that are alike after each layer, without training."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from pcx.models.block_forward import Carried, StandIn
 from pcx.ops.dispatch import exporting
 from pcx.ops.reference.attention import without_autocast
 from pcx.ops.reference.token_choice import pick
-from pcx.token_pruning.handles import Handle, biased, blocks_of, clear, seen, spec_of
+from pcx.token_pruning.handles import Handle, biased, blocks_of, clear, of_last_batch, spec_of
 
 
 class Merged(NamedTuple):
-    """What became of the image's tokens."""
+    """How an image's N tokens were merged into n."""
 
-    sizes: Tensor  # [B, n], how many of them each token left stands for
-    places: Tensor  # [B, N] int64, the token left that each of them is in
+    sizes: Tensor  # [B, n], number of original tokens that each token stands for
+    places: Tensor  # [B, N] int64, index of the token that each original token is part of
 
 
 class Merging(Handle):
-    """What `tome` set up; `remove` takes it away again.
+    """The handle of `tome`; `remove` takes the merging away again.
 
     Attributes:
-        r: of each layer, as asked for; that of the last is 0.
+        r: number of pairs asked for after each layer; that of the last is 0.
     """
 
     def __init__(self, r: Sequence[int], layers: Sequence[_MergedForward], spec: BackboneSpec):
@@ -39,41 +39,44 @@ class Merging(Handle):
 
     @property
     def merged(self) -> list[Merged]:
-        """Of the last batch, after each layer that merges: the sizes of the tokens left, and the
-        place among them of each token that came to the first such layer."""
-        return seen("merged", [layer.merged for layer in self._merging])
+        """How the tokens of the last batch were merged, one `Merged` per layer that merges.
+
+        `places` is indexed by the tokens before the first layer that merges.
+        """
+        return of_last_batch("merged", [layer.merged for layer in self._merging])
 
 
 def tome(model: nn.Module, *, r: int | Sequence[int]) -> Merging:
     """Merges r pairs of image tokens after each layer (ToMe, Bolya et al., ICLR 2023, Sec. 3).
 
-    Each layer's tokens are split by turns into A and B; the r of A that are most like one of B, by
-    the cosine of their keys' mean over heads, are merged into it by the mean weighted by sizes.
-    Later layers attend in proportion to the sizes s, softmax(q k^T / sqrt(d) + log s) (Eq. 1).
-    [CLS], registers and prompts are never merged and have size 1.
+    The tokens of each layer are split alternately into A and B. A token's features are its keys'
+    mean over heads. The r tokens of A with the highest cosine to a token of B are merged into it,
+    by the mean weighted by sizes. Later layers attend in proportion to the sizes s:
+    softmax(q k^T / sqrt(d) + log s) (Eq. 1). [CLS], registers and prompts are never merged and have
+    size 1.
 
-    Tokens are merged after the whole layer; the paper merges between its attention and its MLP, so
-    that here a layer's own MLP still sees all tokens that came. Where the head reads all tokens
-    (average or attention pooling), each token left goes to it once for every token it stands for.
+    Tokens are merged after the whole layer. The paper merges between a layer's attention and its
+    MLP; here the MLP still sees all tokens that came. If the head reads all tokens (average or
+    attention pooling), each merged token goes to it once for every token it stands for.
 
     All samples lose equally many tokens, so shapes are static: the model compiles and exports as
-    before. Its weights and `state_dict` stay as they are. Between blocks the tokens travel as a
-    pair with their sizes, which is what hooks on blocks see. Setting up any of these methods anew
-    replaces what was.
+    before. Its weights and `state_dict` do not change. Between blocks the tokens travel as a pair
+    with their sizes, and hooks on blocks see this pair. A second call of any token reduction
+    replaces the first.
 
     Args:
         model: a timm vision transformer, Hugging Face's ...ForImageClassification, or a pcx.VPT on
-            the path "folded"; changed in place until `remove` is called. Without rotary positions.
-        r: pairs to merge after every layer, or after each. As published, a layer merges at most
-            half of the tokens that may be merged, rounded down. What is asked for after the last
-            layer is left out, since nothing comes after it that fewer tokens would spare.
+            the path "folded", without rotary positions. It is changed in place until `remove`.
+        r: number of pairs to merge, 0 or more; one for all layers, or one each. As published, a
+            layer merges at most half of its patches, rounded down. The last layer merges none,
+            since nothing after it would be cheaper.
 
     Returns:
         A handle: `remove()`, and `merged` after a forward.
 
     Raises:
-        ValueError: r is no whole number from 0, or of another length than there are layers, or the
-            backbone is not supported.
+        ValueError: r is not a whole number of 0 or more, or has another length than there are
+            layers, or the backbone is not supported.
 
     Example:
         >>> merging = pcx.token_pruning.tome(model, r=8)
@@ -102,19 +105,20 @@ def tome(model: nn.Module, *, r: int | Sequence[int]) -> Merging:
 
 
 def match(features: Tensor, r: int, *, protected: int) -> Tensor:
-    """Bipartite soft matching (Sec. 3, Appendix D): which tokens to merge into which.
+    """Bipartite soft matching (Sec. 3, Appendix D): decides which tokens merge into which.
 
-    Tokens at even places are A, at odd ones B; what is protected is in neither. Of A, the r tokens
-    whose best match in B is the most like them go into that match.
+    Tokens at even places are group A, tokens at odd places group B. Protected tokens are in
+    neither. Each token of A has a best match in B. The r tokens of A that are most like their best
+    match merge into it.
 
     Args:
-        features: [B, N, F]; the paper's are the keys' mean over heads.
-        r: tokens to merge away, 0 to (N - protected) / 2; of equally alike ones the first.
-        protected: tokens at the front.
+        features: [B, N, F]; the paper uses the keys' mean over heads.
+        r: number of tokens to merge away, 0 to (N - protected) / 2; the first among equals.
+        protected: number of tokens at the front.
 
     Returns:
-        [B, N] int64: the place of each token among the N - r left, of which those protected are
-        first, then come what is left of A and all of B.
+        [B, N] int64: the place of each token among the N - r that are left. The order is: protected
+        tokens, the rest of A, all of B.
 
     Raises:
         ValueError: r is out of range.
@@ -126,7 +130,8 @@ def match(features: Tensor, r: int, *, protected: int) -> Tensor:
     new = torch.arange(tokens, device=features.device).expand(batch, -1)
     if r == 0:
         return new
-    wide = torch.promote_types(features.dtype, torch.float32)  # 16 bits would see ties
+    # 16 bits would round different likenesses to ties.
+    wide = torch.promote_types(features.dtype, torch.float32)
     unit = F.normalize(features.to(wide), dim=-1)
     a, b = (slice(protected + (protected + odd) % 2, None, 2) for odd in (0, 1))
     with without_autocast(unit):
@@ -134,7 +139,7 @@ def match(features: Tensor, r: int, *, protected: int) -> Tensor:
     order = alike.sort(dim=1, descending=True, stable=True).indices
     goes, stays = order[:, :r], order[:, r:].sort(1).values
     start = protected + stays.shape[1]  # where B begins
-    places = new.clone()  # of what is protected, as they are
+    places = new.clone()  # protected tokens keep their places
     places[:, a] = (
         torch.zeros_like(order)
         .scatter(1, stays, new[:, protected:start])
@@ -145,20 +150,20 @@ def match(features: Tensor, r: int, *, protected: int) -> Tensor:
 
 
 def merge(x: Tensor, sizes: Tensor, places: Tensor, left: int) -> tuple[Tensor, Tensor]:
-    """The tokens left, each the mean of those that go there, weighted by their sizes.
+    """Merges tokens: each one left is the mean of those placed there, weighted by their sizes.
 
     Args:
-        x: [B, N, D].
+        x: tokens [B, N, D].
         sizes: [B, N], above 0.
         places: [B, N] int64, as `match` gives them.
-        left: how many are left, n.
+        left: number of tokens left, n.
 
     Returns:
-        [B, n, D] of x's dtype, and the sizes [B, n]; a token merged with none keeps its bits.
+        Tokens [B, n, D] of x's dtype, and sizes [B, n]. A token merged with none keeps its bits.
     """
     batch, _, dim = x.shape
     summed = sizes.new_zeros(batch, left).scatter_add(1, places, sizes)
-    share = sizes / summed.gather(1, places)  # [B, N], of the token that it goes into
+    share = sizes / summed.gather(1, places)  # [B, N], of each token in the one it merges into
     weighted = share[..., None] * x  # [B, N, D]
     mean = weighted.new_zeros(batch, left, dim)
     mean = mean.scatter_add(1, places[..., None].expand(-1, -1, dim), weighted)
@@ -166,11 +171,13 @@ def merge(x: Tensor, sizes: Tensor, places: Tensor, left: int) -> tuple[Tensor, 
 
 
 def size_bias(sizes: Tensor) -> Tensor:
-    """Proportional attention's bias of the logits by the keys' sizes (Eq. 1); [B, 1, 1, n]."""
+    """The bias of proportional attention on the logits, log of the keys' sizes; [B, 1, 1, n]."""
     return sizes.log()[:, None, None]
 
 
 class _MergedForward(StandIn):
+    """Stands in for a block's forward and merges tokens of its output."""
+
     def __init__(self, block: nn.Module, r: int, protected: int, *, last: bool, restores: bool):
         super().__init__(block)
         self.r, self.protected, self.last, self.restores = r, protected, last, restores
@@ -192,11 +199,11 @@ class _MergedForward(StandIn):
             known = Merged(known.sizes, places.gather(1, known.places))
         tokens, sizes = merge(tokens, known.sizes, places, tokens.shape[1] - r)
         known = Merged(sizes, known.places)
-        self.merged = None if exporting() else known  # then nothing to look at
+        self.merged = None if exporting() else known  # an exported program keeps no state
         return Carried(tokens, known)
 
     def _places(self, k: Tensor, r: int) -> Tensor:
-        if k.device.type == "meta":  # shapes alone: there is nothing to match
+        if k.device.type == "meta":  # meta tensors have shapes alone, so any places do
             return k.new_empty(k.shape[0], k.shape[2], dtype=torch.int64)
         return match(k.mean(1), r, protected=self.protected)
 
@@ -205,7 +212,9 @@ def _pairs(r: Any, layers: int) -> list[int]:
     many = isinstance(r, Sequence) and not isinstance(r, str)
     pairs = list(r) if many else [r] * layers
     if len(pairs) != layers:
-        raise ValueError(f"r: {len(pairs)} values for {layers} layers")
+        raise ValueError(
+            f"r: {len(pairs)} values for {layers} layers; give one value, or one per layer"
+        )
     for pair in pairs:
         if isinstance(pair, bool) or not isinstance(pair, int) or pair < 0:
             raise ValueError(f"r: {pair!r}, expected a whole number, 0 or more")

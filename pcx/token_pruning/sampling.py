@@ -1,4 +1,4 @@
-"""ATS: image tokens sampled after some layers by the attention of [CLS], without training."""
+"""ATS: samples image tokens after some layers by the attention of [CLS], without training."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from pcx.token_pruning.handles import (
     biased,
     blocks_of,
     clear,
-    composed,
+    of_last_batch,
     patches_of,
-    seen,
+    places_at_first_step,
     spec_of,
 )
 
 
 @dataclass(frozen=True)
 class SamplingStep:
-    """What is sampled after one layer."""
+    """The settings of one sampling step, after one layer."""
 
     layer: int  # counted from 1
-    tokens: int
+    tokens: int  # K, the number of patches to sample
 
 
 class Sampling(Handle):
-    """What `ats` set up; `remove` takes it away again.
+    """The handle of `ats`; `remove` takes the sampling away again.
 
     Attributes:
-        steps: how many are sampled after which layer, in their order.
+        steps: the sampling steps, in the order of their layers.
     """
 
     def __init__(
@@ -55,40 +55,47 @@ class Sampling(Handle):
 
     @property
     def kept(self) -> list[Tensor]:
-        """Of the last batch, after each step: the places [B, prefix tokens + K], in the sequence
-        that came to the first step, of the tokens in the slots; some stand in several."""
-        return composed([layer.stays for layer in self._sampling])
+        """Places of the tokens in the slots after each step, in the last batch.
+
+        One tensor [B, prefix tokens + K] int64 per step. A place counts in the sequence before the
+        first step. A token that was sampled several times stands in several slots.
+        """
+        return places_at_first_step([layer.stays for layer in self._sampling])
 
     @property
     def distinct(self) -> list[Tensor]:
-        """Of the last batch, after each step: the patches left of each sample, [B], at most K."""
-        found = seen("distinct", [layer.alive for layer in self._sampling])
+        """Number of different patches left after each step, in the last batch.
+
+        One tensor [B] per step, of numbers from 1 to K.
+        """
+        found = of_last_batch("distinct", [layer.alive for layer in self._sampling])
         return [alive[:, self.prefix_tokens :].sum(1) for alive in found]
 
 
 def ats(model: nn.Module, *, layers: Sequence[int], tokens: int | Sequence[int]) -> Sampling:
     """Samples image tokens after some layers (ATS, Fayyaz et al., ECCV 2022, Sec. 3).
 
-    A patch's significance is the attention of [CLS] to it times the length of its value,
-    S_j = A_1j |V_j| / sum_i A_1i |V_i|, the mean over heads (Eq. 3). K patches are sampled where
-    the sum of S up to a patch reaches the fixed points 1/2K, 3/2K to (2K-1)/2K. A patch that is
-    sampled several times is kept once, so samples keep fewer patches the more their significance
-    gathers in some. [CLS] and registers are kept; prompts are not sampled.
+    The significance of a patch is the attention of [CLS] to it times the length of its value,
+    S_j = A_1j |V_j| / sum_i A_1i |V_i|, averaged over heads (Eq. 3). K patches are sampled, where
+    the cumulative sum of S reaches the fixed points 1/2K, 3/2K to (2K-1)/2K. A patch that is
+    sampled several times is kept once. The more a sample's significance gathers in few patches,
+    the fewer it keeps. [CLS] and registers are always kept, and prompts are not sampled.
 
-    The paper leaves out what is not sampled as the layer's queries; here it is dropped after the
-    whole layer, which gives the tokens that stay the same values. Shapes are static: each sample
-    has K slots, and those of repeated patches are masked as keys of all later layers, to the same
-    values as without them. What is computed, and the time it takes, is therefore that of K tokens,
-    and not of the fewer distinct ones. The model compiles and exports as before; its weights and
-    `state_dict` stay as they are. Between blocks the tokens travel as a pair with the mask, which
-    is what hooks on blocks see. Setting up any of these methods anew replaces what was.
+    The paper drops tokens as queries of the layer. Here they are dropped after the whole layer,
+    which gives the tokens that stay the same values.
+
+    Shapes are static: each sample has K slots. Slots of repeated patches are masked as keys in all
+    later layers, with the same values as without them. Compute and time are therefore those of K
+    tokens, not of the fewer different ones. The model compiles and exports as before; its weights
+    and `state_dict` do not change. Between blocks the tokens travel as a pair with the mask, and
+    hooks on blocks see this pair. A second call of any token reduction replaces the first.
 
     Args:
         model: a timm vision transformer, Hugging Face's ...ForImageClassification, or a pcx.VPT on
-            the path "folded"; changed in place until `remove` is called. Its head reads [CLS] (and
-            what else is before the patches) alone. Without rotary positions.
-        layers: after which, counted from 1, ascending, without the last.
-        tokens: K, patches to sample; one for all layers, or one each.
+            the path "folded", without rotary positions. Its head reads [CLS] or other tokens before
+            the patches, and no patches. It is changed in place until `remove`.
+        layers: layers after which to sample, counted from 1, ascending, without the last.
+        tokens: K, the number of patches to sample; one for all layers, or one each.
 
     Returns:
         A handle: `remove()`, and `kept` and `distinct` after a forward.
@@ -107,7 +114,7 @@ def ats(model: nn.Module, *, layers: Sequence[int], tokens: int | Sequence[int])
     if not spec.has_cls or spec.read_tokens is None:
         raise ValueError(
             f"model: the head of this {spec.family} reads more than [CLS], such as an average "
-            "of the patches, in which repeated ones would count; expected pooling by [CLS]"
+            "of the patches, in which repeated ones would count; use one that pools by [CLS]"
         )
     steps = _steps(layers, tokens, len(blocks), patches_of(model))
     sizes = {step.layer: step.tokens for step in steps}
@@ -137,20 +144,21 @@ def significance(
     scale: float | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """How much [CLS] takes from each patch, S_j = A_1j |V_j| / sum_i A_1i |V_i| (Eq. 3).
+    """The significance of each patch to [CLS], S_j = A_1j |V_j| / sum_i A_1i |V_i| (Eq. 3).
 
-    The sum is over patches, and so does not depend on what else [CLS] attends to. The paper adds
-    up the heads' significances; their mean differs by a factor that sampling does not see.
+    The sum is over patches, so the result does not depend on other tokens that [CLS] attends to.
+    The paper sums the heads' significances. Their mean, used here, differs by a constant factor,
+    which does not change the sampling.
 
     Args:
         q, k: [B, H, N, d].
         v: [B, H, N, dv].
-        protected: tokens at the front, the first of which is [CLS].
-        scale: of the attention, 1/sqrt(d) by default.
+        protected: number of tokens at the front, the first of which is [CLS].
+        scale: factor on the attention logits, 1/sqrt(d) by default.
         bias: as SDPA's attn_mask, broadcastable to [B, H, N, N].
 
     Returns:
-        [B, N - protected] float32 (float64 for float64), each sample's summing to 1.
+        [B, N - protected] float32 (float64 for float64); each sample sums to 1.
     """
     logits = cls_logits(q, k, bias, scale)  # [B, H, N]
     weights = logits[..., protected:].softmax(-1)  # [B, H, P]
@@ -161,16 +169,18 @@ def significance(
 def sample(scores: Tensor, tokens: int) -> Tensor:
     """Inverse transform sampling at the fixed points 1/2K, 3/2K to (2K-1)/2K (Sec. 3.2).
 
-    Patch j is sampled once for every point above the sum of the scores before it and up to the
-    sum with it: K S_j times, rounded up or down. (The paper takes the patch nearest to an inverse
-    whose interpolation it leaves open; its code also sorts patches by significance before.)
+    Let c_j be the sum of the scores of patches 1 to j, divided by the sum of all. Patch j is
+    sampled once for every point in (c_(j-1), c_j]: K (c_j - c_(j-1)) times, rounded up or down.
+
+    The paper differs in two points. It takes the patch nearest to an inverse, whose interpolation
+    it leaves open. Its code also sorts patches by significance first.
 
     Args:
-        scores: [B, P], not negative; of any sum.
+        scores: [B, P], 0 or more, of any sum above 0.
         tokens: K, 1 to P.
 
     Returns:
-        [B, K] int64, ascending; repeated patches stand side by side.
+        [B, K] int64: indices of patches, ascending, so that repeated ones stand side by side.
 
     Raises:
         ValueError: K is out of range.
@@ -179,25 +189,28 @@ def sample(scores: Tensor, tokens: int) -> Tensor:
     if not 1 <= tokens <= patches:
         raise ValueError(f"tokens: {tokens}, expected 1 to {patches}, the patches that come")
     sums = scores.cumsum(1)
-    sums = sums / sums[:, -1:]  # of which the last is exactly 1, above all points
+    sums = sums / sums[:, -1:]  # the last one is exactly 1, above all points
     points = (torch.arange(tokens, device=scores.device, dtype=scores.dtype) + 0.5) / tokens
     return torch.searchsorted(sums, points.expand(batch, -1).contiguous())
 
 
 def first_of_equal(sampled: Tensor) -> Tensor:
-    """Whether an entry of [B, K], whose equal ones stand side by side, is the first of them."""
+    """Marks the first of each run of equal entries; [B, K] int64 -> [B, K] boolean."""
     other = sampled[:, 1:] != sampled[:, :-1]
     return torch.cat([torch.ones_like(sampled[:, :1], dtype=torch.bool), other], 1)
 
 
 class _SampledForward(StandIn):
-    """`known` is which tokens are no repetitions, [B, N] boolean."""
+    """Stands in for a block's forward, samples tokens of its output and masks repeated ones.
+
+    What travels with the tokens, `known`, is a mask [B, N]: True where a token is no repetition.
+    """
 
     def __init__(self, block: nn.Module, tokens: int | None, protected: int, *, last: bool):
         super().__init__(block)
         self.tokens, self.protected, self.last = tokens, protected, last
-        self.stays: Tensor | None = None  # [B, prefix tokens + K], of the tokens that came
-        self.alive: Tensor | None = None
+        self.stays: Tensor | None = None  # [B, prefix tokens + K], places before this step
+        self.alive: Tensor | None = None  # [B, prefix tokens + K], False for repetitions
 
     def before(self, call: attention.Call, known: Tensor | None) -> attention.Call:
         return call if known is None else biased(call, known[:, None, None])
@@ -210,14 +223,14 @@ class _SampledForward(StandIn):
         with torch.no_grad():
             stays = self._sampled(call, self.tokens)  # [B, prefix tokens + K]
             alive = first_of_equal(stays)
-            if known is not None:  # rounding might have sampled a masked slot
+            if known is not None:  # rounding may sample a masked slot, of significance 0
                 alive = alive & known.gather(1, stays)
-        # Where a model is exported there is nothing to look at.
+        # An exported program keeps no state.
         self.stays, self.alive = (None, None) if exporting() else (stays, alive)
         return Carried(pick(tokens, stays), alive)
 
     def _sampled(self, call: attention.Call, tokens: int) -> Tensor:
-        if call.q.device.type == "meta":  # shapes alone: there is nothing to sample
+        if call.q.device.type == "meta":  # meta tensors have shapes alone, so any tokens do
             return call.q.new_empty(len(call.q), self.protected + tokens, dtype=torch.int64)
         scores = significance(
             call.q, call.k, call.v, protected=self.protected, scale=call.scale, bias=call.bias
@@ -239,12 +252,17 @@ def _steps(layers: Any, tokens: Any, depth: int, patches: int | None) -> list[Sa
         )
     counts = list(tokens) if isinstance(tokens, Sequence) else [tokens] * len(layers)
     if len(counts) != len(layers):
-        raise ValueError(f"tokens: {len(counts)} values for {len(layers)} layers")
+        raise ValueError(
+            f"tokens: {len(counts)} values for {len(layers)} layers; give one value, or one per "
+            "layer"
+        )
     steps = [SamplingStep(*each) for each in zip(layers, counts, strict=True)]
     for step in steps:
         whole = isinstance(step.tokens, int) and not isinstance(step.tokens, bool)
         if not whole or step.tokens < 1 or (patches is not None and step.tokens > patches):
-            most = "as many as come" if patches is None else f"{patches}, which come"
+            most = (
+                "the patches that come" if patches is None else f"{patches}, the patches that come"
+            )
             raise ValueError(
                 f"tokens: {step.tokens!r} after layer {step.layer}, expected a whole number from "
                 f"1 to {most}"

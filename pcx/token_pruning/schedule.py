@@ -1,4 +1,4 @@
-"""After which layers how many image tokens are dropped."""
+"""The steps of a pruning: after which layers tokens are dropped, and how many."""
 
 from __future__ import annotations
 
@@ -13,30 +13,34 @@ from pcx.token_pruning import stages
 
 @dataclass(frozen=True)
 class Step:
-    """What is dropped after one layer."""
+    """The settings of one pruning step, after one layer."""
 
     layer: int  # counted from 1
-    keep: float  # share of the patches that S leaves
-    iters: int
-    similar: int
+    keep: float  # share of the patches left by the S-stage that stay, in (0, 1]
+    iters: int  # PageRank iterations, 1 or more
+    similar: int  # patches that the S-stage drops, 0 or more
 
     def left(self, patches: int) -> int:
-        """How many of them stay in the end; halves are rounded up.
+        """Number of patches that stay of those that come; halves are rounded up.
 
         Raises:
-            ValueError: none would stay.
+            ValueError: no patch would stay.
         """
         stay = int(round((patches - self.similar) * self.keep, 9) + 0.5)
         if stay < 1:
             raise ValueError(
                 f"keep: {self.keep} after layer {self.layer} leaves none of {patches} patches, of "
-                f"which {self.similar} are similar"
+                f"which {self.similar} are similar; raise keep or lower similar"
             )
         return stay
 
 
 def steps_of(layers: Any, keep: Any, iters: Any, similar: Any) -> list[Step]:
-    """Raises a ValueError where lengths differ or a number is out of range."""
+    """The steps that the arguments of `zero_tprune` describe.
+
+    Raises:
+        ValueError: lengths differ or a number is out of range.
+    """
     if not isinstance(layers, Sequence):
         raise ValueError(f"layers: {layers!r}, expected a sequence of layers, counted from 1")
     layers = list(layers)
@@ -47,7 +51,10 @@ def steps_of(layers: Any, keep: Any, iters: Any, similar: Any) -> list[Step]:
         many = isinstance(given, Sequence)
         settings[name] = list(given) if many else [given] * len(layers)
         if len(settings[name]) != len(layers):
-            raise ValueError(f"{name}: {len(settings[name])} values for {len(layers)} layers")
+            raise ValueError(
+                f"{name}: {len(settings[name])} values for {len(layers)} layers; give one value, "
+                "or one per layer"
+            )
     steps = [Step(*each) for each in zip(layers, *settings.values(), strict=True)]
     for step in steps:
         if not isinstance(step.keep, float | int) or not 0 < step.keep <= 1:
@@ -62,7 +69,11 @@ def steps_of(layers: Any, keep: Any, iters: Any, similar: Any) -> list[Step]:
 
 
 def check_layers(blocks: list, spec: BackboneSpec, steps: list[Step], *, needs_cls: bool) -> None:
-    """Raises a ValueError where tokens cannot be dropped after such layers."""
+    """Checks that tokens can be dropped after the layers of these steps.
+
+    Raises:
+        ValueError: a layer is out of range, they do not ascend, or [CLS] is needed and missing.
+    """
     if needs_cls and not spec.has_cls:
         raise ValueError(
             "cls_boost: the model has no [CLS] token; give cls_boost=False, and no ranking 'cls'"
@@ -72,19 +83,23 @@ def check_layers(blocks: list, spec: BackboneSpec, steps: list[Step], *, needs_c
         raise ValueError(f"layers: {layers}, expected ascending ones, none twice")
     last = len(blocks)
     if read_tokens_of(blocks[-1]) is not None:
-        last -= 1  # computes the head's tokens alone: there is nothing left to drop
+        last -= 1  # the last block computes the head's tokens alone, so nothing is left to drop
     if layers[-1] > last:
         raise ValueError(f"layers: {layers}, expected 1 to {last} of {len(blocks)}")
 
 
 def check_counts(steps: list[Step], patches: int, partition: str) -> None:
-    """Raises a ValueError where so many patches do not suffice."""
+    """Checks that an image of that many patches has enough of them for every step.
+
+    Raises:
+        ValueError: a step drops more patches than its partition offers, or leaves none.
+    """
     for step in steps:
         most = stages.offered(patches, partition)
         if step.similar > most:
             raise ValueError(
                 f"similar: {step.similar} after layer {step.layer}, where {patches} patches are "
-                f"left, of which {most} could be dropped"
+                f"left, of which {most} could be dropped; give {most} or fewer"
             )
         patches = step.left(patches)
 

@@ -1,8 +1,8 @@
-"""The stages of one pruning layer of Zero-TPrune (paper, Sec. 3), each a function of its own.
+"""The stages of one Zero-TPrune pruning layer (paper, Sec. 3), each a function of its own.
 
-I' ranks tokens by one vote, S drops tokens that are like more important ones, I keeps the most
-important of the rest. Tokens that stand first, [CLS] and registers, are `protected`: they vote and
-are never dropped. All counts are of patches and the same for every sample, so shapes are static.
+I' ranks tokens by one vote. S drops tokens that are like more important ones. I keeps the most
+important of the rest. The first tokens, [CLS] and registers, are `protected`: they vote and are
+never dropped. All counts are of patches and the same for every sample, so shapes are static.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pcx.ops.weighted_pagerank import weighted_pagerank
 
 PARTITIONS = ("sequential-u", "sequential-i", "alternating", "random", "none")
 RANKINGS = ("pagerank", "cls", "average", "random")
-MEASURES = ("cosine", "dot")  # or p of a Minkowski distance
+MEASURES = ("cosine", "dot")  # or a number, the p of a Minkowski distance
 
 
 def importance(
@@ -46,14 +46,14 @@ def importance(
 ) -> Tensor:
     """The I-stage's scores: Weighted PageRank, VHF, EIR (Sec. 3.2).
 
-    With `iters=1` and no boost these are those of the I'-stage (Sec. 3.1).
+    With `iters=1` and no boost these are the scores of the I'-stage (Sec. 3.1).
 
     Args:
         q, k: [B, H, N, d].
-        iters: of PageRank.
+        iters: number of PageRank iterations, 0 or more.
         cls_boost: whether the first token, [CLS], starts sqrt(N) times above the others
             ("Zero-TPrune"), or all start alike ("Zero-TPrune-uni").
-        variances: bounds of VHF.
+        variances: (low, high), the bounds of VHF.
         scale, bias, prefix_k: as `pcx.weighted_pagerank` takes them.
 
     Returns:
@@ -67,23 +67,23 @@ def importance(
 
 
 def boosted(like: Tensor, tokens: int) -> Tensor:
-    """Scores at first, [N], of which [CLS] has sqrt(N) times the others' (Sec. 3.2)."""
+    """Initial scores [N] of PageRank, in which [CLS] has sqrt(N) times the others' (Sec. 3.2)."""
     start = like.new_ones(tokens, dtype=torch.promote_types(like.dtype, torch.float32))
-    start[:1].fill_(tokens**0.5)  # an assignment would copy from the CPU
+    start[:1].fill_(tokens**0.5)  # assigning a Python number would copy it from the CPU
     return start
 
 
 def cls_attention(
     q: Tensor, k: Tensor, *, scale: float | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """A baseline: how much the first token, [CLS], attends to each, mean over heads; [B, N]."""
+    """A baseline's scores [B, N]: attention of the first token, [CLS], to each, mean over heads."""
     return attention.cls_attention(q, k, bias, scale)
 
 
 def average_attention(
     q: Tensor, k: Tensor, *, scale: float | None = None, bias: Tensor | None = None
 ) -> Tensor:
-    """A baseline: how much all tokens attend to each, mean over tokens and heads; [B, N]."""
+    """A baseline's scores [B, N]: attention of all tokens to each, mean over tokens and heads."""
     return weighted_pagerank(q, k, iters=1, scale=scale, bias=bias).mean(1)
 
 
@@ -97,27 +97,35 @@ def without_similar(
     measure: str | float = "cosine",
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The S-stage (Sec. 3.3): drops patches of group A that are most like one of group B.
+    """The S-stage (Sec. 3.3): drops the patches of group A that are most like one of group B.
 
-    The groups are halves of the patches ranked by their scores: "sequential-u" prunes the less
-    important half and is the paper's, "sequential-i" the more important one, "alternating" every
-    second of the ranking, "random" any half; with "none" all are in both groups, and each is
-    compared with all others.
+    The patches are ranked by their scores and split into two halves:
+
+    | partition      | group A                           | group B        |
+    | -------------- | --------------------------------- | -------------- |
+    | "sequential-u" | the less important half (paper)   | the other half |
+    | "sequential-i" | the more important half           | the other half |
+    | "alternating"  | every second patch of the ranking | the other half |
+    | "random"       | a random half                     | the other half |
+    | "none"         | all patches                       | all patches    |
+
+    With "none" each patch is compared with all others.
 
     Args:
-        features: [B, N, F]; the paper's are the keys.
-        scores: [B, N], of the I'-stage.
-        drop: patches to drop, 0 to the size of A, half of the patches rounded down.
-        protected: tokens at the front, which are in neither group.
+        features: [B, N, F]; the paper uses the keys.
+        scores: [B, N], the scores of the I'-stage.
+        drop: number of patches to drop, 0 to the size of A (half of the patches, rounded down).
+        protected: number of tokens at the front, which are in neither group.
         partition: one of PARTITIONS.
-        measure: "cosine", "dot", or the p (1 or more, or inf) of a Minkowski distance, negated.
-        generator: of "random", on the features' device.
+        measure: likeness by "cosine", by "dot", or by a negated Minkowski distance, given as its p
+            (1 or more, or inf).
+        generator: source of the "random" partition, on the features' device.
 
     Returns:
-        [B, N - drop] int64: what stays, ascending.
+        [B, N - drop] int64: the tokens that stay, ascending.
 
     Raises:
-        ValueError: no such partition or measure, or more to drop than group A holds.
+        ValueError: no such partition or measure exists, or `drop` is more than group A holds.
     """
     batch, tokens, _ = features.shape
     patches = tokens - protected
@@ -147,7 +155,7 @@ def without_similar(
 
 
 def check_choices(partition: str, measure: str | float, ranking: str = "pagerank") -> None:
-    """Raises a ValueError where there is no such partition, measure or ranking."""
+    """Checks the names of partition, measure and ranking; raises a ValueError."""
     if ranking not in RANKINGS:
         raise ValueError(f"ranking: got {ranking!r}, expected one of {RANKINGS}")
     if partition not in PARTITIONS:
@@ -160,7 +168,7 @@ def check_choices(partition: str, measure: str | float, ranking: str = "pagerank
 
 
 def check_variances(variances: tuple[float, float]) -> None:
-    """Raises a ValueError where they are no bounds."""
+    """Checks that the variances are bounds, 0 <= low <= high; raises a ValueError."""
     low, high = variances if len(variances) == 2 else (math.nan, math.nan)
     if not 0 <= low <= high:
         raise ValueError(f"variances: {variances!r}, expected (low, high) with 0 <= low <= high")
@@ -170,12 +178,13 @@ def _check_drop(drop: int, patches: int, partition: str) -> None:
     size = offered(patches, partition)
     if not 0 <= drop <= size:
         raise ValueError(
-            f"drop: {drop} similar patches, but partition {partition!r} of {patches} offers {size}"
+            f"drop: {drop} similar patches, but partition {partition!r} of {patches} offers "
+            f"{size}; give 0 to {size}"
         )
 
 
 def offered(patches: int, partition: str) -> int:
-    """How many of the patches a partition lets S drop: the size of group A."""
+    """The most patches that S can drop under a partition: the size of group A."""
     return patches if partition == "none" else patches // 2
 
 
@@ -197,27 +206,27 @@ def prune(
 ) -> Tensor:
     """One pruning layer: I', S on the keys' mean over heads, I among what S leaves (Sec. 3.1).
 
-    The attention among what S leaves is a softmax over these alone.
+    In I, attention is a softmax over the tokens that S leaves.
 
     Args:
-        q, k: [B, H, N, d], what the block attends with.
-        keep: patches that stay in the end.
-        similar: patches that S drops.
-        iters: of PageRank in I.
-        protected: tokens at the front.
-        ranking: of I, one of RANKINGS: "pagerank" is the paper's; its baselines are the attention
-            of [CLS], the average attention, and a random order.
-        cls_boost, variances: as `importance` takes them, of I.
+        q, k: [B, H, N, d], the queries and keys of the block's attention.
+        keep: number of patches that stay in the end.
+        similar: number of patches that S drops.
+        iters: number of PageRank iterations in I.
+        protected: number of tokens at the front, which always stay.
+        ranking: how I ranks tokens, one of RANKINGS: "pagerank" is the paper's; its baselines are
+            the attention of [CLS], the average attention, and a random order.
+        cls_boost, variances: as `importance` takes them, in I.
         partition, measure: as `without_similar` takes them.
-        scale: of the attention, 1/sqrt(d) by default.
+        scale: factor on the attention logits, 1/sqrt(d) by default.
         bias: as SDPA's attn_mask, broadcastable to [B, H, N, N].
 
     Returns:
         [B, protected + keep] int64: the tokens that stay, ascending.
 
     Raises:
-        ValueError: more are to be kept or dropped than there are, or no such ranking, partition or
-            measure.
+        ValueError: `keep` or `similar` is more than there are patches, or no such ranking,
+            partition or measure exists.
     """
     check_choices(partition, measure, ranking)
     patches = q.shape[2] - protected
@@ -260,7 +269,10 @@ def _without_similar(votes, k, drop, protected, variances, partition, measure) -
 
 
 def _among(bias: Tensor, index: Tensor) -> Tensor:
-    """The rows and columns of a bias, broadcastable to [B, H, N, N], at [B, n]."""
+    """The rows and columns of a bias at the tokens `index` [B, n].
+
+    The bias is broadcastable to [B, H, N, N]; axes of size 1 stay as they are.
+    """
     batch, n = index.shape
     bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
     bias = bias.expand(batch, *bias.shape[1:])
@@ -273,7 +285,7 @@ def _among(bias: Tensor, index: Tensor) -> Tensor:
 
 
 def _likeness(a: Tensor, b: Tensor, measure: str | float) -> Tensor:
-    """[B, n, F] and [B, m, F] -> [B, n, m], the higher the more alike."""
+    """How alike features are: [B, n, F] and [B, m, F] -> [B, n, m], higher is more alike."""
     if measure in MEASURES:
         return cosines(a, b) if measure == "cosine" else products(a, b)
     wide = torch.promote_types(a.dtype, torch.float32)

@@ -195,7 +195,11 @@ def test_opcheck():
         ({"prefix_k": torch.ones(2, 1, 16)}, ValueError, r"expected \[H, m, d\] = \(3, m, 16\)"),
         ({"among": torch.zeros(3, 4).long()}, ValueError, r"among: torch.int64 of shape \(3, 4\)"),
         ({"among": torch.zeros(2, 4)}, ValueError, r"among: .*, expected int64 \[2, n\]"),
-        ({"among": torch.tensor([[0], [5]])}, ValueError, "among: expected tokens, 0 to 4"),
+        (
+            {"among": torch.tensor([[0], [5]])},
+            ValueError,
+            "among: values 0 to 5, expected tokens, 0 to 4",
+        ),
     ],
 )
 def test_bad_input_is_named(change, error, message):

@@ -1,1 +1,4 @@
-"""Every op in plain torch: the tests' oracle, the backend that runs anywhere, what is exported."""
+"""References of all ops in plain torch.
+
+They are the oracle of the tests, the backend that runs on any device, and what export records.
+"""

@@ -1,4 +1,4 @@
-"""Parts of attention that the references of several ops share."""
+"""Parts of attention that several references share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 def additive(bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bias of rank 4 to add to logits: 0 and minus infinity for a boolean one."""
+    """The bias as a tensor of rank 4 that can be added to logits.
+
+    A boolean bias becomes 0 where it is True and minus infinity where it is False.
+    """
     bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
     if bias.dtype != torch.bool:
         return bias.to(dtype)
@@ -19,7 +22,7 @@ def additive(bias: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def cls_attention(q: Tensor, k: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
-    """How much the first token, [CLS], attends to each, mean over heads; [B, S]."""
+    """The attention of the first token, [CLS], to each token, mean over heads; [B, S]."""
     return cls_logits(q, k, bias, scale).softmax(-1).mean(1)
 
 
@@ -34,13 +37,13 @@ def cls_logits(q: Tensor, k: Tensor, bias: Tensor | None, scale: float | None) -
 
 
 def without_autocast(x: Tensor) -> Any:
-    """Within it, products on x's device have the types of what is multiplied."""
-    if x.device.type == "meta":  # knows no autocast
+    """A context that turns autocast off on x's device, so that products keep their dtypes."""
+    if x.device.type == "meta":  # the meta device has no autocast
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 
 def tokens(x: Tensor, index: Tensor) -> Tensor:
-    """[B, H, N, d] at [B, n] -> [B, H, n, d]."""
+    """The rows of x [B, H, N, d] at the tokens `index` [B, n]; [B, H, n, d]."""
     batch, heads, _, dim = x.shape
     return x.gather(2, index[:, None, :, None].expand(batch, heads, -1, dim))

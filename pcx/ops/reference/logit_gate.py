@@ -1,4 +1,4 @@
-"""The gradient behind `pcx.ops.logit_gate` in plain torch."""
+"""The gradient of `pcx.ops.logit_gate` in plain torch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ def prefix_logit_gradient(
     lse: Tensor,
     scale: float,
 ) -> Tensor:
-    """What `pcx.ops.logit_gate` differentiates by, from the weights of the prefix alone, [B, H, m].
+    """The gradient of the loss by the logits of each prefix key, summed over queries; [B, H, m].
 
-    The prefix is [H, m, d] or [B, H, m, d].
+    It is sum_n P (dP - delta), where P are the attention weights of the prefix [H, m, d] or
+    [B, H, m, d]. The weights of the other keys are not needed.
     """
     wide = lse.dtype
     delta = (grad_out.to(wide) * out.to(wide)).sum(-1, keepdim=True)  # [B, H, N, 1]

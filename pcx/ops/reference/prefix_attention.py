@@ -1,4 +1,4 @@
-"""`pcx.prefix_attention` in plain torch, by concatenation."""
+"""`pcx.prefix_attention` in plain torch, by concatenating the prefix and the own keys."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def prefix_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Any:
-    """`pcx.prefix_attention` by concatenation; arguments are taken as checked."""
+    """`pcx.prefix_attention` by concatenation; the arguments must have been checked."""
     keys = _joined(prefix_k, k, prefix_index)  # [B, H, m+S, d]
     values = _joined(prefix_v, v, prefix_index)  # [B, H, m+S, dv]
     mask = _joint_bias(q, k, prefix_k.shape[-2], prefix_index, prefix_lengths, bias)
@@ -36,7 +36,7 @@ def prefix_attention(
     logits = (q @ keys.transpose(-2, -1)).to(wide) * scale  # [B, H, N, m+S]
     if mask is not None:
         logits = logits + mask
-    nothing = (logits == -math.inf).all(-1, keepdim=True)  # such a row gives zeros, as SDPA's
+    nothing = (logits == -math.inf).all(-1, keepdim=True)  # such a row gives zeros, as SDPA does
     logits = logits.masked_fill(nothing, 0)
     lse = logits.logsumexp(dim=-1, keepdim=True)  # [B, H, N, 1]
     weights = (logits - lse).exp().masked_fill(nothing, 0).to(v.dtype)
@@ -44,7 +44,7 @@ def prefix_attention(
 
 
 def _joined(prefix: Tensor, own: Tensor, index: Tensor | None) -> Tensor:
-    if prefix.shape[-2] == 0 and not prefix.requires_grad:  # joining nothing would still copy
+    if prefix.shape[-2] == 0 and not prefix.requires_grad:  # concatenating nothing would still copy
         return own
     if index is not None:
         prefix = prefix.index_select(0, index)
@@ -59,7 +59,7 @@ def _joint_bias(
     lengths: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor | None:
-    """One additive bias over [prefix; own] keys, or None where there is nothing to add."""
+    """One additive bias over the [prefix; own] keys, or None if there is nothing to add."""
     if bias is None and lengths is None:
         return None
     own = additive(bias, q.dtype) if bias is not None else q.new_zeros(1, 1, 1, k.shape[-2])

@@ -9,7 +9,7 @@ from torch import Tensor
 def prompt_score(
     gradient: Tensor, prompts: Tensor, layer_norm: bool, weight: Tensor | None, eps: float
 ) -> Tensor:
-    """`pcx.ops.prompt_score.prompt_score` written out; arguments are taken as checked."""
+    """`pcx.ops.prompt_score.prompt_score` step by step; the arguments must have been checked."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
     gradient, prompts = gradient.to(wide), prompts.to(wide)
     if layer_norm:

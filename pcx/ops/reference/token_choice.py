@@ -1,6 +1,6 @@
-"""The ops that choose a pruning layer's tokens in plain torch (Zero-TPrune, Sec. 3).
+"""The choice of a pruning layer's tokens in plain torch (Zero-TPrune, Sec. 3).
 
-The stages of `pcx.token_pruning.stages` are made of the same parts.
+The stages of `pcx.token_pruning.stages` use the same functions.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pcx.ops.reference.attention import without_autocast
 
-VARIANCES = (0.01, 0.7)  # of a head's scores, where their mean is 1
+VARIANCES = (0.01, 0.7)  # bounds on the variance of a head's scores, scaled to a mean of 1
 
 
 def important_tokens(
@@ -33,7 +33,7 @@ def dissimilar_tokens(
     if not 0 <= drop <= size:
         raise ValueError(
             f"drop: {drop} similar patches, but partition 'sequential-u' of {scores.shape[1]} "
-            f"offers {size}"
+            f"offers {size}; give 0 to {size}"
         )
     order = ranked(scores)  # [B, P], the most important first
     b, a = order[:, : scores.shape[1] - size], order[:, scores.shape[1] - size :].sort(1).values
@@ -42,25 +42,25 @@ def dissimilar_tokens(
 
 
 def filter_heads(scores: Tensor, low: float = VARIANCES[0], high: float = VARIANCES[1]) -> Tensor:
-    """VHF (Sec. 3.2): the heads whose scores vary enough to tell tokens apart, and not too much.
+    """VHF (Sec. 3.2): selects heads whose scores vary enough to tell tokens apart, not too much.
 
-    Scores that sum to 1 over N tokens have a variance of 1/N at most, so that the paper's bounds
-    would reject every head of a small model; the variance is therefore taken of N times the
-    scores, whose mean is 1. Where all heads would be rejected, all are kept.
+    Scores that sum to 1 over N tokens have a variance of 1/N at most. The paper's bounds would
+    therefore reject every head of a small model. Here the variance is that of N times the scores,
+    whose mean is 1. If all heads of a sample are rejected, all are kept.
 
     Args:
-        scores: [B, H, N], each head's summing to 1.
-        low, high: bounds on the variance, both inclusive.
+        scores: [B, H, N]; the scores of each head sum to 1.
+        low, high: inclusive bounds on the variance.
 
     Returns:
-        [B, H], boolean.
+        [B, H] boolean, True for the heads that are used.
     """
     variance = (scores * scores.shape[-1]).var(-1, correction=0)  # [B, H]
     return within(variance, low, high)
 
 
 def within(variance: Tensor, low: float, high: float) -> Tensor:
-    """Which heads' variances [B, H] are within the bounds, or all of a sample where none is."""
+    """Marks the heads whose variance [B, H] is within the bounds, or all of a sample if none is."""
     passed = (variance >= low) & (variance <= high)
     return passed | ~passed.any(-1, keepdim=True)
 
@@ -72,7 +72,7 @@ def combine_heads(scores: Tensor, heads: Tensor) -> Tensor:
 
     Args:
         scores: [B, H, N].
-        heads: [B, H], eta: boolean, at least one of each sample.
+        heads: [B, H] boolean, eta; at least one head of each sample is True.
 
     Returns:
         [B, N].
@@ -82,18 +82,18 @@ def combine_heads(scores: Tensor, heads: Tensor) -> Tensor:
 
 
 def most_important(scores: Tensor, keep: int, *, protected: int) -> Tensor:
-    """The I-stage's choice: the `keep` patches of the highest scores, and what is protected.
+    """The I-stage's choice: the protected tokens and the `keep` patches of the highest scores.
 
     Args:
         scores: [B, N].
-        keep: patches, 0 to N - protected; of equal ones the first stay.
-        protected: tokens at the front.
+        keep: number of patches, 0 to N - protected; the first among equals.
+        protected: number of tokens at the front.
 
     Returns:
         [B, protected + keep] int64, ascending.
 
     Raises:
-        ValueError: more are to be kept than there are.
+        ValueError: `keep` is more than there are patches.
     """
     check_keep(keep, scores.shape[1] - protected)
     best = ranked(scores[:, protected:])[:, :keep] + protected
@@ -101,45 +101,51 @@ def most_important(scores: Tensor, keep: int, *, protected: int) -> Tensor:
 
 
 def check_keep(keep: int, patches: int) -> None:
-    """Raises a ValueError where there are not so many patches."""
+    """Checks that there are `keep` patches or more; raises a ValueError."""
     if not 0 <= keep <= patches:
-        raise ValueError(f"keep: {keep} of {patches} patches")
+        raise ValueError(f"keep: {keep} of {patches} patches, expected 0 to {patches}")
 
 
 def ranked(scores: Tensor) -> Tensor:
-    """Indices from the highest to the lowest score [B, N]; equal ones in their order."""
+    """Indices [B, N] from the highest to the lowest score; equal scores keep their order."""
     return scores.sort(dim=1, descending=True, stable=True).indices
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens [B, N, F] at [B, n] -> [B, n, F]."""
+    """The tokens of x [B, N, F] at the places `index` [B, n]; [B, n, F]."""
     batch, tokens, features = x.shape
     first = torch.arange(batch, device=x.device)[:, None] * tokens
-    rows = x.flatten(0, 1).index_select(0, (index + first).flatten())  # in half of gather's time
+    rows = x.flatten(0, 1).index_select(0, (index + first).flatten())  # twice as fast as gather
     return rows.reshape(batch, index.shape[1], features)
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
-    """[B, n, F] and [B, m, F] -> [B, n, m], not rounded by autocast."""
+    """Cosines of all pairs: [B, n, F] and [B, m, F] -> [B, n, m], not rounded by autocast."""
     return products(F.normalize(a, dim=-1), F.normalize(b, dim=-1))
 
 
 def products(a: Tensor, b: Tensor) -> Tensor:
-    """[B, n, F] and [B, m, F] -> [B, n, m], not rounded by autocast."""
+    """Products of all pairs: [B, n, F] and [B, m, F] -> [B, n, m], not rounded by autocast."""
     with without_autocast(a):
         return a @ b.transpose(1, 2)
 
 
 def least_alike(likeness: Tensor, a: Tensor, drop: int) -> Tensor:
-    """What is left of the patches `a` [B, n] when the `drop` most like a patch of B are gone.
+    """The patches of group A that stay when the `drop` most like one of group B are dropped.
 
-    The likeness is [B, n, m], of each patch in A to each in B. Of equal ones the first go.
+    Args:
+        likeness: [B, n, m], of each patch of A to each of B.
+        a: [B, n], the patches of A.
+        drop: number of patches to drop; the first among equals.
+
+    Returns:
+        [B, n - drop].
     """
     alike = likeness.amax(2) if likeness.shape[2] else likeness.new_zeros(a.shape)
     return a.gather(1, ranked(alike)[:, drop:])
 
 
 def with_protected(patches: Tensor, protected: int) -> Tensor:
-    """Patches [B, n] in ascending order, after the `protected` tokens at the front."""
+    """The `protected` tokens at the front, then the patches [B, n] in ascending order."""
     first = torch.arange(protected, device=patches.device).expand(patches.shape[0], -1)
     return torch.cat([first, patches.sort(1).values], 1)

@@ -1,4 +1,4 @@
-"""`pcx.weighted_pagerank` in plain torch, with the attention matrix written out."""
+"""`pcx.weighted_pagerank` in plain torch, which stores the attention matrix."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def weighted_pagerank(
     iters: int,
     scale: float,
 ) -> Tensor:
-    """`pcx.weighted_pagerank` with the attention matrix written out; arguments as checked."""
+    """`pcx.weighted_pagerank` by matrix products; the arguments must have been checked."""
     wide = torch.promote_types(q.dtype, torch.float32)
     if among is not None:
         q, k = tokens(q, among), tokens(k, among)
@@ -31,7 +31,7 @@ def weighted_pagerank(
             logits = logits + bias
         if prefix_k is not None:
             logits = torch.cat([rows @ prefix_k.to(wide).transpose(-2, -1), logits], -1)
-        nothing = (logits == -math.inf).all(-1, keepdim=True)  # is attended to by such a row
+        nothing = (logits == -math.inf).all(-1, keepdim=True)  # such a row attends to no token
         attention = logits.softmax(-1).masked_fill(nothing, 0)[..., -q.shape[2] :]
         scores = init[..., None]
         for _ in range(iters):
