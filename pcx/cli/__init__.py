@@ -29,10 +29,10 @@ COMMANDS = {
     "condense": Listed("pcx.cli.condense:condense", "Scores, selects and fine-tunes prompts."),
     "eval": Listed("pcx.cli.evaluate:evaluate", "Accuracy of a saved model on a split."),
     "prune": Listed(
-        "pcx.cli.prune:prune", "Accuracy of a saved model whole and with tokens pruned."
+        "pcx.cli.prune:prune", "Accuracy of a saved model, whole and with tokens pruned."
     ),
     "search": Listed("pcx.cli.search:search", "Searches settings of pcx prune at a budget."),
-    "env": Listed("pcx.cli.env:env", "Versions, devices, and which backend runs each operation."),
+    "env": Listed("pcx.cli.env:env", "Prints versions, devices, and for each op the backend used."),
 }
 _FUNCTIONS = Registry("command", {name: listed.target for name, listed in COMMANDS.items()})
 
