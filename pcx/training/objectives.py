@@ -137,6 +137,10 @@ class SingleLabel(Objective):
     def check_seen(self, seen: tuple[int, int] | None, shape: torch.Size) -> None:
         """Raises a ValueError where a label is none of the head's classes."""
         low, high = seen or (0, 0)
+        if len(shape) != 2:
+            raise ValueError(
+                f"model: it gives {tuple(shape)}, expected logits [B, C] (objective {self.name!r})"
+            )
         classes = shape[-1]
         if low < 0 or high >= classes:
             raise ValueError(
@@ -195,6 +199,7 @@ class SoftTargets(Objective):
     name = "soft"
     loss_name = "cross-entropy of soft targets"
     targets = "a probability for each class, floating point [B, C]"
+    TOLERANCE: ClassVar[float] = 0.01  # of the sum of a sample's probabilities, for 16-bit targets
 
     def fits(self, logits: Tensor, targets: Tensor) -> bool:
         """Floating point [B, C] as the logits."""
@@ -203,6 +208,23 @@ class SoftTargets(Objective):
     def own_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy, [B]."""
         return F.cross_entropy(logits, targets.to(logits.dtype), reduction="none")
+
+    def look_at(self, targets: Tensor) -> tuple[float, float, float]:
+        """The lowest probability, and the lowest and the highest sum of a sample's."""
+        if targets.dim() != 2 or not targets.numel():
+            return 0.0, 1.0, 1.0
+        sums = targets.double().sum(1)
+        return float(targets.min()), float(sums.min()), float(sums.max())
+
+    def check_seen(self, seen: tuple[float, float, float], shape: torch.Size) -> None:
+        """Raises a ValueError where a sample's targets are no probabilities."""
+        low, least, most = seen
+        if not (low >= 0 and least >= 1 - self.TOLERANCE and most <= 1 + self.TOLERANCE):
+            raise ValueError(
+                f"loader: soft labels from {low:g} whose sums are {least:g}..{most:g}, expected "
+                "probabilities of sum 1 for each image; give their softmax, or use "
+                "objective='multi-label' for independent classes"
+            )
 
     def observed(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """Whether the highest logit is the likeliest class's, [B]."""
@@ -262,6 +284,20 @@ class Segmentation(Objective):
         wanted = targets.long()
         losses = F.cross_entropy(logits, wanted, reduction="none", ignore_index=self.IGNORED)
         return losses.flatten(1).sum(1) / (wanted != self.IGNORED).flatten(1).sum(1).clamp(min=1)
+
+    def look_at(self, targets: Tensor) -> tuple[int, int]:
+        """The lowest and the highest class of the pixels that count, (0, 0) of none."""
+        counted = targets[targets != self.IGNORED]
+        return (int(counted.min()), int(counted.max())) if counted.numel() else (0, 0)
+
+    def check_seen(self, seen: tuple[int, int], shape: torch.Size) -> None:
+        """Raises a ValueError where a pixel's class is none of the head's."""
+        low, high = seen
+        if low < 0 or high >= shape[1]:
+            raise ValueError(
+                f"loader: pixels of classes {low}..{high} for a head of {shape[1]} classes, "
+                f"expected 0..{shape[1] - 1}, or {self.IGNORED} for pixels that do not count"
+            )
 
     def observed(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         """Confusion matrices of pixels [B, C, C], rows by target."""

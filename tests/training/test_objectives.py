@@ -182,3 +182,24 @@ def test_outputs_of_libraries_are_unwrapped(dataset):
     odd = Odd(img_size=32, embed_dim=24, depth=2, num_heads=2, num_classes=3).double()
     with pytest.raises(TypeError, match=r"model: its forward gave a dict of \['scores'\]"):
         pcx.evaluate(odd, loader)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("soft", torch.full((4, 3), 0.5), "sums are 1.5..1.5, expected probabilities of sum 1"),
+        ("soft", torch.tensor([[-0.5, 1.0, 0.5]]).expand(4, -1), "soft labels from -0.5"),
+        ("soft", torch.full((4, 3), float("nan")), "soft labels from nan"),
+        ("segmentation", torch.full((4, 2, 2), 3), "classes 3..3 for a head of 3 classes"),
+        ("segmentation", torch.full((4, 2, 2), -1), "classes -1..-1 for a head of 3 classes"),
+    ],
+)
+def test_values_of_targets_are_checked(name, wrong, message):
+    logits = torch.zeros(4, 3, 2, 2) if name == "segmentation" else torch.zeros(4, 3)
+    with pytest.raises(ValueError, match=f"loader: .*{message}"):
+        objective_for(name).losses(logits, wrong)
+
+
+def test_logits_without_classes_are_named():
+    with pytest.raises(ValueError, match=r"model: it gives \(4,\), expected logits \[B, C\]"):
+        SingleLabel().losses(torch.zeros(4), torch.zeros(4, dtype=torch.int64))
