@@ -105,9 +105,20 @@ def _specs(model: nn.Module, trace: _Trace) -> tuple[BlockSpec, ...]:
 
 
 def hollow(model: nn.Module) -> Any:
-    """A copy in eval mode whose weights have shapes alone."""
+    """A copy in eval mode whose weights have shapes alone, without its user's hooks.
+
+    A user's hooks count calls and read values, which is not meant for a probe.
+    """
     shapes = {id(t): _on_meta(t) for t in [*model.parameters(), *model.buffers()]}
-    return copy.deepcopy(model, shapes).eval()
+    found = copy.deepcopy(model, shapes).eval()
+    for module in found.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number, hook in list(hooks.items()):
+                if not type(hook).__module__.startswith(
+                    "torch.nn.utils"
+                ):  # weight norm and the like
+                    del hooks[number]
+    return found
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

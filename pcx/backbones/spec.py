@@ -21,6 +21,7 @@ FINDERS = Registry(
         "transformers": "pcx.backbones.hugging_face:facts_of",
     },
 )
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 PROMPTABLE = (
     "timm's VisionTransformer (ViT, AugReg, DeiT, DeiT-III, DINOv2, CLIP, SigLIP and others), "
     "VisionTransformerDistilled, VisionTransformerRelPos, Eva (EVA-02, DINOv3, RoPE ViTs), Beit, "
@@ -85,6 +86,11 @@ def library_facts(backbone: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: as `find_spec` raises it.
     """
+    if hasattr(backbone, "_orig_mod") or isinstance(backbone, _PARALLEL):
+        raise ValueError(
+            f"backbone: {type(backbone).__name__} wraps the backbone; give the backbone itself, "
+            "and compile or distribute the tuned model"
+        )
     try:
         return _finder(backbone)(backbone)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -6,6 +6,7 @@ import torch
 from families import FAMILIES, build
 from torch import nn
 
+from pcx.backbones.inputs import input_size
 from pcx.backbones.probing import probe_listed
 from pcx.backbones.spec import find_spec
 
@@ -82,11 +83,35 @@ def test_hugging_face(name):
 
 
 def test_a_model_whose_forward_fails_without_values_is_probed_block_by_block():
+    class Positive(nn.Module):
+        def forward(self, x):
+            return x if x.sum().item() > 0 else -x
+
     backbone = build("vit")
-    backbone.patch_embed.register_forward_pre_hook(lambda m, x: x[0].sum().item() and None)
+    backbone.norm_pre = Positive()
     spec = find_spec(backbone)
     assert [block.name for block in spec.blocks] == [f"blocks.{i}" for i in range(3)]
     assert spec.blocks == probe_listed(build("vit"), spec.listed, 48)[0]
+
+
+def test_hooks_of_the_user_do_not_see_the_probe():
+    backbone, seen = build("vit"), []
+    backbone.patch_embed.register_forward_hook(lambda m, x, y: seen.append(y.mean().item()))
+    backbone.blocks[0].attn.register_forward_pre_hook(lambda m, x: seen.append(x))
+    assert find_spec(backbone) == find_spec(build("vit"))
+    assert seen == []
+
+
+def test_a_wrapped_backbone_is_named():
+    for wrapped in (torch.compile(build("vit")), nn.DataParallel(build("vit"))):
+        with pytest.raises(ValueError, match="backbone: .* wraps the backbone; give the backbone"):
+            find_spec(wrapped)
+
+
+def test_the_first_convolution_says_how_many_channels_an_image_has():
+    for name, channels in (("xcit_nano_12_p16_224", 4), ("resnet10t", 1)):
+        backbone = timm.create_model(name, in_chans=channels, num_classes=2)
+        assert input_size(backbone)[0] == channels
 
 
 def test_a_model_that_is_not_of_a_library_is_named():
