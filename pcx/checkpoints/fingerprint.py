@@ -28,7 +28,14 @@ def checksum(tensor: Tensor) -> str:
 
 def backbone_fingerprint(model: TunedModel) -> str:
     """The fingerprint of the frozen weights, by the names that the plain backbone gives them."""
-    return fingerprint((f"backbone.{n}", p) for n, p in model.frozen_state().items())
+    weights = {n: t for n, t in model.frozen_state().items() if isinstance(t, nn.Parameter)}
+    return fingerprint((f"backbone.{n}", t) for n, t in weights.items())
+
+
+def buffers_fingerprint(model: TunedModel) -> str | None:
+    """The fingerprint of the frozen buffers, such as BatchNorm's statistics; None without any."""
+    buffers = {n: t for n, t in model.frozen_state().items() if not isinstance(t, nn.Parameter)}
+    return fingerprint(buffers.items()) if buffers else None
 
 
 def backbone_name(backbone: nn.Module) -> str:

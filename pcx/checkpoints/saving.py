@@ -18,6 +18,7 @@ from pcx.checkpoints.files import written_whole
 from pcx.checkpoints.fingerprint import (
     backbone_fingerprint,
     backbone_name,
+    buffers_fingerprint,
     checksum,
     fingerprint,
 )
@@ -88,6 +89,7 @@ def load(path: str | os.PathLike, backbone: nn.Module | None = None) -> Any:
             f"backbone: {path} was trained on {saved['name']}, whose place "
             f"{backbone_name(backbone)} cannot take: {error}"
         ) from error
+    model.own(keep=lambda name: f"backbone.{name}" in tensors)  # what a user had set to be trained
     _check_backbone(path, saved, model)
     own = model.own_state()
     if _shapes(own) != _shapes(tensors):
@@ -112,21 +114,18 @@ def backbone_in(path: str | os.PathLike) -> dict[str, Any]:
 
 def _description(model: TunedModel, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Describes a model as a file's JSON: the record's entries stand beside the file's own."""
-    plain = model.plain_backbone()
-    known = model.record.backbone or {
-        "name": backbone_name(plain),
-        "arguments": arguments_of(plain),
-    }
-    model.record.backbone = known
-    if model.record.transform is None and hasattr(plain, "pretrained_cfg"):
-        model.record.transform = data_config(model)
+    plain, record = model.plain_backbone(), model.record.as_json()
+    known = record["backbone"] or {"name": backbone_name(plain), "arguments": arguments_of(plain)}
+    if record["transform"] is None and hasattr(plain, "pretrained_cfg"):
+        record["transform"] = data_config(model)
     return {
-        **model.record.as_json(),
+        **record,
         "method": model.method,
         "settings": model.config(),
         "backbone": {
             **known,
             "fingerprint": backbone_fingerprint(model),
+            "buffers": buffers_fingerprint(model),
             "architecture": architecture_of(plain, model.spec),
         },
         "token_reduction": reduction_of(model),
@@ -216,6 +215,12 @@ def _check_backbone(path: Path, saved: dict[str, Any], model: TunedModel) -> Non
             f"backbone: {path} was trained on {saved['name']} with weights "
             f"{saved['fingerprint'][:12]}, got {backbone_name(plain)} with weights "
             f"{found[:12]}: give the same pretrained weights in the dtype they were trained in"
+        )
+    if saved.get("buffers") not in (None, buffers_fingerprint(model)):  # None in older files
+        raise ValueError(
+            f"backbone: {path} was trained on {saved['name']} with other buffers, such as the "
+            f"statistics of BatchNorm, than {backbone_name(plain)} has here; give the backbone as "
+            "it was before training"
         )
     other = differences(saved["architecture"], architecture_of(plain, model.spec))
     if other:

@@ -17,7 +17,7 @@ from pcx.backbones.residual import Wrapper, plain_names
 from pcx.backbones.spec import BackboneSpec, find_spec, library_facts
 from pcx.models.block_forward import found_on
 from pcx.models.heads import HEAD_INITS, draw_published, head_size, set_head_size
-from pcx.models.memory import clone_tensors, over_same_memory
+from pcx.models.memory import over_same_memory
 from pcx.models.record import Record
 
 BACKBONE_MODES = ("eval", "train", "drop-path")
@@ -28,7 +28,8 @@ class TunedModel(nn.Module):
 
     The frozen weights lie in the same memory as the given backbone's until either is moved or
     converted (move the backbone first to share it among several models). The backbone's modules,
-    modes and flags are not touched. The model keeps its own copy of the head.
+    modes and flags are not touched. The model keeps its own copy of the head, and of every tensor
+    of the backbone that is set to require gradients before `pcx.fit` or `pcx.save`.
 
     A method is a subclass with a line in `pcx.METHODS`. It sets `method`, adds its parameters
     outside of `self.backbone` or makes parts of it its own with `own`, and says in `config` what
@@ -83,7 +84,8 @@ class TunedModel(nn.Module):
         # A new head of an older timm is float32 on the CPU, whatever its backbone is.
         like = next(self.backbone.parameters())
         for name, head in zip(self.spec.heads, self.heads, strict=True):
-            self._owned |= clone_tensors(head, f"backbone.{name}.", lambda _: True, like)
+            head.to(like.device, like.dtype)
+            self.own(name)
             if head_init == "published":
                 draw_published(head)
 
@@ -103,32 +105,62 @@ class TunedModel(nn.Module):
         Args:
             part: dotted name of a module of the backbone; "" is all of it.
             keep: of a dotted name in the backbone, whether that tensor becomes the model's own.
+
+        Raises:
+            ValueError: the backbone has no tensor in that part.
         """
-        module = self.backbone.get_submodule(part)
+        found = {n: t for n, t in self._tensors().items() if n.startswith("backbone.")}
         start = f"backbone.{part}." if part else "backbone."
-        self._owned |= clone_tensors(module, start, lambda name: keep(name[len("backbone.") :]))
+        if part and not any(name.startswith(start) for name in found):
+            raise ValueError(
+                f"part: the backbone has no tensor in {part!r}; give the dotted name of a module, "
+                "as backbone.named_modules() lists them"
+            )
+        self._claim(
+            {
+                name: tensor
+                for name, tensor in found.items()
+                if name.startswith(start) and keep(name.removeprefix("backbone."))
+            }
+        )
 
     def own_state(self) -> dict[str, Tensor]:
         """The method's parameters and buffers by name: those that are saved, copied, rolled back.
 
         Names are those of `state_dict` without the wrappers that a method puts around modules of
-        the backbone. The tensors are the model's, not copies.
+        the backbone; a tensor of several names has the first of them. The tensors are the model's,
+        not copies. A parameter of the backbone that requires gradients becomes the model's own
+        here, in memory of its own.
         """
-        plain = plain_names(self)
+        tensors = self._tensors()
+        self._claim({n: t for n, t in tensors.items() if t.requires_grad and not self._is_own(n)})
+        return first_names({n: t for n, t in tensors.items() if self._is_own(n)})
+
+    def frozen_state(self) -> dict[str, Tensor]:
+        """The backbone's parameters and saved buffers that are not the model's own.
+
+        Names are those in the plain backbone. The parameters are shared with it.
+        """
+        own = {id(tensor) for tensor in self.own_state().values()}
         return {
-            plain[name]: tensor
-            for name, tensor in self.state_dict(keep_vars=True).items()
-            if self._is_own(plain[name])
+            name.removeprefix("backbone."): tensor
+            for name, tensor in self._tensors().items()
+            if id(tensor) not in own
         }
 
-    def frozen_state(self) -> dict[str, nn.Parameter]:
-        """The backbone's parameters that the model shares, by their names in the plain backbone."""
+    def _tensors(self) -> dict[str, Tensor]:
+        """Parameters and saved buffers by their names without wrappers."""
         plain = plain_names(self)
-        return {
-            plain[name].removeprefix("backbone."): parameter
-            for name, parameter in self.named_parameters()
-            if not self._is_own(plain[name])
-        }
+        return {plain[n]: t for n, t in self.state_dict(keep_vars=True).items()}
+
+    def _claim(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts tensors of the backbone into memory of their own, and parameters into training."""
+        for name, tensor in tensors.items():
+            if name not in self._owned and isinstance(tensor, nn.Parameter):
+                # The parameter itself stays: optimisers hold it, and others may be tied to it.
+                tensor.data = tensor.data.clone()
+                tensor.requires_grad_()
+        self._owned |= set(tensors)
 
     def _is_own(self, plain: str) -> bool:
         return not plain.startswith("backbone.") or plain in self._owned
@@ -147,7 +179,8 @@ class TunedModel(nn.Module):
 
     def copy(self) -> Any:
         """A copy over the same frozen memory, whose own tensors are copies."""
-        return over_same_memory(self, self.frozen_state().values())
+        shared = [t for t in self.frozen_state().values() if isinstance(t, nn.Parameter)]
+        return over_same_memory(self, shared)
 
     @property
     def adds_tokens(self) -> bool:
@@ -271,6 +304,14 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     frozen = {n for n, _ in model.named_parameters()} - trained
     return {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in frozen}
+
+
+def first_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Leaves out a tensor's second and further names."""
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        first.setdefault(id(tensor), name)
+    return {name: tensors[name] for name in first.values()}
 
 
 @torch.no_grad()

@@ -11,15 +11,18 @@ from torch import Tensor, nn
 from pcx.backbones.spec import find_spec
 from pcx.models.base import TunedModel
 from pcx.models.memory import over_same_memory
-from pcx.models.record import Record
+from pcx.models.record import record_of
+
+BASE = "base_model.model."  # what peft puts before the names of the model that it adapts
 
 
 class PeftModel(TunedModel):
     """A model of peft, such as `peft.get_peft_model` gives, with pcx's training and saving.
 
-    The model is taken as it is, not copied: its adapters are trained in place. Its modules_to_save
-    (name the head among them) are the model's own too. `merge_adapter` of peft writes into the
-    backbone's memory; call it on a copy.
+    The model is taken as it is, not copied: its adapters are trained in place. The model's own are
+    the active adapter, its modules_to_save (name the head among them), whatever else requires
+    gradients, and the backbone's saved buffers, such as BatchNorm's statistics, which change in
+    training. `merge_adapter` of peft writes into the backbone's memory; call it on a copy.
 
     Args:
         model: a `peft.PeftModel` over a timm model, or Hugging Face's ...ForImageClassification.
@@ -42,10 +45,12 @@ class PeftModel(TunedModel):
             raise ValueError(
                 f"model: a {type(model).__name__}, expected what peft.get_peft_model gives"
             )
-        self.record = Record()
+        self.record = record_of(model)
         self.backbone = model
         self.spec = find_spec(model.get_base_model())
-        self._owned = set()
+        parts = self._tensors()
+        self._owned = {n for n, t in parts.items() if not isinstance(t, nn.Parameter)}
+        self.own_state()  # takes in what requires gradients now
         self.train(model.training)
 
     def plain_backbone(self) -> nn.Module:
@@ -53,27 +58,44 @@ class PeftModel(TunedModel):
         return self.backbone.get_base_model()
 
     def own_state(self) -> dict[str, Tensor]:
-        """Adapters and modules_to_save, by peft's names without the adapter's."""
+        """What the model trains: the adapter by peft's names, all else by the module tree's."""
+        return {**self._of_adapter(self._adapter), **super().own_state()}
+
+    def frozen_state(self) -> dict[str, Tensor]:
+        """The backbone's tensors without adapters and the heads that peft saves, by plain names."""
+        own = {id(tensor) for tensor in self.own_state().values()}
+        return {
+            name.removeprefix(f"backbone.{BASE}").replace(".base_layer.", "."): tensor
+            for name, tensor in self._tensors().items()
+            if id(tensor) not in own
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Those of the backbone: none of an adapter, and none that peft has replaced."""
+        adapters = [self._of_adapter(name).values() for name in self.backbone.peft_config]
+        of_peft = {id(tensor) for tensors in adapters for tensor in tensors}
+        layers = [f"{n}." for n, m in self.named_modules() if hasattr(m, "base_layer")]
+
+        def of_backbone(name: str) -> bool:
+            start = next((n for n in layers if name.startswith(n)), f"backbone.{BASE}")
+            held = f"{start}base_layer." if start in layers else start
+            return name.startswith(held) and not _stands_twice(name)
+
+        return {
+            name: tensor
+            for name, tensor in super()._tensors().items()
+            if of_backbone(name) and id(tensor) not in of_peft
+        }
+
+    def _of_adapter(self, adapter: str) -> dict[str, Tensor]:
+        """An adapter and its modules_to_save, by peft's names, which leave the adapter's out."""
         from peft import get_peft_model_state_dict
 
-        found = get_peft_model_state_dict(self.backbone, adapter_name=self._adapter)
-        return {f"backbone.{name}": tensor for name, tensor in found.items()}
-
-    def frozen_state(self) -> dict[str, nn.Parameter]:
-        """The backbone's parameters without the heads that peft saves, by their plain names."""
-        parameters = dict(self.plain_backbone().named_parameters())
-        # A head that peft does not save is part of the backbone.
-        saved = {
-            n.partition(".modules_to_save.")[0] for n in parameters if ".modules_to_save." in n
-        }
-        heads = tuple(f"{name}." for name in self.spec.heads if name in saved)
-        found = {}
-        for name, parameter in parameters.items():
-            plain = name.replace(".base_layer.", ".").replace(".original_module.", ".")
-            adapted = any(f".{part}" in f".{name}" for part in ("lora_", "modules_to_save"))
-            if not (adapted or parameter.requires_grad or plain.startswith(heads)):
-                found[plain] = parameter
-        return found
+        tensors = self.backbone.state_dict(keep_vars=True)
+        found = get_peft_model_state_dict(
+            self.backbone, tensors, adapter, save_embedding_layers=False
+        )
+        return {f"backbone.{n}": t for n, t in found.items() if not _stands_twice(n)}
 
     def config(self) -> dict[str, Any]:
         """peft's own configuration of the adapter, and the head's size."""
@@ -120,6 +142,11 @@ def tuned(model: Any) -> TunedModel:
         f"model: a {type(model).__name__}, expected a tuned model, such as pcx.VPT or pcx.Full, or "
         "a model of peft"
     )
+
+
+def _stands_twice(name: str) -> bool:
+    """Whether a name is of a module that peft replaced, or another name of its replacement."""
+    return ".original_module." in name or ".modules_to_save." in name
 
 
 def _as_json(value: Any) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -76,3 +77,15 @@ class Record:
         if values.get("condensation") is not None:
             values["condensation"] = Condensation.from_json(values["condensation"])
         return cls(**values, unknown={k: v for k, v in given.items() if k not in known})
+
+
+_KEPT: WeakKeyDictionary[nn.Module, Record] = WeakKeyDictionary()
+
+
+def record_of(model: nn.Module) -> Record:
+    """The record of a module: its own, or one that is kept for as long as the module lives.
+
+    The models of other libraries, such as peft's, have no attribute for it.
+    """
+    found = getattr(model, "record", None)
+    return found if isinstance(found, Record) else _KEPT.setdefault(model, Record())

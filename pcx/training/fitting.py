@@ -21,6 +21,7 @@ from pcx.backbones.outputs import logits_of
 from pcx.checkpoints.files import written_whole
 from pcx.checkpoints.fingerprint import fingerprint
 from pcx.models.base import TunedModel, copy_state, state_of
+from pcx.models.record import record_of
 from pcx.training.batches import images_and_labels
 from pcx.training.callbacks import bar_of, note_of, say_facts
 from pcx.training.evaluation import accelerator_for, evaluate_on, gathered
@@ -119,9 +120,9 @@ def fit(
         say_facts(console, model, names, recipe, accelerator.device)
         run = _Run(accelerator, model, names, recipe, loader, val_loader, chosen)
         history = _train(run, folder, resume, console)
-    if isinstance(model, TunedModel):
-        model.record.trained_lr = recipe.lr
-        model.record.recipe = {k: v for k, v in asdict(recipe).items() if k != "frozen"}
+    record = record_of(model)
+    record.trained_lr = recipe.lr
+    record.recipe = {k: v for k, v in asdict(recipe).items() if k != "frozen"}
     return history
 
 
@@ -344,6 +345,7 @@ def _seed_everything(seed: int, epoch: int, process: int) -> None:
 
 
 def _trainable(model: nn.Module) -> list[str]:
+    state_of(model)  # a tuned model takes what requires gradients out of shared memory
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not names:
         raise ValueError("model: no parameter requires a gradient (no prompts and no head?)")

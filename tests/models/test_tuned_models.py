@@ -129,20 +129,6 @@ def test_buffers_are_rolled_back_and_resumed(backbone, dataset, loader, tmp_path
         assert torch.equal(tensor, resumed.own_state()[name]), name
 
 
-def test_a_model_of_peft_is_saved_and_loaded(backbone, loader, dataset, tmp_path):
-    given = lora(backbone)
-    pcx.fit(given, loader, epochs=2, lr=0.02, progress=False)
-    pcx.save(given, tmp_path / "m")
-    loaded = pcx.load(tmp_path / "m", backbone)
-    x = dataset.tensors[0]
-    assert torch.equal(loaded(x), given.eval()(x))
-    assert isinstance(loaded, pcx.PeftModel)
-    with pytest.raises(ValueError, match="model: a PeftModel, expected a pcx.VPT"):
-        pcx.score(loaded, loader)
-    with pytest.raises(ValueError, match=r"model: a VisionTransformer, expected what peft"):
-        pcx.PeftModel(backbone)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_maps_of_image_tokens_are_those_of_the_plain_backbone(family):
     backbone, x = build(family), images(family)
@@ -215,19 +201,6 @@ def test_models_whose_pooling_is_a_module_are_saved(name, tmp_path):
     assert torch.equal(pcx.load(tmp_path / "m", backbone)(x), model(x))
 
 
-def test_a_head_that_peft_does_not_save_is_part_of_the_backbone(backbone, dataset, tmp_path):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
-    model = peft.get_peft_model(copy.deepcopy(backbone), config).double().eval()
-    pcx.save(model, tmp_path / "m")
-    x = dataset.tensors[0]
-    assert torch.equal(pcx.load(tmp_path / "m", backbone)(x), model(x))
-    with torch.no_grad():
-        backbone.head.weight.add_(1)
-    with pytest.raises(ValueError, match="backbone: .* was trained on"):
-        pcx.load(tmp_path / "m", backbone)
-
-
 def test_inputs_of_the_backbone_pass_on():
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(
@@ -276,3 +249,63 @@ def test_a_method_of_ones_own(backbone, loader, tmp_path):
         *(f"backbone.{n}" for n, _ in backbone.named_parameters() if n.endswith("bias")),
         "backbone.head.weight",
     }
+
+
+def test_what_a_user_sets_to_be_trained_becomes_the_models_own(backbone, loader, dataset, tmp_path):
+    """The LayerNorms beside the prompts: cloned before training, saved, and loaded."""
+    pretrained, x = copy.deepcopy(backbone), dataset.tensors[0]
+    model, other = pcx.VPT(backbone, 2), pcx.VPT(backbone, 2).eval()
+    before = other(x)
+    norms = [p for n, p in model.backbone.named_parameters() if "norm" in n]
+    for parameter in norms:
+        parameter.requires_grad_()
+    pcx.fit(model, loader, epochs=1, lr=0.05, warmup_epochs=0, progress=False)
+    assert {id(p) for p in norms} < {id(t) for t in model.own_state().values()}
+    for name, parameter in backbone.named_parameters():
+        assert torch.equal(parameter, pretrained.get_parameter(name)), name
+    assert torch.equal(other(x), before)
+    kept = model.copy()
+    model.requires_grad_(False)  # what is the model's own stays so
+    pcx.save(model, tmp_path / "m")
+    loaded = pcx.load(tmp_path / "m", pretrained)
+    assert set(loaded.own_state()) == set(model.own_state())
+    assert torch.equal(loaded(x), model.eval()(x))
+    assert torch.equal(kept.eval()(x), model(x))
+    assert not torch.equal(loaded.backbone.norm.weight, pretrained.norm.weight)
+
+
+def test_a_loop_of_ones_own_goes_on_after_saving(backbone, dataset, tmp_path):
+    """Saving takes a trained norm out of shared memory, and the optimiser still holds it."""
+    model, x = pcx.Linear(backbone), dataset.tensors[0]
+    norm = model.backbone.norm.weight.requires_grad_()
+    optimiser = torch.optim.SGD(model.trainable().values(), lr=0.1)
+    pcx.save(model, tmp_path / "m")
+    model(x).square().mean().backward()
+    optimiser.step()
+    assert model.backbone.norm.weight is norm
+    assert not torch.equal(norm, backbone.norm.weight)
+
+
+def test_tied_heads_stay_tied(tmp_path):
+    backbone = timm.create_model("deit_tiny_distilled_patch16_224", depth=1, num_classes=3)
+    backbone.head_dist.weight = backbone.head.weight
+    model = pcx.Linear(backbone, head_init="keep")
+    assert model.backbone.head_dist.weight is model.backbone.head.weight
+    assert model.backbone.head.weight is not backbone.head.weight
+    pcx.save(model, tmp_path / "m")
+    loaded = pcx.load(tmp_path / "m", backbone)
+    assert loaded.backbone.head_dist.weight is loaded.backbone.head.weight
+
+
+def test_frozen_buffers_are_part_of_the_backbone(tmp_path):
+    backbone = timm.create_model("resnet10t", num_classes=3).eval()
+    pcx.save(pcx.Linear(backbone), tmp_path / "m")
+    pcx.load(tmp_path / "m", copy.deepcopy(backbone))
+    backbone.bn1.running_mean += 1
+    with pytest.raises(ValueError, match="backbone: .* with other buffers, such as the statistics"):
+        pcx.load(tmp_path / "m", backbone)
+
+
+def test_a_part_that_the_backbone_lacks_is_named(backbone):
+    with pytest.raises(ValueError, match="part: the backbone has no tensor in 'nrom'"):
+        pcx.Linear(backbone).own("nrom")

@@ -1,0 +1,120 @@
+"""Models of peft: what of them is trained, saved, rolled back and loaded."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import pcx
+
+peft = pytest.importorskip("peft")
+
+LORA = peft.LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["head"])
+PARTS = {"target_modules": ["qkv", "fc1"], "modules_to_save": ["head"]}
+CONFIGS = {
+    "lora": peft.LoraConfig(r=2, **PARTS),
+    "biases": peft.LoraConfig(r=2, bias="all", **PARTS),
+    "dora": peft.LoraConfig(r=2, use_dora=True, **PARTS),
+    "adalora": peft.AdaLoraConfig(init_r=4, target_r=2, total_step=10, **PARTS),
+    "lokr": peft.LoKrConfig(r=2, **PARTS),
+    "ia3": peft.IA3Config(
+        target_modules=["qkv", "fc2"], feedforward_modules=["fc2"], modules_to_save=["head"]
+    ),
+    "norms": peft.LNTuningConfig(target_modules=["norm1"], modules_to_save=["head"]),
+    "vera": peft.VeraConfig(r=2, target_modules=["qkv"], modules_to_save=["head"]),
+}
+
+
+def adapted(backbone, config):
+    return peft.get_peft_model(copy.deepcopy(backbone), copy.deepcopy(config)).double()
+
+
+def test_a_model_of_peft_is_saved_and_loaded(backbone, loader, dataset, tmp_path):
+    given = adapted(backbone, LORA)
+    pcx.fit(given, loader, epochs=2, lr=0.02, progress=False)
+    pcx.save(given, tmp_path / "m")
+    loaded = pcx.load(tmp_path / "m", backbone)
+    x = dataset.tensors[0]
+    assert torch.equal(loaded(x), given.eval()(x))
+    assert isinstance(loaded, pcx.PeftModel)
+    with pytest.raises(ValueError, match="model: a PeftModel, expected a pcx.VPT"):
+        pcx.score(loaded, loader)
+    with pytest.raises(ValueError, match=r"model: a VisionTransformer, expected what peft"):
+        pcx.PeftModel(backbone)
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # peft of timm's LayerNorm
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_adapter_is_saved_and_loaded(backbone, loader, dataset, tmp_path, name):
+    """Onto a backbone with any head, and whatever is frozen when the model is saved."""
+    model, x = adapted(backbone, CONFIGS[name]), dataset.tensors[0]
+    before = {n: t.clone() for n, t in pcx.PeftModel(model).own_state().items()}
+    pcx.fit(model, loader, epochs=2, lr=0.05, warmup_epochs=0, progress=False)
+    model.requires_grad_(False)
+    pcx.save(model, tmp_path / "m")
+    trained = pcx.PeftModel(model).own_state()
+    moved = {n for n, t in trained.items() if not torch.equal(t, before[n])}
+    assert any("head" not in name for name in moved)
+    backbone.reset_classifier(7)
+    loaded = pcx.load(tmp_path / "m", backbone)
+    # AdaLoRA divides by a rank that the loaded model has in float32.
+    torch.testing.assert_close(loaded(x), model.eval()(x), rtol=0, atol=1e-7)
+    assert loaded.record.recipe["lr"] == 0.05  # of a fit of the model as peft gives it
+    assert set(loaded.own_state()) == set(trained)
+
+
+def test_a_head_that_peft_does_not_save_is_part_of_the_backbone(backbone, dataset, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
+    model = peft.get_peft_model(copy.deepcopy(backbone), config).double().eval()
+    pcx.save(model, tmp_path / "m")
+    x = dataset.tensors[0]
+    assert torch.equal(pcx.load(tmp_path / "m", backbone)(x), model(x))
+    with torch.no_grad():
+        backbone.head.weight.add_(1)
+    with pytest.raises(ValueError, match="backbone: .* was trained on"):
+        pcx.load(tmp_path / "m", backbone)
+
+
+def test_a_head_that_is_freed_by_hand_is_saved(backbone, loader, dataset, tmp_path):
+    model = adapted(backbone, peft.LoraConfig(r=2, target_modules=["qkv"]))
+    model.base_model.model.head.requires_grad_(True)
+    pcx.fit(model, loader, epochs=1, lr=0.05, warmup_epochs=0, progress=False)
+    pcx.save(model, tmp_path / "m")
+    x = dataset.tensors[0]
+    assert torch.equal(pcx.load(tmp_path / "m", backbone)(x), model.eval()(x))
+
+
+def test_one_of_two_adapters_is_saved(backbone, dataset, tmp_path):
+    model = adapted(backbone, LORA)
+    pcx.PeftModel(model).own_state()
+    model.add_adapter(
+        "second",
+        peft.LoraConfig(
+            r=3, target_modules=["fc1"], modules_to_save=["head"], init_lora_weights=False
+        ),
+    )
+    model.set_adapter("second")
+    model.double().eval()
+    pcx.save(model, tmp_path / "m")
+    x = dataset.tensors[0]
+    assert torch.equal(pcx.load(tmp_path / "m", backbone)(x), model(x))
+
+
+def test_statistics_of_batchnorm_are_rolled_back_saved_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    backbone = timm.create_model("resnet10t", num_classes=3).eval()
+    config = peft.LoraConfig(r=2, target_modules=["conv2"], modules_to_save=["fc"])
+    model = pcx.PeftModel(peft.get_peft_model(copy.deepcopy(backbone), config))
+    x = torch.randn(8, 3, 32, 32) + 1
+    loader = DataLoader(TensorDataset(x, torch.arange(8) % 3), batch_size=4)
+    pcx.fit(model, loader, epochs=1, lr=0.01, warmup_epochs=0, progress=False)
+    mean = model.plain_backbone().bn1.running_mean.clone()
+    assert not torch.equal(mean, backbone.bn1.running_mean)
+    with pytest.raises(pcx.NonFiniteLoss):
+        pcx.fit(model, loader, epochs=1, lr=1e30, warmup_epochs=0, progress=False)
+    assert torch.equal(model.plain_backbone().bn1.running_mean, mean)
+    pcx.save(model, tmp_path / "m")
+    assert torch.equal(pcx.load(tmp_path / "m", backbone)(x), model.eval()(x))
