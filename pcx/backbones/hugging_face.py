@@ -26,7 +26,7 @@ def facts_of(backbone: Any) -> dict[str, Any]:
     heads = tuple(
         name
         for name in ("classifier", "cls_classifier", "distillation_classifier")
-        if isinstance(getattr(backbone, name, None), nn.Linear)
+        if hasattr(getattr(backbone, name, None), "in_features")  # peft may have wrapped it
     )
     if not heads:
         raise ValueError("it has no linear classifier: use its ...ForImageClassification class")

@@ -19,9 +19,10 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
         size = size if isinstance(size, tuple | list) else (size, size)
         return (getattr(config, "num_channels", 3), *size)
     trained_on = timm.data.resolve_model_data_config(backbone)["input_size"]
-    channels = (m.in_channels for m in backbone.modules() if isinstance(m, nn.Conv2d))
-    size = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
-    return (next(channels, trained_on[0]), *(size or trained_on[1:]))
+    embed: Any = getattr(backbone, "patch_embed", None)
+    parts = embed.modules() if isinstance(embed, nn.Module) else ()
+    channels = (m.in_channels for m in parts if isinstance(m, nn.Conv2d))
+    return (next(channels, trained_on[0]), *(getattr(embed, "img_size", None) or trained_on[1:]))
 
 
 def data_config(model: nn.Module) -> dict:

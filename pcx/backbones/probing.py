@@ -66,7 +66,7 @@ def probe_blocks(
     fuse(model)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     trace = _Trace()
-    with trace.following(model, ""), trace:
+    with without_hooks(model), trace.following(model, ""), trace:
         model(torch.empty(1, *size, device="meta", dtype=dtype))
     norm = trace.reader_of_last
     found = _specs(model, trace)
@@ -88,7 +88,7 @@ def probe_listed(
     trace = _Trace()
     for name in names:
         block = backbone.get_submodule(name)
-        with trace.following(block, name), trace:
+        with without_hooks(block), trace.following(block, name), trace:
             block(torch.zeros(1, 6, dim, device=like.device, dtype=like.dtype))
     return _specs(backbone, trace), None
 
@@ -105,20 +105,31 @@ def _specs(model: nn.Module, trace: _Trace) -> tuple[BlockSpec, ...]:
 
 
 def hollow(model: nn.Module) -> Any:
-    """A copy in eval mode whose weights have shapes alone, without its user's hooks.
-
-    A user's hooks count calls and read values, which is not meant for a probe.
-    """
+    """A copy in eval mode whose weights have shapes alone."""
     shapes = {id(t): _on_meta(t) for t in [*model.parameters(), *model.buffers()]}
-    found = copy.deepcopy(model, shapes).eval()
-    for module in found.modules():
+    return copy.deepcopy(model, shapes).eval()
+
+
+@contextmanager
+def without_hooks(model: nn.Module) -> Iterator[None]:
+    """Takes away a user's forward hooks for the time of a probe.
+
+    Such hooks count calls and look at values, and a probe's values are made up. Those of torch's
+    own, such as weight norm's, stay.
+    """
+    taken = []
+    for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for number, hook in list(hooks.items()):
-                if not type(hook).__module__.startswith(
-                    "torch.nn.utils"
-                ):  # weight norm and the like
+            taken.append((hooks, dict(hooks)))
+            for number, hook in taken[-1][1].items():
+                if not type(hook).__module__.startswith("torch.nn.utils"):
                     del hooks[number]
-    return found
+    try:
+        yield
+    finally:
+        for hooks, before in taken:
+            hooks.clear()
+            hooks.update(before)
 
 
 def _on_meta(tensor: Tensor) -> Tensor:

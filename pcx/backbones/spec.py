@@ -10,7 +10,7 @@ from torch import nn
 
 from pcx.backbones import attention
 from pcx.backbones.inputs import input_size
-from pcx.backbones.probing import BlockSpec, probe_blocks, probe_listed
+from pcx.backbones.probing import BlockSpec, probe_blocks, probe_listed, without_hooks
 from pcx.registry import Registry
 
 # Of each library, by the package of a model's class, what cannot be found by running the model.
@@ -21,7 +21,6 @@ FINDERS = Registry(
         "transformers": "pcx.backbones.hugging_face:facts_of",
     },
 )
-_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 PROMPTABLE = (
     "timm's VisionTransformer (ViT, AugReg, DeiT, DeiT-III, DINOv2, CLIP, SigLIP and others), "
     "VisionTransformerDistilled, VisionTransformerRelPos, Eva (EVA-02, DINOv3, RoPE ViTs), Beit, "
@@ -71,8 +70,9 @@ def find_spec(backbone: nn.Module) -> BackboneSpec:
         backbone: a timm or Hugging Face model; not changed.
 
     Raises:
-        ValueError: the model has no head and features that its library says how to find; the
-            message says what was found and what is possible.
+        ValueError: the model has no head and features that its library says how to find, or wraps
+            the backbone, as torch.compile does; the message says what was found and what is
+            possible.
     """
     facts = library_facts(backbone)
     blocks, norm, reason = _blocks(backbone, facts["listed"], facts["dim"])
@@ -86,11 +86,7 @@ def library_facts(backbone: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: as `find_spec` raises it.
     """
-    if hasattr(backbone, "_orig_mod") or isinstance(backbone, _PARALLEL):
-        raise ValueError(
-            f"backbone: {type(backbone).__name__} wraps the backbone; give the backbone itself, "
-            "and compile or distribute the tuned model"
-        )
+    check_unwrapped(backbone)
     try:
         return _finder(backbone)(backbone)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -98,6 +94,16 @@ def library_facts(backbone: nn.Module) -> dict[str, Any]:
             f"backbone: {type(backbone).__name__} is not supported: {error}. Give a timm model, or "
             "a model of Hugging Face for image classification"
         ) from error
+
+
+def check_unwrapped(backbone: nn.Module) -> None:
+    """Raises a ValueError where torch has wrapped the backbone: compiled, parallel, averaged."""
+    held = getattr(backbone, "_orig_mod", None) or getattr(backbone, "module", None)
+    if isinstance(held, nn.Module) and type(backbone).__module__.startswith("torch."):
+        raise ValueError(
+            f"backbone: {type(backbone).__name__} wraps the backbone; give the backbone itself, "
+            "and compile or distribute the tuned model"
+        )
 
 
 def _finder(backbone: nn.Module) -> Any:
@@ -143,8 +149,9 @@ def check_promptable(backbone: nn.Module, spec: BackboneSpec) -> None:
     """
     try:
         _check_forms(spec.blocks, spec.no_blocks)
-        for name in spec.listed or [block.name for block in spec.blocks]:
-            attention.probe(backbone.get_submodule(name), spec.blocks[0].dim)
+        with without_hooks(backbone):
+            for name in spec.listed or [block.name for block in spec.blocks]:
+                attention.probe(backbone.get_submodule(name), spec.blocks[0].dim)
     except (
         AssertionError,
         AttributeError,

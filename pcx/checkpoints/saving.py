@@ -47,7 +47,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         ValueError: the model is of another kind.
     """
     path, model = Path(path), tuned(model)
-    tensors = {n: t.detach().cpu().contiguous() for n, t in model.own_state().items()}
+    tensors = _apart({n: t.detach().cpu().contiguous() for n, t in model.own_state().items()})
     described = json.dumps(_description(model, tensors), sort_keys=True)
     with written_whole(path) as part:
         save_file(tensors, part, metadata={"pcx": FORMAT, "config": described})
@@ -93,7 +93,7 @@ def load(path: str | os.PathLike, backbone: nn.Module | None = None) -> Any:
     _check_backbone(path, saved, model)
     own = model.own_state()
     if _shapes(own) != _shapes(tensors):
-        raise ValueError(f"backbone: its head does not fit {path}: {_differ(own, tensors)}")
+        raise ValueError(f"backbone: it does not fit {path}: {_differ(own, tensors)}")
     copy_state(tensors, own)
     model.record = Record.from_json({k: v for k, v in described.items() if k not in OF_FILE})
     model.record.backbone = {"name": saved["name"], "arguments": saved.get("arguments") or {}}
@@ -145,7 +145,7 @@ def _sort_metadata(file: Path) -> None:
 
 
 def _built(path: Path, saved: dict[str, Any]) -> nn.Module:
-    nothing_frozen = saved["fingerprint"] == fingerprint([])
+    nothing_frozen = saved["fingerprint"] == fingerprint([]) and saved.get("buffers") is None
     try:
         return build_backbone(
             saved["name"], pretrained=not nothing_frozen, **(saved.get("arguments") or {})
@@ -155,6 +155,17 @@ def _built(path: Path, saved: dict[str, Any]) -> nn.Module:
             f"path: {path} was trained on {saved['name']}, which could not be built ({error}); "
             "build it yourself and give it as backbone"
         ) from error
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in memory that no two of them share, as the file format needs it."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return found
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -216,11 +227,12 @@ def _check_backbone(path: Path, saved: dict[str, Any], model: TunedModel) -> Non
             f"{saved['fingerprint'][:12]}, got {backbone_name(plain)} with weights "
             f"{found[:12]}: give the same pretrained weights in the dtype they were trained in"
         )
-    if saved.get("buffers") not in (None, buffers_fingerprint(model)):  # None in older files
+    # Older files say nothing of buffers.
+    if "buffers" in saved and saved["buffers"] != buffers_fingerprint(model):
         raise ValueError(
             f"backbone: {path} was trained on {saved['name']} with other buffers, such as the "
-            f"statistics of BatchNorm, than {backbone_name(plain)} has here; give the backbone as "
-            "it was before training"
+            f"statistics of BatchNorm, than {backbone_name(plain)} has here; give the pretrained "
+            "backbone, as it was before it was trained or evaluated in training mode"
         )
     other = differences(saved["architecture"], architecture_of(plain, model.spec))
     if other:

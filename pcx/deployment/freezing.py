@@ -49,8 +49,8 @@ def freeze(model: TunedModel, *, amp: str = "no") -> Frozen:
     """Makes a model for inference; what the method adds becomes constants where it folds.
 
     The keys and values of a VPT's prompts are computed once and kept as buffers; the prompts and
-    their projections are gone. The backbone's weights are shared with the model's, which is not
-    changed.
+    their projections are gone. The backbone's weights are shared with the model's, which computes
+    as before.
 
     Args:
         model: a tuned model; a VPT of kind "deep" or "prefix".

@@ -103,8 +103,23 @@ def _check_alike(models: Sequence[VPT]) -> None:
     for i, model in enumerate(models[1:], 1):
         if backbone_fingerprint(model) != kept:
             raise ValueError(f"models[{i}]: its backbone's weights are not those of models[0]")
+        changed = _of_backbone(model)
+        other = [n for n, t in _of_backbone(first).items() if not torch.equal(t, changed[n])]
+        if other:
+            raise ValueError(
+                f"models[{i}]: it trained {other[0]!r} of the backbone, which models[0] has with "
+                "other values; an ensemble runs one backbone for all, so give models that train "
+                "prompts and heads alone"
+            )
         if (model.read_only, sizes[i]) != (first.read_only, sizes[0]):
             raise ValueError(
                 f"models[{i}]: heads of {sizes[i]} (read_only={model.read_only}), expected "
                 f"{sizes[0]} (read_only={first.read_only}) as models[0] has"
             )
+
+
+def _of_backbone(model: VPT) -> dict[str, Tensor]:
+    """The model's own tensors among the backbone's, but for its heads."""
+    heads = tuple(f"backbone.{name}." for name in model.spec.heads)
+    own = model.own_state().items()
+    return {n: t for n, t in own if n.startswith("backbone.") and not n.startswith(heads)}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pcx.backbones.inputs import data_config
 from pcx.backbones.outputs import feature_maps, logits_of
 from pcx.backbones.residual import Wrapper, plain_names
-from pcx.backbones.spec import BackboneSpec, find_spec, library_facts
+from pcx.backbones.spec import BackboneSpec, check_unwrapped, find_spec, library_facts
 from pcx.models.block_forward import found_on
 from pcx.models.heads import HEAD_INITS, draw_published, head_size, set_head_size
 from pcx.models.memory import over_same_memory
@@ -28,8 +28,8 @@ class TunedModel(nn.Module):
 
     The frozen weights lie in the same memory as the given backbone's until either is moved or
     converted (move the backbone first to share it among several models). The backbone's modules,
-    modes and flags are not touched. The model keeps its own copy of the head, and of every tensor
-    of the backbone that is set to require gradients before `pcx.fit` or `pcx.save`.
+    modes and flags are not touched. The model keeps its own copy of the head. A parameter of the
+    backbone that is set to require gradients becomes the model's own too: it is trained in a copy.
 
     A method is a subclass with a line in `pcx.METHODS`. It sets `method`, adds its parameters
     outside of `self.backbone` or makes parts of it its own with `own`, and says in `config` what
@@ -64,6 +64,7 @@ class TunedModel(nn.Module):
     ):
         super().__init__()
         check_choice("head_init", head_init, HEAD_INITS)
+        check_unwrapped(backbone)
         if isinstance(backbone, TunedModel):
             raise ValueError(
                 f"backbone: already a {type(backbone).__name__}; give the backbone it was built on"
@@ -88,6 +89,13 @@ class TunedModel(nn.Module):
             self.own(name)
             if head_init == "published":
                 draw_published(head)
+        self._own_what_modes_change()
+
+    def _own_what_modes_change(self) -> None:
+        """Makes the backbone's buffers, such as BatchNorm's statistics, own where they change."""
+        if self.backbone_mode == "train":
+            parts = self._tensors().items()
+            self._claim({n: t for n, t in parts if not isinstance(t, nn.Parameter)})
 
     def _check_fits(self) -> None:
         """Raises a ValueError that says why, where the method has no meaning for the backbone."""
@@ -103,26 +111,20 @@ class TunedModel(nn.Module):
         """Makes tensors of the backbone the model's own: cloned, trained, saved and rolled back.
 
         Args:
-            part: dotted name of a module of the backbone; "" is all of it.
+            part: dotted name of a module or tensor of the backbone; "" is all of it.
             keep: of a dotted name in the backbone, whether that tensor becomes the model's own.
 
         Raises:
             ValueError: the backbone has no tensor in that part.
         """
-        found = {n: t for n, t in self._tensors().items() if n.startswith("backbone.")}
         start = f"backbone.{part}." if part else "backbone."
-        if part and not any(name.startswith(start) for name in found):
+        found = {n: t for n, t in self._tensors().items() if f"{n}.".startswith(start)}
+        if part and not found:
             raise ValueError(
-                f"part: the backbone has no tensor in {part!r}; give the dotted name of a module, "
-                "as backbone.named_modules() lists them"
+                f"part: the backbone has no tensor in {part!r}; give the dotted name of a tensor, "
+                "or of a module that has some"
             )
-        self._claim(
-            {
-                name: tensor
-                for name, tensor in found.items()
-                if name.startswith(start) and keep(name.removeprefix("backbone."))
-            }
-        )
+        self._claim({n: t for n, t in found.items() if keep(n.removeprefix("backbone."))})
 
     def own_state(self) -> dict[str, Tensor]:
         """The method's parameters and buffers by name: those that are saved, copied, rolled back.
@@ -134,12 +136,12 @@ class TunedModel(nn.Module):
         """
         tensors = self._tensors()
         self._claim({n: t for n, t in tensors.items() if t.requires_grad and not self._is_own(n)})
-        return first_names({n: t for n, t in tensors.items() if self._is_own(n)})
+        return _first_names({n: t for n, t in tensors.items() if self._is_own(n)})
 
     def frozen_state(self) -> dict[str, Tensor]:
         """The backbone's parameters and saved buffers that are not the model's own.
 
-        Names are those in the plain backbone. The parameters are shared with it.
+        Names are those in the plain backbone.
         """
         own = {id(tensor) for tensor in self.own_state().values()}
         return {
@@ -166,7 +168,8 @@ class TunedModel(nn.Module):
         return not plain.startswith("backbone.") or plain in self._owned
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that training changes, by name."""
+        """The parameters that training changes, by name; none is the given backbone's."""
+        self.own_state()
         return {n: p for n, p in self.named_parameters() if p.requires_grad}
 
     def plain_backbone(self) -> Any:
@@ -175,6 +178,7 @@ class TunedModel(nn.Module):
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for an optimiser: matrices and prompts decay, biases and vectors do not."""
+        self.own_state()
         return param_groups_weight_decay(self, weight_decay)
 
     def copy(self) -> Any:
@@ -306,7 +310,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in frozen}
 
 
-def first_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _first_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Leaves out a tensor's second and further names."""
     first: dict[int, str] = {}
     for name, tensor in tensors.items():

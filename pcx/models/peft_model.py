@@ -5,30 +5,33 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from pcx.backbones.spec import find_spec
 from pcx.models.base import TunedModel
 from pcx.models.memory import over_same_memory
-from pcx.models.record import record_of
+from pcx.models.record import Record
 
-BASE = "base_model.model."  # what peft puts before the names of the model that it adapts
+_BASE = "base_model.model."  # what peft puts before the names of the model that it adapts
+# Of peft's models, for as long as they live, the record and the names that became their own.
+_BESIDE: WeakKeyDictionary[nn.Module, tuple[Record, set[str]]] = WeakKeyDictionary()
 
 
 class PeftModel(TunedModel):
     """A model of peft, such as `peft.get_peft_model` gives, with pcx's training and saving.
 
     The model is taken as it is, not copied: its adapters are trained in place. The model's own are
-    the active adapter, its modules_to_save (name the head among them), whatever else requires
-    gradients, and the backbone's saved buffers, such as BatchNorm's statistics, which change in
+    the active adapter, its modules_to_save (name the head among them), and whatever else requires
+    gradients. So are the backbone's saved buffers, such as BatchNorm's statistics, which change in
     training. `merge_adapter` of peft writes into the backbone's memory; call it on a copy.
 
     Args:
         model: a `peft.PeftModel` over a timm model, or Hugging Face's ...ForImageClassification.
 
     Raises:
-        ValueError: the model is not of peft.
+        ValueError: the model is not of peft, or several adapters are active.
 
     Example:
         >>> config = peft.LoraConfig(target_modules=["qkv"], modules_to_save=["head"])
@@ -45,41 +48,45 @@ class PeftModel(TunedModel):
             raise ValueError(
                 f"model: a {type(model).__name__}, expected what peft.get_peft_model gives"
             )
-        self.record = record_of(model)
+        self.record, self._owned = _BESIDE.setdefault(model, (Record(), set()))
         self.backbone = model
         self.spec = find_spec(model.get_base_model())
-        parts = self._tensors()
-        self._owned = {n for n, t in parts.items() if not isinstance(t, nn.Parameter)}
+        self.training = model.training
+        self._own_what_modes_change()
         self.own_state()  # takes in what requires gradients now
-        self.train(model.training)
 
     def plain_backbone(self) -> nn.Module:
         """The model under the adapters."""
         return self.backbone.get_base_model()
 
     def own_state(self) -> dict[str, Tensor]:
-        """What the model trains: the adapter by peft's names, all else by the module tree's."""
+        """What is saved: the adapter by peft's names, all else by names of the module tree."""
         return {**self._of_adapter(self._adapter), **super().own_state()}
 
     def frozen_state(self) -> dict[str, Tensor]:
         """The backbone's tensors without adapters and the heads that peft saves, by plain names."""
         own = {id(tensor) for tensor in self.own_state().values()}
         return {
-            name.removeprefix(f"backbone.{BASE}").replace(".base_layer.", "."): tensor
+            name.removeprefix(f"backbone.{_BASE}").replace(".base_layer.", "."): tensor
             for name, tensor in self._tensors().items()
             if id(tensor) not in own
         }
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Those of the backbone: none of an adapter, and none that peft has replaced."""
+        """Those of the backbone: none of an adapter, and none that peft has replaced.
+
+        Where peft put a layer around another, such as `attn.qkv`, the backbone's tensors are those
+        of `attn.qkv.base_layer`.
+        """
         adapters = [self._of_adapter(name).values() for name in self.backbone.peft_config]
         of_peft = {id(tensor) for tensors in adapters for tensor in tensors}
         layers = [f"{n}." for n, m in self.named_modules() if hasattr(m, "base_layer")]
 
         def of_backbone(name: str) -> bool:
-            start = next((n for n in layers if name.startswith(n)), f"backbone.{BASE}")
-            held = f"{start}base_layer." if start in layers else start
-            return name.startswith(held) and not _stands_twice(name)
+            if not name.startswith(f"backbone.{_BASE}") or _stands_twice(name):
+                return False
+            around = next((layer for layer in layers if name.startswith(layer)), None)
+            return around is None or name.startswith(f"{around}base_layer.")
 
         return {
             name: tensor
@@ -111,7 +118,10 @@ class PeftModel(TunedModel):
         if hasattr(shared, "reset_classifier") and shared.num_classes != config["num_classes"]:
             shared.reset_classifier(config["num_classes"])
         settings = {**config["peft"], "inference_mode": False}
-        return cls(get_peft_model(shared, get_peft_config(settings)))
+        model = cls(get_peft_model(shared, get_peft_config(settings)))
+        for tensor in model.own_state().values():  # peft's bias="all" trains the backbone's own
+            tensor.data = tensor.data.clone()
+        return model
 
     def deployed(self) -> nn.Module:
         """A backbone whose adapters are merged into its weights, for inference alone."""
@@ -119,13 +129,27 @@ class PeftModel(TunedModel):
 
     @property
     def _adapter(self) -> str:
-        return self.backbone.active_adapter
+        active = self.backbone.base_model.active_adapters
+        if len(active) != 1:
+            raise ValueError(
+                f"model: its adapters {list(active)} are active, expected one; choose it by "
+                "set_adapter, or merge them by add_weighted_adapter"
+            )
+        return active[0]
 
 
 def is_peft(model: nn.Module) -> bool:
     """Whether a model is of peft, without importing peft."""
     names = [f"{cls.__module__}.{cls.__qualname__}" for cls in type(model).__mro__]
     return any(name.startswith("peft.") and name.endswith(".PeftModel") for name in names)
+
+
+def known_by(model: Any) -> TunedModel | None:
+    """The tuned model that `tuned` gives, or None where it refuses."""
+    try:
+        return tuned(model)
+    except ValueError:
+        return None
 
 
 def tuned(model: Any) -> TunedModel:
@@ -145,7 +169,10 @@ def tuned(model: Any) -> TunedModel:
 
 
 def _stands_twice(name: str) -> bool:
-    """Whether a name is of a module that peft replaced, or another name of its replacement."""
+    """Whether a name is of a module that peft replaced, or a second one of its replacement.
+
+    The replacement of `head` is `head.modules_to_save.default`, and peft's name of it is `head`.
+    """
     return ".original_module." in name or ".modules_to_save." in name
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass
@@ -62,6 +61,11 @@ class Record:
     backbone: dict[str, Any] | None = None
     unknown: dict[str, Any] = field(default_factory=dict)
 
+    def set_recipe(self, recipe: Mapping[str, Any]) -> None:
+        """Keeps the settings of a training, but for the fingerprint that its checkpoints have."""
+        self.trained_lr = recipe["lr"]
+        self.recipe = {k: v for k, v in recipe.items() if k != "frozen"}
+
     def as_json(self) -> dict[str, Any]:
         """One JSON object, unknown entries among the known ones."""
         found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unknown"}
@@ -77,15 +81,3 @@ class Record:
         if values.get("condensation") is not None:
             values["condensation"] = Condensation.from_json(values["condensation"])
         return cls(**values, unknown={k: v for k, v in given.items() if k not in known})
-
-
-_KEPT: WeakKeyDictionary[nn.Module, Record] = WeakKeyDictionary()
-
-
-def record_of(model: nn.Module) -> Record:
-    """The record of a module: its own, or one that is kept for as long as the module lives.
-
-    The models of other libraries, such as peft's, have no attribute for it.
-    """
-    found = getattr(model, "record", None)
-    return found if isinstance(found, Record) else _KEPT.setdefault(model, Record())

@@ -21,7 +21,7 @@ from pcx.backbones.outputs import logits_of
 from pcx.checkpoints.files import written_whole
 from pcx.checkpoints.fingerprint import fingerprint
 from pcx.models.base import TunedModel, copy_state, state_of
-from pcx.models.record import record_of
+from pcx.models.peft_model import known_by
 from pcx.training.batches import images_and_labels
 from pcx.training.callbacks import bar_of, note_of, say_facts
 from pcx.training.evaluation import accelerator_for, evaluate_on, gathered
@@ -100,6 +100,7 @@ def fit(
         NonFiniteLoss: the loss became NaN or infinite; the model is back at the start of that epoch
             and the last checkpoint stays.
     """
+    known = known_by(model)
     names, chosen = _trainable(model), objective_for(objective, criterion)
     if resume and checkpoint_dir is None:
         raise ValueError("resume: needs checkpoint_dir")
@@ -120,9 +121,8 @@ def fit(
         say_facts(console, model, names, recipe, accelerator.device)
         run = _Run(accelerator, model, names, recipe, loader, val_loader, chosen)
         history = _train(run, folder, resume, console)
-    record = record_of(model)
-    record.trained_lr = recipe.lr
-    record.recipe = {k: v for k, v in asdict(recipe).items() if k != "frozen"}
+    if known is not None:
+        known.record.set_recipe(asdict(recipe))
     return history
 
 

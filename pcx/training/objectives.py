@@ -139,7 +139,8 @@ class SingleLabel(Objective):
         low, high = seen or (0, 0)
         if len(shape) != 2:
             raise ValueError(
-                f"model: it gives {tuple(shape)}, expected logits [B, C] (objective {self.name!r})"
+                f"model: it gives {tuple(shape)}, expected logits [B, C]; give the model a head, "
+                "or use another objective"
             )
         classes = shape[-1]
         if low < 0 or high >= classes:
@@ -221,8 +222,8 @@ class SoftTargets(Objective):
         low, least, most = seen
         if not (low >= 0 and least >= 1 - self.TOLERANCE and most <= 1 + self.TOLERANCE):
             raise ValueError(
-                f"loader: soft labels from {low:g} whose sums are {least:g}..{most:g}, expected "
-                "probabilities of sum 1 for each image; give their softmax, or use "
+                f"loader: soft labels from {low:g} on that sum to {least:g}..{most:g} an image, "
+                "expected 0 or more that sum to 1; divide each row by its sum, or use "
                 "objective='multi-label' for independent classes"
             )
 
@@ -287,7 +288,8 @@ class Segmentation(Objective):
 
     def look_at(self, targets: Tensor) -> tuple[int, int]:
         """The lowest and the highest class of the pixels that count, (0, 0) of none."""
-        counted = targets[targets != self.IGNORED]
+        counted = targets.long()
+        counted = counted[counted != self.IGNORED]
         return (int(counted.min()), int(counted.max())) if counted.numel() else (0, 0)
 
     def check_seen(self, seen: tuple[int, int], shape: torch.Size) -> None:

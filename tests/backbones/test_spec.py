@@ -6,6 +6,7 @@ import torch
 from families import FAMILIES, build
 from torch import nn
 
+import pcx
 from pcx.backbones.inputs import input_size
 from pcx.backbones.probing import probe_listed
 from pcx.backbones.spec import find_spec
@@ -99,19 +100,26 @@ def test_hooks_of_the_user_do_not_see_the_probe():
     backbone.patch_embed.register_forward_hook(lambda m, x, y: seen.append(y.mean().item()))
     backbone.blocks[0].attn.register_forward_pre_hook(lambda m, x: seen.append(x))
     assert find_spec(backbone) == find_spec(build("vit"))
+    model = pcx.VPT(backbone, 2)
     assert seen == []
+    model(torch.zeros(1, 3, 64, 64, dtype=torch.float64))
+    assert seen  # the hooks are back
 
 
 def test_a_wrapped_backbone_is_named():
-    for wrapped in (torch.compile(build("vit")), nn.DataParallel(build("vit"))):
+    backbone = build("vit")
+    averaged = torch.optim.swa_utils.AveragedModel(backbone)
+    for wrapped in (torch.compile(backbone), nn.DataParallel(backbone), averaged):
         with pytest.raises(ValueError, match="backbone: .* wraps the backbone; give the backbone"):
             find_spec(wrapped)
+        with pytest.raises(ValueError, match="backbone: .* wraps the backbone; give the backbone"):
+            pcx.Linear(wrapped, num_classes=3)
 
 
-def test_the_first_convolution_says_how_many_channels_an_image_has():
-    for name, channels in (("xcit_nano_12_p16_224", 4), ("resnet10t", 1)):
-        backbone = timm.create_model(name, in_chans=channels, num_classes=2)
-        assert input_size(backbone)[0] == channels
+def test_the_patch_embedding_says_how_many_channels_an_image_has():
+    backbone = timm.create_model("xcit_nano_12_p16_224", in_chans=4, num_classes=2)
+    assert input_size(backbone) == (4, 224, 224)
+    assert input_size(timm.create_model("tresnet_m")) == (3, 224, 224)  # its stem rearranges pixels
 
 
 def test_a_model_that_is_not_of_a_library_is_named():

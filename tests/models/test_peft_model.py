@@ -23,6 +23,7 @@ CONFIGS = {
         target_modules=["qkv", "fc2"], feedforward_modules=["fc2"], modules_to_save=["head"]
     ),
     "norms": peft.LNTuningConfig(target_modules=["norm1"], modules_to_save=["head"]),
+    "randlora": peft.RandLoraConfig(r=2, target_modules=["qkv"], modules_to_save=["head"]),
     "vera": peft.VeraConfig(r=2, target_modules=["qkv"], modules_to_save=["head"]),
 }
 
@@ -58,7 +59,9 @@ def test_every_adapter_is_saved_and_loaded(backbone, loader, dataset, tmp_path, 
     moved = {n for n, t in trained.items() if not torch.equal(t, before[n])}
     assert any("head" not in name for name in moved)
     backbone.reset_classifier(7)
+    given = copy.deepcopy(backbone.state_dict())
     loaded = pcx.load(tmp_path / "m", backbone)
+    assert all(torch.equal(t, given[n]) for n, t in backbone.state_dict().items())
     # AdaLoRA divides by a rank that the loaded model has in float32.
     torch.testing.assert_close(loaded(x), model.eval()(x), rtol=0, atol=1e-7)
     assert loaded.record.recipe["lr"] == 0.05  # of a fit of the model as peft gives it
@@ -66,7 +69,6 @@ def test_every_adapter_is_saved_and_loaded(backbone, loader, dataset, tmp_path, 
 
 
 def test_a_head_that_peft_does_not_save_is_part_of_the_backbone(backbone, dataset, tmp_path):
-    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
     model = peft.get_peft_model(copy.deepcopy(backbone), config).double().eval()
     pcx.save(model, tmp_path / "m")
@@ -82,6 +84,7 @@ def test_a_head_that_is_freed_by_hand_is_saved(backbone, loader, dataset, tmp_pa
     model = adapted(backbone, peft.LoraConfig(r=2, target_modules=["qkv"]))
     model.base_model.model.head.requires_grad_(True)
     pcx.fit(model, loader, epochs=1, lr=0.05, warmup_epochs=0, progress=False)
+    model.requires_grad_(False)
     pcx.save(model, tmp_path / "m")
     x = dataset.tensors[0]
     assert torch.equal(pcx.load(tmp_path / "m", backbone)(x), model.eval()(x))
@@ -89,7 +92,6 @@ def test_a_head_that_is_freed_by_hand_is_saved(backbone, loader, dataset, tmp_pa
 
 def test_one_of_two_adapters_is_saved(backbone, dataset, tmp_path):
     model = adapted(backbone, LORA)
-    pcx.PeftModel(model).own_state()
     model.add_adapter(
         "second",
         peft.LoraConfig(
@@ -101,6 +103,45 @@ def test_one_of_two_adapters_is_saved(backbone, dataset, tmp_path):
     pcx.save(model, tmp_path / "m")
     x = dataset.tensors[0]
     assert torch.equal(pcx.load(tmp_path / "m", backbone)(x), model(x))
+    plain = adapted(backbone, peft.LoraConfig(r=2, target_modules=["qkv"]))
+    plain.add_adapter("second", peft.LoraConfig(r=3, target_modules=["fc1"]))
+    plain.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="model: its adapters .* are active, expected one"):
+        pcx.save(plain, tmp_path / "m")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft reads a deprecated name
+def test_a_model_of_hugging_face(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        num_labels=3,
+    )
+    backbone = transformers.ViTForImageClassification(config).eval()
+    linear = [n for n, m in backbone.named_modules() if isinstance(m, torch.nn.Linear)]
+    lora = peft.LoraConfig(
+        r=2,
+        target_modules=[linear[0].rpartition(".")[2]],
+        modules_to_save=["classifier"],
+        init_lora_weights=False,
+    )
+    model = peft.get_peft_model(copy.deepcopy(backbone), lora).eval()
+    pcx.save(model, tmp_path / "m")
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(pcx.load(tmp_path / "m", backbone)(x), model(x).logits)
+
+
+def test_saving_leaves_modes_as_they_are(backbone, tmp_path):
+    model = adapted(backbone, LORA)
+    model.train()
+    model.base_model.model.norm.eval()
+    pcx.save(model, tmp_path / "m")
+    assert model.training
+    assert not model.base_model.model.norm.training
 
 
 def test_statistics_of_batchnorm_are_rolled_back_saved_and_loaded(tmp_path):

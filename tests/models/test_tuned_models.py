@@ -277,13 +277,16 @@ def test_what_a_user_sets_to_be_trained_becomes_the_models_own(backbone, loader,
 def test_a_loop_of_ones_own_goes_on_after_saving(backbone, dataset, tmp_path):
     """Saving takes a trained norm out of shared memory, and the optimiser still holds it."""
     model, x = pcx.Linear(backbone), dataset.tensors[0]
-    norm = model.backbone.norm.weight.requires_grad_()
-    optimiser = torch.optim.SGD(model.trainable().values(), lr=0.1)
+    norm, before = model.backbone.norm.weight.requires_grad_(), backbone.norm.weight.clone()
+    optimiser = torch.optim.SGD(model.param_groups(0.0), lr=0.1)
+    model(x).square().mean().backward()
+    optimiser.step()
     pcx.save(model, tmp_path / "m")
     model(x).square().mean().backward()
     optimiser.step()
     assert model.backbone.norm.weight is norm
-    assert not torch.equal(norm, backbone.norm.weight)
+    assert not torch.equal(norm, before)
+    assert torch.equal(backbone.norm.weight, before)
 
 
 def test_tied_heads_stay_tied(tmp_path):
@@ -306,6 +309,35 @@ def test_frozen_buffers_are_part_of_the_backbone(tmp_path):
         pcx.load(tmp_path / "m", backbone)
 
 
+def test_buffers_that_training_changes_are_the_models_own(tmp_path):
+    class Moving(TunedModel):
+        method = "test-moving"
+        backbone_mode = "train"
+
+    pcx.METHODS.add("test-moving", Moving)
+    backbone = timm.create_model("resnet10t", num_classes=3).eval()
+    model, x = Moving(backbone), torch.randn(4, 3, 32, 32)
+    model.train()(x)
+    pcx.save(model, tmp_path / "m")
+    assert torch.equal(pcx.load(tmp_path / "m", backbone)(x), model.eval()(x))
+    for name, buffer in backbone.named_buffers():
+        assert buffer.abs().sum() == timm.create_model("resnet10t").get_buffer(name).abs().sum()
+
+
+def test_an_ensemble_of_models_that_trained_the_backbone_is_refused(backbone):
+    models = [pcx.VPT(backbone, 2) for _ in range(2)]
+    for model in models:
+        model.own("norm")
+    pcx.ensemble(models)  # alike so far
+    with torch.no_grad():
+        models[1].backbone.norm.weight.add_(1)
+    with pytest.raises(ValueError, match=r"models\[1\]: it trained 'backbone.norm.weight' of the"):
+        pcx.ensemble(models)
+
+
 def test_a_part_that_the_backbone_lacks_is_named(backbone):
     with pytest.raises(ValueError, match="part: the backbone has no tensor in 'nrom'"):
         pcx.Linear(backbone).own("nrom")
+    model = pcx.Linear(backbone)
+    model.own("pos_embed")
+    assert "backbone.pos_embed" in model.trainable()

@@ -187,11 +187,12 @@ def test_outputs_of_libraries_are_unwrapped(dataset):
 @pytest.mark.parametrize(
     ("name", "wrong", "message"),
     [
-        ("soft", torch.full((4, 3), 0.5), "sums are 1.5..1.5, expected probabilities of sum 1"),
+        ("soft", torch.full((4, 3), 0.5), "sum to 1.5..1.5 an image, expected 0 or more"),
         ("soft", torch.tensor([[-0.5, 1.0, 0.5]]).expand(4, -1), "soft labels from -0.5"),
         ("soft", torch.full((4, 3), float("nan")), "soft labels from nan"),
         ("segmentation", torch.full((4, 2, 2), 3), "classes 3..3 for a head of 3 classes"),
         ("segmentation", torch.full((4, 2, 2), -1), "classes -1..-1 for a head of 3 classes"),
+        ("segmentation", torch.full((4, 2, 2), -1, dtype=torch.int8), "classes -1..-1"),
     ],
 )
 def test_values_of_targets_are_checked(name, wrong, message):
