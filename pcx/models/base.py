@@ -16,7 +16,7 @@ from pcx.backbones.outputs import feature_maps, logits_of
 from pcx.backbones.residual import Wrapper, plain_names
 from pcx.backbones.spec import BackboneSpec, check_unwrapped, find_spec, library_facts
 from pcx.models.block_forward import found_on
-from pcx.models.heads import HEAD_INITS, draw_published, head_size, set_head_size
+from pcx.models.heads import HEAD_INITS, draw_published, head_size, place_heads, set_head_size
 from pcx.models.memory import over_same_memory
 from pcx.models.record import Record
 
@@ -82,10 +82,8 @@ class TunedModel(nn.Module):
         self.spec = find_spec(self.backbone)
         self._check_fits()
         self._owned: set[str] = set()  # plain names of the backbone's tensors that are the model's
-        # A new head of an older timm is float32 on the CPU, whatever its backbone is.
-        like = next(self.backbone.parameters())
+        place_heads(self.backbone, self.heads)
         for name, head in zip(self.spec.heads, self.heads, strict=True):
-            head.to(like.device, like.dtype)
             self.own(name)
             if head_init == "published":
                 draw_published(head)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,16 @@ def set_head_size(backbone: Any, num_classes: int) -> None:
             "num_classes: only timm backbones can be given a new head; set the model's own"
         )
     backbone.reset_classifier(num_classes)
+
+
+def place_heads(backbone: nn.Module, heads: Iterable[nn.Module]) -> None:
+    """Moves heads to the device and dtype of the backbone.
+
+    A new head of an older timm is float32 on the CPU, whatever its backbone is.
+    """
+    like = next(backbone.parameters())
+    for head in heads:
+        head.to(like.device, like.dtype)
 
 
 def head_size(heads: list[Any]) -> int:

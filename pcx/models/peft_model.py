@@ -9,8 +9,9 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from pcx.backbones.spec import find_spec
+from pcx.backbones.spec import find_spec, library_facts
 from pcx.models.base import TunedModel
+from pcx.models.heads import place_heads
 from pcx.models.memory import over_same_memory
 from pcx.models.record import Record
 
@@ -117,6 +118,7 @@ class PeftModel(TunedModel):
         shared: Any = over_same_memory(backbone, backbone.parameters())
         if hasattr(shared, "reset_classifier") and shared.num_classes != config["num_classes"]:
             shared.reset_classifier(config["num_classes"])
+        place_heads(shared, map(shared.get_submodule, library_facts(shared)["heads"]))
         settings = {**config["peft"], "inference_mode": False}
         model = cls(get_peft_model(shared, get_peft_config(settings)))
         for tensor in model.own_state().values():  # peft's bias="all" trains the backbone's own

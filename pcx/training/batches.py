@@ -1,8 +1,19 @@
-"""What a loader's batch holds."""
+"""What a loader's batch holds, how its labels are checked, and its way to the device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from pcx.training.objectives import Objective
+
+AHEAD = 2  # batches that are prepared while the GPU works on others
 
 
 def images_and_labels(batch) -> tuple:
@@ -21,3 +32,71 @@ def images_and_labels(batch) -> tuple:
             "'labels'"
         )
     return batch[0], batch[1]
+
+
+class LabelCheck:
+    """Looks at labels before they go to a GPU, where wrong ones would end the process.
+
+    Attributes:
+        shape: of the logits of the last batch, None before one.
+    """
+
+    def __init__(self, objective: Objective):
+        self.objective = objective
+        self.shape: torch.Size | None = None
+        self._seen: Any = None
+
+    def before(self, labels: Any) -> None:
+        """Looks at the labels of a batch that is about to be computed.
+
+        Raises:
+            ValueError: the labels are no batch, or do not fit the logits.
+        """
+        if not isinstance(labels, Tensor) or not labels.dim():
+            raise ValueError(
+                f"loader: its labels are {_described(labels)}, expected a tensor with a row per "
+                "sample; give the loader a batch_size"
+            )
+        if self.objective.criterion is None:
+            self._seen = self.objective.look_at(labels)
+            if self.shape is not None:
+                self.objective.check_seen(self._seen, self.shape)
+
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The objective's loss of each sample, once labels are known to fit the logits."""
+        self.shape = logits.shape
+        if self.objective.criterion is None:
+            self.objective.check_seen(self._seen, logits.shape)
+        return self.objective.losses(logits, labels, check=False)
+
+
+def _described(labels: Any) -> str:
+    return "single numbers" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
+
+
+def placed(loader: Iterable, device: torch.device, check: LabelCheck) -> Iterator[tuple]:
+    """Yields a loader's batches as (images, labels) on a device, with their labels checked.
+
+    On CUDA the copies run beside the work on earlier batches, of which at most `AHEAD` wait.
+    """
+    if device.type != "cuda":
+        for batch in loader:
+            images, labels = images_and_labels(batch)
+            check.before(labels)
+            yield send_to_device((images, labels), device)
+        return
+    copies, done = torch.cuda.Stream(device), deque[torch.cuda.Event]()
+    for batch in loader:
+        images, labels = images_and_labels(batch)
+        check.before(labels)
+        current = torch.cuda.current_stream(device)
+        with torch.cuda.stream(copies):
+            sent = send_to_device((images, labels), device, non_blocking=True)
+        current.wait_stream(copies)
+        for tensor in tree_leaves(sent):
+            if isinstance(tensor, Tensor):
+                tensor.record_stream(current)
+        yield sent
+        done.append(current.record_event())
+        if len(done) > AHEAD:
+            done.popleft().synchronize()

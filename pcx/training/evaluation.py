@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DataLoaderConfiguration, parse_flag_from_env
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from pcx.backbones.outputs import logits_of
-from pcx.training.batches import images_and_labels
-from pcx.training.execution import prepared
+from pcx.training.batches import LabelCheck, placed
+from pcx.training.execution import compiled, prepared
 from pcx.training.objectives import Criterion, Objective, objective_for
 
 
@@ -49,6 +51,7 @@ def evaluate(
     criterion: Criterion | None = None,
     objective: str | Objective = "single-label",
     amp: str = "no",
+    execution: str = "auto",
 ) -> dict:
     """Metrics and mean loss; each sample counts once, also where processes share the loader.
 
@@ -59,43 +62,72 @@ def evaluate(
         criterion: (logits, labels) -> one loss per sample [B]; the objective's own by default.
         objective: a name in `pcx.training.OBJECTIVES`, or an `Objective`: what labels look like.
         amp: "no", "bf16" or "fp16".
+        execution: as `pcx.fit` takes it.
 
     Returns:
         {"accuracy": percent, "loss": mean, "samples": count}, with the objective's metrics in place
         of the accuracy.
 
     Raises:
-        ValueError: the loader is empty, or the criterion does not give one value per sample.
+        ValueError: the loader is empty, the criterion does not give one value per sample, or the
+            execution is not possible.
     """
     with accelerator_for(amp) as accelerator:
         model.to(accelerator.device)
-        chosen = objective_for(objective, criterion)
-        return evaluate_on(accelerator, model, accelerator.prepare(loader), chosen)
+        evaluation = Evaluation(accelerator, model, objective_for(objective, criterion), execution)
+        return evaluation.of(divided(accelerator, loader))
 
 
-@torch.no_grad()
-def evaluate_on(accelerator: Accelerator, model: nn.Module, loader, objective: Objective) -> dict:
-    """`evaluate` with a model on the accelerator's device and a loader it has prepared."""
-    modes = [(module, module.training) for module in model.modules()]
-    metrics, loss, samples = objective.metrics(), 0.0, 0
-    run = prepared(lambda: lambda images: logits_of(model(images)), accelerator.device)
-    model.eval()
-    try:
-        for batch in loader:
-            images, labels = images_and_labels(batch)
-            with accelerator.autocast():
-                logits = run(images)
-            losses = objective.losses(logits, labels)
-            losses, *seen = gathered(accelerator, losses, *objective.observed(logits, labels))
-            loss += float(losses.double().sum())
-            metrics.update(*seen)
-            samples += len(losses)
-    finally:
-        for module, training in modes:
-            module.training = training
-    if not samples:
-        raise ValueError("loader: it yielded no sample")
-    return {**metrics.compute(), "loss": loss / samples, "samples": samples}
+def divided(accelerator: Accelerator, loader: Any) -> Any:
+    """This process's share of a loader, whose batches stay where they are."""
+    if isinstance(loader, DataLoader):
+        return accelerator.prepare_data_loader(loader, device_placement=False)
+    return loader
+
+
+class Evaluation:
+    """What evaluating a model on several passes has in common.
+
+    Args:
+        accelerator: of the call.
+        model: on the accelerator's device.
+        objective: of the labels.
+        execution: as `pcx.fit` takes it.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, model: nn.Module, objective: Objective, execution: str
+    ):
+        self.accelerator, self.model, self.objective = accelerator, model, objective
+        self.check = LabelCheck(objective)
+        self._called = compiled(model, execution)
+        self._run = prepared(lambda: self._batch, accelerator.device, execution)
+
+    @torch.no_grad()
+    def of(self, loader: Any) -> dict:
+        """The metrics, the mean loss and the samples of a loader that `divided` gave."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        metrics, loss, samples = self.objective.metrics(), torch.zeros((), dtype=torch.float64), 0
+        loss = loss.to(self.accelerator.device)
+        self.model.eval()
+        try:
+            for images, labels in placed(loader, self.accelerator.device, self.check):
+                losses, *seen = gathered(self.accelerator, *self._run(images, labels))
+                loss += losses.double().sum()
+                metrics.update(*seen)
+                samples += len(losses)
+        finally:
+            for module, training in modes:
+                module.training = training
+        if not samples:
+            raise ValueError("loader: it yielded no sample")
+        return {**metrics.compute(), "loss": float(loss) / samples, "samples": samples}
+
+    def _batch(self, images: Any, labels: Tensor) -> tuple[Tensor, ...]:
+        with self.accelerator.autocast():
+            logits = logits_of(self._called(images))
+        losses = self.check.losses(logits, labels)
+        return losses, *self.objective.observed(logits, labels)
 
 
 def standard_error(found: dict) -> float:

@@ -15,18 +15,20 @@ from accelerate import Accelerator
 from rich.console import Console
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pcx.backbones.outputs import logits_of
 from pcx.checkpoints.files import written_whole
 from pcx.checkpoints.fingerprint import fingerprint
 from pcx.models.base import TunedModel, copy_state, state_of
-from pcx.models.peft_model import known_by
-from pcx.training.batches import images_and_labels
+from pcx.models.record import record_of
+from pcx.training.batches import LabelCheck, placed
 from pcx.training.callbacks import bar_of, note_of, say_facts
-from pcx.training.evaluation import accelerator_for, evaluate_on, gathered
-from pcx.training.execution import prepared
+from pcx.training.evaluation import Evaluation, accelerator_for, divided, gathered
+from pcx.training.execution import check_execution, compiled, prepared
+from pcx.training.losses import Losses, NonFiniteLoss
 from pcx.training.objectives import Criterion, Objective, objective_for
+from pcx.training.optimizers import Rates, load_plain, make_recordable, plain_state
+from pcx.training.processes import Together
 from pcx.training.recipe import (
     Recipe,
     check_recipe,
@@ -35,13 +37,8 @@ from pcx.training.recipe import (
 )
 from pcx.training.run_folder import RunFolder, facts_of
 
-CHECK_EVERY = 10  # steps between looks at the loss: a look at every step would stall a GPU
 LAST = "last.pt"
 VERSION = 2  # of that file
-
-
-class NonFiniteLoss(FloatingPointError):
-    """The loss became NaN or infinite."""
 
 
 def fit(
@@ -60,6 +57,7 @@ def fit(
     criterion: Criterion | None = None,
     objective: str | Objective = "single-label",
     amp: str = "no",
+    execution: str = "auto",
     seed: int = 0,
     checkpoint_dir: str | os.PathLike | None = None,
     resume: bool = False,
@@ -85,6 +83,11 @@ def fit(
         criterion: (logits, labels) -> one loss per sample [B]; the objective's own by default.
         objective: a name in `pcx.training.OBJECTIVES`, or an `Objective`: what labels look like.
         amp: "no", "bf16" or "fp16".
+        execution: how a step is run. "auto" records it in a CUDA graph, where there is CUDA and the
+            step can be recorded, and replays it for batches of that shape; the results are those
+            of "eager", bit by bit. A line of the log says why a step cannot be recorded.
+            "cuda-graph" makes that an error. "compile" compiles the model before, which takes a
+            minute and pays in long runs; its results are equal to rounding.
         seed: of Python's, NumPy's and torch's generators, which each epoch seeds anew.
         checkpoint_dir: folder for `last.pt`, written whole or not at all after every epoch, and
             for the run's config.json, environment.json and history.csv.
@@ -96,11 +99,11 @@ def fit(
         lr, seconds, and with a val_loader val_loss, val_accuracy. The model stays in training mode.
 
     Raises:
-        ValueError: an argument does not fit, or the checkpoint is of another run.
+        ValueError: an argument does not fit, the execution is not possible, or the checkpoint is of
+            another run.
         NonFiniteLoss: the loss became NaN or infinite; the model is back at the start of that epoch
             and the last checkpoint stays.
     """
-    known = known_by(model)
     names, chosen = _trainable(model), objective_for(objective, criterion)
     if resume and checkpoint_dir is None:
         raise ValueError("resume: needs checkpoint_dir")
@@ -119,10 +122,12 @@ def fit(
         folder = None if checkpoint_dir is None else RunFolder(checkpoint_dir)
         console = Console(quiet=not (progress and accelerator.is_main_process))
         say_facts(console, model, names, recipe, accelerator.device)
-        run = _Run(accelerator, model, names, recipe, loader, val_loader, chosen)
+        check_execution(execution, accelerator.device)
+        run = _Run(accelerator, model, names, recipe, loader, val_loader, chosen, execution)
         history = _train(run, folder, resume, console)
-    if known is not None:
-        known.record.set_recipe(asdict(recipe))
+    record = record_of(model)
+    record.trained_lr = recipe.lr
+    record.recipe = {k: v for k, v in asdict(recipe).items() if k != "frozen"}
     return history
 
 
@@ -160,40 +165,49 @@ class _Run:
         loader,
         val_loader,
         objective: Objective,
+        execution: str,
     ):
+        device = accelerator.device
         self.accelerator = accelerator
-        self.plain = model.to(accelerator.device)
+        self.model = model.to(device)
         self.names = names
         self.recipe = recipe
         self.objective = objective
         self.facts = facts_of(model, names, loader, val_loader)
         self.generators = _generators(loader)
-        # Accelerate's own wrapping would leave marks on the user's model for later calls to trip
-        # over.
-        self.model = model
-        if accelerator.num_processes > 1:
-            self.model = DistributedDataParallel(model)
-        self.step = prepared(lambda: self._step, accelerator.device)
+        parameters = dict(model.named_parameters())
+        self.parameters = {name: parameters[name] for name in names}
         trained: Any = model
         if isinstance(model, TunedModel):
             trained = model.param_groups(recipe.weight_decay)
-        optimizer = create_optimizer_v2(
+        plain = create_optimizer_v2(
             trained,
             opt=recipe.opt,
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
             momentum=recipe.momentum,
         )
-        self.scheduler = cosine_schedule(optimizer, recipe)
-        self.optimizer = accelerator.prepare(optimizer)
-        self.loader = accelerator.prepare(loader)
-        self.val_loader = None if val_loader is None else accelerator.prepare(val_loader)
+        self.recordable = device.type == "cuda" and make_recordable(plain)
+        self.rates = Rates(plain, device, self.recordable)
+        self.scheduler = cosine_schedule(plain, recipe)
+        self.optimizer = accelerator.prepare(plain)
+        self.loader = divided(accelerator, loader)
+        self.val_loader = None if val_loader is None else divided(accelerator, val_loader)
+        self.together = Together(accelerator.num_processes, model, self.parameters.values())
+        self.check = LabelCheck(objective)
+        self.called = compiled(model, execution)
+        # What other processes or the optimiser do in between cannot be recorded.
+        self.whole = self.recordable and accelerator.num_processes == 1
+        self.step = prepared(
+            lambda: self._whole_step if self.whole else self._gradients, device, execution
+        )
+        self.evaluation = Evaluation(accelerator, model, objective, execution)
         self.history: list[dict] = []
         self.updates = 0
 
     def epoch(self) -> dict:
         start, number = time.perf_counter(), len(self.history)
-        good = {k: v.detach().clone() for k, v in state_of(self.plain).items()}
+        good = {k: v.detach().clone() for k, v in state_of(self.model).items()}
         _seed_everything(self.recipe.seed, number, self.accelerator.process_index)
         if hasattr(self.loader, "set_epoch"):
             self.loader.set_epoch(number)
@@ -202,18 +216,18 @@ class _Run:
             row = {"epoch": number + 1, **self._pass(number)}
             self._check_parameters(number)
             if self.val_loader is not None:
-                found = evaluate_on(self.accelerator, self.plain, self.val_loader, self.objective)
+                found = self.evaluation.of(self.val_loader)
                 del found["samples"]
                 row |= {"val_loss": found.pop("loss"), **{f"val_{k}": v for k, v in found.items()}}
         except NonFiniteLoss:
-            copy_state(good, state_of(self.plain))
+            copy_state(good, state_of(self.model))
             raise
         row["seconds"] = time.perf_counter() - start
         self.history.append(row)
         return row
 
     def _check_parameters(self, number: int) -> None:
-        for name, parameter in self._parameters().items():
+        for name, parameter in self.parameters.items():
             if not parameter.isfinite().all():
                 raise NonFiniteLoss(
                     f"{name}: no longer finite after epoch {number + 1}: {self._advice()}"
@@ -227,69 +241,56 @@ class _Run:
         )
 
     def _pass(self, number: int) -> dict:
-        metrics = self.objective.metrics()
-        totals = torch.zeros(2, dtype=torch.float64)  # loss, samples
-        recent: list[Tensor] = []
-        lr = 0.0
-        for step, batch in enumerate(self.loader):
-            images, labels = images_and_labels(batch)
-            self.scheduler.step_update(self.updates)
-            lr = self.optimizer.param_groups[0]["lr"]
-            logits, losses = self.step(images, labels, number == 0)
-            self.updates += 1
-            seen = self.objective.observed(logits, labels)
-            losses, *rows = gathered(self.accelerator, losses.detach(), *seen)
-            metrics.update(*rows)
-            recent.append(torch.stack([losses.double().sum(), _count(losses)]))
-            if (step + 1) % CHECK_EVERY == 0:
-                totals += self._checked(recent, number, step)
-                recent = []
-        if recent:
-            totals += self._checked(recent, number, step)
-        loss, samples = totals.tolist()
-        if not samples:
-            raise ValueError("loader: it yielded no sample")
-        return {"loss": loss / samples, **metrics.compute(), "samples": int(samples), "lr": lr}
+        metrics, losses, rate = self.objective.metrics(), Losses(), 0.0
+        try:
+            for images, labels in placed(self.loader, self.accelerator.device, self.check):
+                self.scheduler.step_update(self.updates)
+                rate = self.rates.hand_over()
+                found, *seen = self.step(images, labels)
+                if not self.whole:
+                    self._update()
+                self.updates += 1
+                found, *rows = gathered(self.accelerator, found, *seen)
+                metrics.update(*rows)
+                losses.add(found)
+            loss = losses.mean()
+        except NonFiniteLoss as error:
+            raise NonFiniteLoss(f"loss: {error} of epoch {number + 1}: {self._advice()}") from None
+        return {"loss": loss, **metrics.compute(), "samples": losses.samples, "lr": rate}
 
-    def _step(self, images: Any, labels: Tensor, check: bool) -> tuple[Tensor, Tensor]:
-        """One update: forward, loss, backward, clipping, optimiser; gives logits and losses."""
+    def _whole_step(self, images: Any, labels: Tensor) -> tuple[Tensor, ...]:
+        """One update; gives what `_gradients` gives."""
+        found = self._gradients(images, labels)
+        self._update()
+        return found
+
+    def _gradients(self, images: Any, labels: Tensor) -> tuple[Tensor, ...]:
+        """Forward, loss, backward; gives the losses [B] and what the metrics need."""
         with self.accelerator.autocast():
-            logits = logits_of(self.model(images))
-        losses = self.objective.losses(logits, labels, check=check)
+            logits = logits_of(self.called(images))
+        losses = self.check.losses(logits, labels)
         self.optimizer.zero_grad()
         self.accelerator.backward(losses.mean())
+        return losses.detach(), *self.objective.observed(logits, labels)
+
+    def _update(self) -> None:
+        self.together.average_gradients()
         if self.recipe.clip_grad is not None:
-            self.accelerator.clip_grad_norm_(self._parameters().values(), self.recipe.clip_grad)
+            self.accelerator.clip_grad_norm_(self.parameters.values(), self.recipe.clip_grad)
         self.optimizer.step()
-        return logits, losses
-
-    def _checked(self, recent: list[Tensor], number: int, step: int) -> Tensor:
-        rows = torch.stack(recent).cpu()
-        bad = (~rows[:, 0].isfinite()).nonzero()
-        if len(bad):
-            at = step + 1 - len(recent) + int(bad[0])
-            raise NonFiniteLoss(
-                f"loss: {rows[bad[0], 0].item()} in epoch {number + 1}, step {at + 1}: "
-                f"{self._advice()}"
-            )
-        return rows.sum(0)
-
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        parameters = dict(self.plain.named_parameters())
-        return {name: parameters[name] for name in self.names}
 
     def _buffers(self) -> dict[str, Tensor]:
-        parameters = {id(p) for p in self.plain.parameters()}
-        return {n: t for n, t in state_of(self.plain).items() if id(t) not in parameters}
+        parameters = {id(p) for p in self.model.parameters()}
+        return {n: t for n, t in state_of(self.model).items() if id(t) not in parameters}
 
     def save(self, file: Path) -> None:
         """Writes the whole state beside the old file, then puts it in its place."""
         state = {
             "pcx_fit": VERSION,
             "recipe": asdict(self.recipe),
-            "parameters": {k: v.detach().cpu() for k, v in self._parameters().items()},
+            "parameters": {k: v.detach().cpu() for k, v in self.parameters.items()},
             "buffers": {k: v.detach().cpu() for k, v in self._buffers().items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": plain_state(self.optimizer),
             "history": self.history,
             "updates": self.updates,
             "generators": [g.get_state() for g in self.generators],
@@ -307,7 +308,7 @@ class _Run:
             ) from error
         mine, theirs = asdict(self.recipe), state["recipe"]
         differ = [k for k in mine if mine[k] != theirs.get(k)]
-        shapes = {k: tuple(v.shape) for k, v in self._parameters().items()}
+        shapes = {k: tuple(v.shape) for k, v in self.parameters.items()}
         if (
             differ
             or not fits
@@ -321,9 +322,9 @@ class _Run:
                 f"resume: {file} is of another run: {what}. Use the same arguments and model, or "
                 "another checkpoint_dir"
             )
-        copy_state(state["parameters"], self._parameters())
+        copy_state(state["parameters"], self.parameters)
         copy_state(state.get("buffers", {}), self._buffers())
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_plain(self.optimizer, state["optimizer"])
         for generator, saved in zip(self.generators, state["generators"], strict=True):
             generator.set_state(saved)
         self.history, self.updates = state["history"], state["updates"]
@@ -354,7 +355,3 @@ def _trainable(model: nn.Module) -> list[str]:
 
 def _frozen(model: nn.Module, names: list[str]) -> str:
     return fingerprint((n, p) for n, p in model.named_parameters() if n not in names)
-
-
-def _count(losses: Tensor) -> Tensor:
-    return torch.tensor(len(losses), dtype=torch.float64, device=losses.device)

@@ -48,8 +48,8 @@ class AveragePrecision(Metrics):
     def update(self, *observed: Tensor) -> None:
         """Adds logits [B, C] and targets [B, C] of 0 and 1."""
         scores, targets = observed
-        self.scores.append(scores.detach().float().cpu())
-        self.targets.append(targets.detach().long().cpu())
+        self.scores.append(scores.detach().float())
+        self.targets.append(targets.detach().long())
 
     def compute(self) -> dict[str, float]:
         """{"mean_average_precision": percent}; classes without a positive sample are left out."""
@@ -57,7 +57,7 @@ class AveragePrecision(Metrics):
 
         if not self.scores:
             return {}
-        scores, targets = torch.cat(self.scores), torch.cat(self.targets)
+        scores, targets = torch.cat(self.scores).cpu(), torch.cat(self.targets).cpu()
         seen = targets.any(0)
         if not seen.any():
             return {"mean_average_precision": float("nan")}
@@ -78,14 +78,14 @@ class Errors(Metrics):
     def update(self, *observed: Tensor) -> None:
         """Adds outputs [B, K] and targets [B, K]."""
         found, targets = observed
-        self.found.append(found.detach().double().cpu())
-        self.targets.append(targets.detach().double().cpu())
+        self.found.append(found.detach().double())
+        self.targets.append(targets.detach().double())
 
     def compute(self) -> dict[str, float]:
         """{"mean_absolute_error": in the targets' unit, "r2": 1 at best, mean over outputs}."""
         if not self.found:
             return {}
-        found, targets = torch.cat(self.found), torch.cat(self.targets)
+        found, targets = torch.cat(self.found).cpu(), torch.cat(self.targets).cpu()
         left = (found - targets).square().sum(0)
         whole = (targets - targets.mean(0)).square().sum(0)
         r2 = torch.where(whole > 0, 1 - left / whole, torch.nan)

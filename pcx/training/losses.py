@@ -1,0 +1,84 @@
+"""Losses of a pass: their sum, and the step at which one is no longer finite."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LOOK_EVERY = 10  # steps between looks at the losses
+
+
+class NonFiniteLoss(FloatingPointError):
+    """The loss became NaN or infinite."""
+
+
+class _Look(NamedTuple):
+    first: int  # step of the first row
+    rows: Tensor  # on the CPU, [steps] sums of losses
+    arrived: torch.cuda.Event | None
+
+
+class Losses:
+    """Adds up the losses of a pass without holding a GPU up.
+
+    Every `LOOK_EVERY` steps the sums are sent to the CPU, and those that were sent before are
+    looked at. A loss that is not finite is noticed at most 2 * `LOOK_EVERY` steps later.
+    """
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self._steps = 0
+        self._sum = 0.0
+        self._recent: list[Tensor] = []
+        self._sent: deque[_Look] = deque()
+
+    def add(self, losses: Tensor) -> None:
+        """Adds a step's losses [B].
+
+        Raises:
+            NonFiniteLoss: a loss of an earlier step is not finite; the message says which.
+        """
+        self._recent.append(losses.double().sum())
+        self.samples += len(losses)
+        self._steps += 1
+        if len(self._recent) == LOOK_EVERY:
+            self._send()
+            while len(self._sent) > 1:
+                self._look()
+
+    def mean(self) -> float:
+        """The mean over the samples of all steps.
+
+        Raises:
+            NonFiniteLoss: as `add` raises it.
+            ValueError: there was no sample.
+        """
+        if self._recent:
+            self._send()
+        while self._sent:
+            self._look()
+        if not self.samples:
+            raise ValueError("loader: it yielded no sample")
+        return self._sum / self.samples
+
+    def _send(self) -> None:
+        rows, self._recent = torch.stack(self._recent), []
+        first = self._steps - len(rows)
+        if rows.is_cuda:
+            sent = rows.to("cpu", non_blocking=True)
+            self._sent.append(_Look(first, sent, torch.cuda.current_stream().record_event()))
+        else:
+            self._sent.append(_Look(first, rows, None))
+
+    def _look(self) -> None:
+        look = self._sent.popleft()
+        if look.arrived is not None:
+            look.arrived.synchronize()
+        bad = (~look.rows.isfinite()).nonzero()
+        if len(bad):
+            at = int(bad[0])
+            raise NonFiniteLoss(f"{look.rows[at].item()} in step {look.first + at + 1}")
+        self._sum += float(look.rows.sum())
