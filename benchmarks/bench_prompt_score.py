@@ -3,7 +3,7 @@
 `pytest benchmarks/bench_prompt_score.py` checks and times. Run as a program it writes
 `results/prompt_score_cpu.csv`, or on a GPU `prompt_score_<gpu>.csv` in bfloat16 autocast. A row has
 the time of one more batch, the time of a call beside its batches, and peak memory. Modes are eager,
-CUDA graphs ("graphed", for pcx `cuda_graph=True`), and compiled in CUDA graphs. Rows that are
+CUDA graphs ("graphed", pcx by its own `execution`), and compiled in CUDA graphs. Rows that are
 already there are not measured again. `--draw <csv>` draws the cost of all of condensing, as the
 paper's Fig. 8b.
 
@@ -117,12 +117,13 @@ class Setting:
             torch.autograd.grad(self._losses(self.rest, tokens, labels).sum(), tokens)
 
     def pcx(self, batches: Batches) -> list[torch.Tensor]:
-        graph = self.mode != "eager"
-        return pcx.score(self.model, batches, amp=AMP, cuda_graph=graph, progress=False)
+        execution = "eager" if self.mode == "eager" else "cuda-graph"
+        return pcx.score(self.model, batches, amp=AMP, execution=execution, progress=False)
 
     def four_methods(self, batches: Batches) -> list[torch.Tensor]:
         methods = ("taylor", "taylor-inner", "gate", "cls-attention")
-        return pcx.score(self.model, batches, method=methods, amp=AMP, progress=False)["taylor"]
+        arguments = {"method": methods, "amp": AMP, "execution": "eager", "progress": False}
+        return pcx.score(self.model, batches, **arguments)["taylor"]
 
     def expanded(self, batches: Batches) -> list[torch.Tensor]:
         prompts = [p.detach() for p in self.model.prompts]

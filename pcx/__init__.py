@@ -57,7 +57,8 @@ if TYPE_CHECKING:
     from pcx.ops.weighted_pagerank import weighted_pagerank
     from pcx.token_pruning.dropping import zero_tprune
     from pcx.training.evaluation import evaluate
-    from pcx.training.fitting import NonFiniteLoss, fit
+    from pcx.training.fitting import fit
+    from pcx.training.losses import NonFiniteLoss
 
 # The same names at run time: where each is defined.
 _MODULES = {
@@ -81,7 +82,7 @@ _MODULES = {
     "weighted_pagerank": "pcx.ops.weighted_pagerank",
     "zero_tprune": "pcx.token_pruning.dropping",
     "evaluate": "pcx.training.evaluation",
-    "NonFiniteLoss": "pcx.training.fitting",
+    "NonFiniteLoss": "pcx.training.losses",
     "fit": "pcx.training.fitting",
 }
 _SUBPACKAGES = (

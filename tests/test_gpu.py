@@ -6,7 +6,6 @@ from families import FAMILIES, build, images
 from torch.utils.data import DataLoader, TensorDataset
 
 import pcx
-from pcx.training.execution import Replayed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,14 +104,14 @@ def test_scores_from_a_cuda_graph_are_the_same(family, kind, amp):
     )
     methods = ("taylor", "taylor-inner", "gate", "cls-attention")
     arguments = {"method": methods, "amp": amp, "progress": False}
-    expected = pcx.score(model, loader, **arguments)
-    found = pcx.score(model, loader, cuda_graph=True, **arguments)
+    expected = pcx.score(model, loader, execution="eager", **arguments)
+    found = pcx.score(model, loader, execution="cuda-graph", **arguments)
     for name in methods:
         for a, b in zip(found[name], expected[name], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
-def test_a_criterion_that_waits_for_the_gpu_is_no_graph():
+def test_a_criterion_that_waits_for_the_gpu_is_no_graph(caplog):
     model = pcx.VPT(build("vit", 3, torch.float32), 5, head_init="keep").cuda()
     loader = DataLoader(TensorDataset(torch.randn(6, 3, 64, 64), torch.arange(6) % 3), batch_size=2)
 
@@ -120,9 +119,15 @@ def test_a_criterion_that_waits_for_the_gpu_is_no_graph():
         assert logits.sum().item() < 1e9
         return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
 
-    with pytest.raises(ValueError, match="cuda_graph: the pass could not be recorded"):
-        pcx.score(model, loader, criterion=waiting, cuda_graph=True, progress=False)
-    assert pcx.score(model, loader, criterion=waiting, progress=False)
+    arguments = {"criterion": waiting, "progress": False}
+    with pytest.raises(ValueError, match="execution: 'cuda-graph' cannot record this: it waits"):
+        pcx.score(model, loader, execution="cuda-graph", **arguments)
+    found = pcx.score(model, loader, **arguments)  # "auto" goes on as it is, and says so
+    assert "running without a CUDA graph: it waits for the GPU" in caplog.text
+    assert "test_gpu.py" in caplog.text
+    expected = pcx.score(model, loader, execution="eager", **arguments)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_graph_checks_every_batch():
@@ -136,12 +141,7 @@ def test_a_graph_checks_every_batch():
             x[7] = torch.nan
         loader = DataLoader(TensorDataset(x, y), batch_size=2)
         with pytest.raises(ValueError, match=message):
-            pcx.score(model, loader, cuda_graph=True, progress=False)
-
-
-def test_a_graph_takes_tensors_alone():
-    with pytest.raises(ValueError, match="cuda_graph: it takes batches of tensors"):
-        Replayed(lambda: None, torch.device("cuda", 0))({"patches": torch.zeros(1)})
+            pcx.score(model, loader, execution="cuda-graph", progress=False)
 
 
 def _double(loader):

@@ -48,6 +48,7 @@ Workers = Annotated[int, option("processes that read images", DATA)]
 Epochs = Annotated[int, option("passes over the training data", OPTIMISATION)]
 ClipGrad = Annotated[float | None, option("norm to which the gradient is clipped", OPTIMISATION)]
 Amp = Annotated[str, option("no, bf16 or fp16", OPTIMISATION)]
+Execution = Annotated[str, option("auto, eager, cuda-graph or compile", OPTIMISATION)]
 Seed = Annotated[int, option("seed of all random numbers", OPTIMISATION)]
 
 # Run

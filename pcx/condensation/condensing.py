@@ -43,6 +43,7 @@ def condense(
     criterion: Criterion | None = None,
     objective: str | Objective = "single-label",
     amp: str = "no",
+    execution: str = "auto",
     seed: int = 0,
     checkpoint_dir: str | os.PathLike | None = None,
     resume: bool = False,
@@ -63,8 +64,8 @@ def condense(
         scores: scores computed before; None computes them.
         val_loader: validation data; needed by "auto", reported per epoch otherwise.
         max_drop: percentage points, for "auto".
-        opt, weight_decay, clip_grad, criterion, objective, amp, seed, progress: as `pcx.fit` takes
-            them.
+        opt, weight_decay, clip_grad, criterion, objective, amp, execution, seed, progress: as
+            `pcx.fit` takes them.
         checkpoint_dir: folder for `scores.json` (scores and kept indices) and for what `pcx.fit`
             writes of the fine-tuning. "auto" has a folder in it for each keep, such as keep_0.3.
         resume: continue the fine-tuning from that folder. The scores are computed again.
@@ -81,7 +82,8 @@ def condense(
         raise ValueError("resume: needs checkpoint_dir")
     folder = None if checkpoint_dir is None else writable_folder(checkpoint_dir)
     chosen = objective_for(objective, criterion)
-    shared: dict[str, Any] = {"objective": chosen, "amp": amp, "seed": seed, "progress": progress}
+    shared: dict[str, Any] = {"objective": chosen, "amp": amp, "execution": execution}
+    shared |= {"seed": seed, "progress": progress}
     if scores is None:
         scores = score(model, loader, method=method, **shared)
     else:
@@ -157,7 +159,7 @@ class _Tuning:
         Raises:
             ValueError: the objective has no accuracy to compare.
         """
-        shared = {name: self.options[name] for name in ("objective", "amp")}
+        shared = {name: self.options[name] for name in ("objective", "amp", "execution")}
         found = evaluate(model, self.options["val_loader"], **shared)
         if "accuracy" not in found:
             raise ValueError(

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.utils.data import DistributedSampler, IterableDataset
 
 from pcx.models.vpt.model import VPT
-from pcx.training.batches import images_and_labels
+from pcx.training.batches import LabelCheck, images_and_labels
 from pcx.training.loaders import rebuilt
 from pcx.training.objectives import Objective
 
@@ -44,8 +44,7 @@ class Reader:
         self.loader = _share(loader, self.rank, self.processes)
         self.samples = self.number = 0  # samples read here in this pass, and batches
         self.total = 0  # read by all processes
-        self.shape: torch.Size | None = None  # of the logits seen so far
-        self.seen: Any = None  # what the objective saw of this batch's labels
+        self.labels = LabelCheck(objective)
         self.bar = Progress(disable=not progress or self.rank > 0, transient=True)
 
     def batches(
@@ -63,10 +62,9 @@ class Reader:
             for batch in self.loader:
                 self.number += 1
                 images, labels = images_and_labels(batch)
-                if not isinstance(labels, Tensor) or not labels.dim():
-                    raise ValueError("loader: it yields single samples; give it a batch_size")
+                self.labels.check_rows(labels)
                 if self.number > done[0] and len(labels):
-                    self._look_at(labels)
+                    self.labels.before(labels)
                     yield send_to_device((images, labels), self.device)
                     self.step()
                 self.samples += len(labels)
@@ -75,16 +73,6 @@ class Reader:
             if self.number < done[0]:
                 self._check_done(done)
             self.bar.remove_task(task)
-
-    def _look_at(self, labels: Tensor) -> None:
-        """Looks at labels on the CPU: on a GPU they would stall it, and wrong ones end the process.
-
-        What else could be wrong with them the objective says with the loss.
-        """
-        if self.objective.criterion is None:
-            self.seen = self.objective.look_at(labels)
-            if self.shape is not None:
-                self.objective.check_seen(self.seen, self.shape)
 
     def _check_done(self, done: tuple[int, int]) -> None:
         if (self.number, self.samples) != done:
@@ -111,10 +99,7 @@ class Reader:
                 logits = functional_call(self.model, prompts, (images,))
             else:
                 logits = self.model(images)
-        self.shape = logits.shape
-        if self.objective.criterion is None:
-            self.objective.check_seen(self.seen, logits.shape)
-        return self.objective.losses(logits, labels, check=False)
+        return self.labels.losses(logits, labels)
 
     def check(self, losses: Tensor) -> Tensor:
         """Waits for the losses of the batch at hand and gives them back."""

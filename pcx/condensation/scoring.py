@@ -19,6 +19,7 @@ from pcx.condensation.reading import Reader, Scores
 from pcx.condensation.removal import Sums, score_by_removal
 from pcx.condensation.score_methods import ByRemoval, FromPrompts, PerSample
 from pcx.models.vpt.model import VPT
+from pcx.training.execution import check_execution
 from pcx.training.loaders import plain_loader
 from pcx.training.objectives import Criterion, Objective, objective_for
 from pcx.training.precision import AMP, weights_cast
@@ -33,7 +34,7 @@ def score(
     criterion: Criterion | None = None,
     objective: str | Objective = "single-label",
     amp: str = "no",
-    cuda_graph: bool = False,
+    execution: str = "auto",
     seed: int = 0,
     checkpoint_dir: str | os.PathLike | None = None,
     resume: bool = False,
@@ -50,7 +51,7 @@ def score(
     criterion: Criterion | None = None,
     objective: str | Objective = "single-label",
     amp: str = "no",
-    cuda_graph: bool = False,
+    execution: str = "auto",
     seed: int = 0,
     checkpoint_dir: str | os.PathLike | None = None,
     resume: bool = False,
@@ -66,7 +67,7 @@ def score(
     criterion: Criterion | None = None,
     objective: str | Objective = "single-label",
     amp: str = "no",
-    cuda_graph: bool = False,
+    execution: str = "auto",
     seed: int = 0,
     checkpoint_dir: str | os.PathLike | None = None,
     resume: bool = False,
@@ -97,10 +98,8 @@ def score(
         criterion, objective: as `pcx.fit` takes them.
         amp: "no", "bf16" or "fp16", of what is differentiated. The small differences of "exact" and
             "exact-zero" would drown in it and are always computed without.
-        cuda_graph: on CUDA, record what one batch's gradients take in a CUDA graph and replay it
-            for all batches of that shape, so that no slow CPU holds the GPU up. The model and the
-            criterion must not wait for the GPU. Takes twice the memory. Not for "exact" and
-            "exact-zero".
+        execution: as `pcx.fit` takes it, of the pass that differentiates. A recorded pass takes
+            twice the memory. "exact" and "exact-zero" run eagerly.
         seed: of "random".
         checkpoint_dir: folder for the sums so far of "exact" and "exact-zero", a file each, written
             whole or not at all after every batch.
@@ -114,11 +113,11 @@ def score(
     Raises:
         ValueError: no such method, an empty loader, a model without prompts or (cls-attention)
             without [CLS], a criterion that does not give one value per sample, a loss that is not
-            finite (names the sample), float16 that overflows, a checkpoint of other scores, or
-            cuda_graph on a CPU or of what cannot be recorded.
+            finite (names the sample), float16 that overflows, a checkpoint of other scores, or an
+            execution that is not possible.
     """
     names = (method,) if isinstance(method, str) else tuple(method)
-    _check(model, names, amp, cuda_graph, checkpoint_dir, resume)
+    _check(model, names, amp, execution, checkpoint_dir, resume)
     methods = {name: SCORES[name] for name in names}
     found = {
         name: [s.double().cpu() for s in each.score(model, seed)]
@@ -131,7 +130,7 @@ def score(
             chosen = objective_for(objective, criterion)
             reader = Reader(model, plain.loader, chosen, AMP[amp], progress)
             sums = partial(Sums, data=plain.description, folder=checkpoint_dir, resume=resume)
-            found |= _from_data(reader, methods, "cuda-graph" if cuda_graph else "eager", sums)
+            found |= _from_data(reader, methods, execution, sums)
         _say(reader, plain.description)
     return found[method] if isinstance(method, str) else {name: found[name] for name in names}
 
@@ -163,7 +162,7 @@ def check_prompted(model: Any) -> None:
         )
 
 
-def _check(model, names, amp, cuda_graph, checkpoint_dir, resume) -> None:
+def _check(model, names, amp, execution, checkpoint_dir, resume) -> None:
     """Raises a ValueError where arguments of `score` do not fit, before anything is read."""
     unknown = [name for name in names if name not in SCORES]
     if not names:
@@ -180,8 +179,7 @@ def _check(model, names, amp, cuda_graph, checkpoint_dir, resume) -> None:
         raise ValueError("model: it has no prompts to score")
     if amp not in AMP:
         raise ValueError(f"amp: got {amp!r}, expected one of {tuple(AMP)}")
-    if cuda_graph and model.prompts[0].device.type != "cuda":
-        raise ValueError(f"cuda_graph: the model is on {model.prompts[0].device}, expected CUDA")
+    check_execution(execution, model.prompts[0].device)
     if resume and checkpoint_dir is None:
         raise ValueError("resume: needs checkpoint_dir")
     if checkpoint_dir is None:

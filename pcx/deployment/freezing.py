@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pcx.backbones.outputs import logits_of
 from pcx.backbones.residual import Wrapper
-from pcx.models.base import TunedModel
+from pcx.models.base import TunedModel, check_choice
+from pcx.models.block_forward import StandIn
+from pcx.training.execution import EXECUTIONS, compiled, prepared
 from pcx.training.precision import AMP, cast_weights
+
+GRAPHS = 8  # shapes of batches that a frozen model records
 
 
 class Frozen(nn.Module):
@@ -19,18 +25,56 @@ class Frozen(nn.Module):
     `pcx.freeze` and `pcx.ensemble` make it.
     """
 
-    def __init__(self, backbone: nn.Module, amp: torch.dtype | None = None):
+    _run: Any  # what `prepared` gave, None before the first call
+    _made_at: int  # of StandIn.changes
+
+    def __init__(
+        self, backbone: nn.Module, amp: torch.dtype | None = None, execution: str = "auto"
+    ):
         super().__init__()
         self.backbone = backbone.requires_grad_(False)
         self.amp = amp
+        self.execution = execution
         self.training = False
+        self._forget()
 
     def forward(self, x: Tensor, **inputs: Any) -> Tensor:
-        """Images [B, 3, H, W], or what the backbone takes -> logits [B, C], or features [B, D]."""
-        if self.amp is None:
-            return logits_of(self.backbone(x, **inputs))
-        with torch.autocast(x.device.type, self.amp):
-            return logits_of(self.backbone(x, **inputs))
+        """Images [B, 3, H, W], or what the backbone takes -> logits [B, C], or features [B, D].
+
+        The logits are the caller's own: no later call overwrites them.
+        """
+        device = next(t.device for t in tree_leaves((x, inputs)) if isinstance(t, Tensor))
+        if not self._runs_alone(device, x):
+            return _logits(self.backbone, self.amp, x, **inputs)
+        if self._run is None or self._made_at != StandIn.changes:
+            self._made_at = StandIn.changes
+            called = compiled(self.backbone, self.execution)
+            compute = torch.no_grad()(partial(_logits, called, self.amp))
+            self._run = prepared(lambda: compute, device, self.execution, GRAPHS)
+        return self._run(x, **inputs)
+
+    def _runs_alone(self, device: torch.device, x: Any) -> bool:
+        """Whether a call is a plain one: neither differentiated nor part of a larger recording."""
+        if self.execution == "eager" or (self.execution == "auto" and device.type != "cuda"):
+            return False
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False
+        return not (torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad)
+
+    def _forget(self) -> None:
+        """Drops what was recorded or compiled, which holds the memory of the weights."""
+        self._run = None
+        self._made_at = 0
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._forget()  # weights move
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which record anew."""
+        return {**self.__dict__, "_run": None}
 
     @property
     def pretrained_cfg(self) -> Any:
@@ -44,8 +88,15 @@ class Frozen(nn.Module):
         return self
 
 
+def _logits(backbone: nn.Module, amp: torch.dtype | None, x: Tensor, **inputs: Any) -> Tensor:
+    if amp is None:
+        return logits_of(backbone(x, **inputs))
+    with torch.autocast(x.device.type, amp):
+        return logits_of(backbone(x, **inputs))
+
+
 @torch.no_grad()
-def freeze(model: TunedModel, *, amp: str = "no") -> Frozen:
+def freeze(model: TunedModel, *, amp: str = "no", execution: str = "auto") -> Frozen:
     """Makes a model for inference; what the method adds becomes constants where it folds.
 
     The keys and values of a VPT's prompts are computed once and kept as buffers; the prompts and
@@ -57,6 +108,10 @@ def freeze(model: TunedModel, *, amp: str = "no") -> Frozen:
         amp: "bf16" or "fp16" to compute in autocast with the weights of linear and convolutional
             layers cast once, which autocast does anew in every call and to the same bits. The cast
             weights are the frozen model's own. "no" leaves precision to the caller.
+        execution: "auto" records the model in a CUDA graph for each of the first `GRAPHS` shapes of
+            batches on CUDA, and runs it eagerly elsewhere. "eager" and "cuda-graph" ask for one of
+            the two. "compile" compiles the model before. Exchange no module of a frozen model after
+            its first call: a recording does not see it.
 
     Returns:
         A module that maps images to logits as the model does in eval mode, to rounding. It has no
@@ -64,7 +119,7 @@ def freeze(model: TunedModel, *, amp: str = "no") -> Frozen:
 
     Raises:
         ValueError: the model is no tuned model, its prompts do not fold (kind "shallow"), or amp is
-            none of the three.
+            none of the three, or there is no such execution.
 
     Example:
         >>> deployed = pcx.freeze(model)
@@ -77,10 +132,11 @@ def freeze(model: TunedModel, *, amp: str = "no") -> Frozen:
         )
     if amp not in AMP:
         raise ValueError(f"amp: got {amp!r}, expected one of {tuple(AMP)}")
+    check_choice("execution", execution, EXECUTIONS)
     dtype, backbone = AMP[amp], model.deployed()
     if dtype is not None:
         _cast(backbone, dtype)
-    return Frozen(backbone, dtype)
+    return Frozen(backbone, dtype, execution)
 
 
 def _cast(backbone: nn.Module, dtype: torch.dtype) -> None:

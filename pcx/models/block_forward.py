@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ class StandIn:
     """
 
     reduction: dict[str, Any] | None = None
+    changes: ClassVar[int] = 0  # of blocks anywhere; recordings made before the last are old
 
     def __init__(self, block: nn.Module):
         self.block = block
@@ -40,10 +41,12 @@ class StandIn:
 
     def install(self) -> None:
         self.block.forward = self  # type: ignore[assignment]
+        StandIn.changes += 1
 
     def remove(self) -> None:
         if self.block.__dict__.get("forward") is self:
             del self.block.forward
+            StandIn.changes += 1
 
     def before(self, call: attention.Call, known: Any) -> attention.Call:
         """The call to make in place of the block's; `known` is None where nothing was carried."""

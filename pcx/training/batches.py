@@ -46,17 +46,23 @@ class LabelCheck:
         self.shape: torch.Size | None = None
         self._seen: Any = None
 
+    @staticmethod
+    def check_rows(labels: Any) -> None:
+        """Raises a ValueError where labels are no batch."""
+        if not isinstance(labels, Tensor) or not labels.dim():
+            what = "single numbers" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
+            raise ValueError(
+                f"loader: its labels are {what}, expected a tensor with a row per sample; give the "
+                "loader a batch_size"
+            )
+
     def before(self, labels: Any) -> None:
         """Looks at the labels of a batch that is about to be computed.
 
         Raises:
             ValueError: the labels are no batch, or do not fit the logits.
         """
-        if not isinstance(labels, Tensor) or not labels.dim():
-            raise ValueError(
-                f"loader: its labels are {_described(labels)}, expected a tensor with a row per "
-                "sample; give the loader a batch_size"
-            )
+        self.check_rows(labels)
         if self.objective.criterion is None:
             self._seen = self.objective.look_at(labels)
             if self.shape is not None:
@@ -68,10 +74,6 @@ class LabelCheck:
         if self.objective.criterion is None:
             self.objective.check_seen(self._seen, logits.shape)
         return self.objective.losses(logits, labels, check=False)
-
-
-def _described(labels: Any) -> str:
-    return "single numbers" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
 
 
 def placed(loader: Iterable, device: torch.device, check: LabelCheck) -> Iterator[tuple]:

@@ -75,7 +75,10 @@ def evaluate(
     with accelerator_for(amp) as accelerator:
         model.to(accelerator.device)
         evaluation = Evaluation(accelerator, model, objective_for(objective, criterion), execution)
-        return evaluation.of(divided(accelerator, loader))
+        try:
+            return evaluation.of(divided(accelerator, loader))
+        finally:
+            evaluation.release()
 
 
 def divided(accelerator: Accelerator, loader: Any) -> Any:
@@ -101,7 +104,7 @@ class Evaluation:
         self.accelerator, self.model, self.objective = accelerator, model, objective
         self.check = LabelCheck(objective)
         self._called = compiled(model, execution)
-        self._run = prepared(lambda: self._batch, accelerator.device, execution)
+        self._run: Any = prepared(lambda: self._batch, accelerator.device, execution)
 
     @torch.no_grad()
     def of(self, loader: Any) -> dict:
@@ -122,6 +125,10 @@ class Evaluation:
         if not samples:
             raise ValueError("loader: it yielded no sample")
         return {**metrics.compute(), "loss": float(loss) / samples, "samples": samples}
+
+    def release(self) -> None:
+        """Gives back what a recording holds."""
+        self._run = None
 
     def _batch(self, images: Any, labels: Tensor) -> tuple[Tensor, ...]:
         with self.accelerator.autocast():

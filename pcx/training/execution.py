@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class Replayed:
     def __init__(
         self, make: Callable[[], Run], device: torch.device, *, must: bool = False, graphs: int = 1
     ):
-        self.stream = torch.cuda.Stream(device)
+        self.stream = _stream_beside(device)
         self.must, self.graphs = must, graphs
         self.recordings: dict[Any, _Recording | None] = {}  # None of a shape that ran once
         self.waits = 0
@@ -142,13 +143,16 @@ class Replayed:
         # Other threads may go on: a loader's pins memory, that of NCCL looks at events.
         recording = torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
         try:
-            with torch.cuda.device(self.stream.device), recording:
+            with torch.cuda.device(self.stream.device), own_workspaces(), recording:
                 results = self.run(*args, **kwargs)
         except Exception as error:  # whatever the function calls may refuse to be recorded
             _end_recording(self.stream.device)
             if self.must and isinstance(error, torch.OutOfMemoryError):
                 raise
-            self._refuse(f"{type(error).__name__}: {str(error).splitlines()[0]}", error)
+            first: BaseException = error  # the end of a recording that failed is an error too
+            while first.__context__ is not None:
+                first = first.__context__
+            self._refuse(f"{type(first).__name__}: {str(first).splitlines()[0]}", error)
             return None
         return _Recording(graph, [x for x in leaves if isinstance(x, Tensor)], results)
 
@@ -196,6 +200,26 @@ def waits_for_gpu() -> Iterator[list[str]]:
             warnings.warn_explicit(
                 warning.message, warning.category, warning.filename, warning.lineno
             )
+
+
+@cache
+def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+    """The one stream for recordings: cuBLAS keeps a workspace for every stream that it has seen."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def own_workspaces() -> Iterator[None]:
+    """Within it cuBLAS takes new workspaces, which are a recording's own.
+
+    A recording that used those of eager calls would write to freed memory once torch drops them,
+    as it does for its own compiled graphs.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def _end_recording(device: torch.device) -> None:

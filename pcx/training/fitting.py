@@ -20,7 +20,7 @@ from pcx.backbones.outputs import logits_of
 from pcx.checkpoints.files import written_whole
 from pcx.checkpoints.fingerprint import fingerprint
 from pcx.models.base import TunedModel, copy_state, state_of
-from pcx.models.record import record_of
+from pcx.models.peft_model import known_by
 from pcx.training.batches import LabelCheck, placed
 from pcx.training.callbacks import bar_of, note_of, say_facts
 from pcx.training.evaluation import Evaluation, accelerator_for, divided, gathered
@@ -83,11 +83,9 @@ def fit(
         criterion: (logits, labels) -> one loss per sample [B]; the objective's own by default.
         objective: a name in `pcx.training.OBJECTIVES`, or an `Objective`: what labels look like.
         amp: "no", "bf16" or "fp16".
-        execution: how a step is run. "auto" records it in a CUDA graph, where there is CUDA and the
-            step can be recorded, and replays it for batches of that shape; the results are those
-            of "eager", bit by bit. A line of the log says why a step cannot be recorded.
-            "cuda-graph" makes that an error. "compile" compiles the model before, which takes a
-            minute and pays in long runs; its results are equal to rounding.
+        execution: "auto" records a step in a CUDA graph where that is possible and replays it; the
+            bits are those of "eager". "cuda-graph" makes it an error where it is not possible.
+            "compile" compiles the model too, which pays in long runs, and is equal to rounding.
         seed: of Python's, NumPy's and torch's generators, which each epoch seeds anew.
         checkpoint_dir: folder for `last.pt`, written whole or not at all after every epoch, and
             for the run's config.json, environment.json and history.csv.
@@ -99,20 +97,15 @@ def fit(
         lr, seconds, and with a val_loader val_loss, val_accuracy. The model stays in training mode.
 
     Raises:
-        ValueError: an argument does not fit, the execution is not possible, or the checkpoint is of
-            another run.
+        ValueError: an argument or the execution is not possible, or the checkpoint of another run.
         NonFiniteLoss: the loss became NaN or infinite; the model is back at the start of that epoch
             and the last checkpoint stays.
     """
+    known = known_by(model)
     names, chosen = _trainable(model), objective_for(objective, criterion)
     if resume and checkpoint_dir is None:
         raise ValueError("resume: needs checkpoint_dir")
-    given: dict[str, Any] = {
-        "weight_decay": weight_decay,
-        "momentum": momentum,
-        "opt": opt,
-        "amp": amp,
-    }
+    given: Any = {"weight_decay": weight_decay, "momentum": momentum, "opt": opt, "amp": amp}
     given |= {"clip_grad": clip_grad, "seed": seed, "criterion": chosen.described}
     frozen = None if checkpoint_dir is None else _frozen(model, names)
     with accelerator_for(amp, seed) as accelerator:
@@ -121,13 +114,12 @@ def fit(
         check_recipe(recipe)
         folder = None if checkpoint_dir is None else RunFolder(checkpoint_dir)
         console = Console(quiet=not (progress and accelerator.is_main_process))
-        say_facts(console, model, names, recipe, accelerator.device)
-        check_execution(execution, accelerator.device)
-        run = _Run(accelerator, model, names, recipe, loader, val_loader, chosen, execution)
-        history = _train(run, folder, resume, console)
-    record = record_of(model)
-    record.trained_lr = recipe.lr
-    record.recipe = {k: v for k, v in asdict(recipe).items() if k != "frozen"}
+        shared, data = (accelerator, model, names, recipe), (loader, val_loader)
+        say_facts(console, *shared[1:], accelerator.device)
+        with _Run(*shared, data, chosen, execution) as run:
+            history = _train(run, folder, resume, console)
+    if known is not None:
+        known.record.set_recipe(asdict(recipe))
     return history
 
 
@@ -162,12 +154,12 @@ class _Run:
         model: nn.Module,
         names: list[str],
         recipe: Recipe,
-        loader,
-        val_loader,
+        data: tuple[Any, Any],  # to train on, and to evaluate on or None
         objective: Objective,
         execution: str,
     ):
-        device = accelerator.device
+        device, (loader, val_loader) = accelerator.device, data
+        check_execution(execution, device)
         self.accelerator = accelerator
         self.model = model.to(device)
         self.names = names
@@ -198,12 +190,21 @@ class _Run:
         self.called = compiled(model, execution)
         # What other processes or the optimiser do in between cannot be recorded.
         self.whole = self.recordable and accelerator.num_processes == 1
-        self.step = prepared(
+        self.step: Any = prepared(
             lambda: self._whole_step if self.whole else self._gradients, device, execution
         )
         self.evaluation = Evaluation(accelerator, model, objective, execution)
         self.history: list[dict] = []
         self.updates = 0
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Gives back what recordings hold, the last gradients with them."""
+        self.optimizer.zero_grad()
+        self.step = None
+        self.evaluation.release()
 
     def epoch(self) -> dict:
         start, number = time.perf_counter(), len(self.history)
@@ -241,39 +242,43 @@ class _Run:
         )
 
     def _pass(self, number: int) -> dict:
-        metrics, losses, rate = self.objective.metrics(), Losses(), 0.0
+        metrics, losses, rate = self.objective.metrics(), Losses(f"epoch {number + 1}"), 0.0
         try:
             for images, labels in placed(self.loader, self.accelerator.device, self.check):
                 self.scheduler.step_update(self.updates)
                 rate = self.rates.hand_over()
                 found, *seen = self.step(images, labels)
                 if not self.whole:
-                    self._update()
+                    *seen, gradients = seen
+                    self._update(gradients)
                 self.updates += 1
                 found, *rows = gathered(self.accelerator, found, *seen)
                 metrics.update(*rows)
                 losses.add(found)
             loss = losses.mean()
         except NonFiniteLoss as error:
-            raise NonFiniteLoss(f"loss: {error} of epoch {number + 1}: {self._advice()}") from None
+            raise NonFiniteLoss(f"loss: {error}: {self._advice()}") from None
         return {"loss": loss, **metrics.compute(), "samples": losses.samples, "lr": rate}
 
     def _whole_step(self, images: Any, labels: Tensor) -> tuple[Tensor, ...]:
-        """One update; gives what `_gradients` gives."""
-        found = self._gradients(images, labels)
-        self._update()
-        return found
+        """One update; gives the losses [B] and what the metrics need."""
+        *found, gradients = self._gradients(images, labels)
+        self._update(gradients)
+        return tuple(found)
 
-    def _gradients(self, images: Any, labels: Tensor) -> tuple[Tensor, ...]:
-        """Forward, loss, backward; gives the losses [B] and what the metrics need."""
+    def _gradients(self, images: Any, labels: Tensor) -> tuple[Any, ...]:
+        """Forward, loss, backward; gives the losses [B], what the metrics need, and gradients."""
         with self.accelerator.autocast():
             logits = logits_of(self.called(images))
         losses = self.check.losses(logits, labels)
         self.optimizer.zero_grad()
         self.accelerator.backward(losses.mean())
-        return losses.detach(), *self.objective.observed(logits, labels)
+        gradients = [parameter.grad for parameter in self.parameters.values()]
+        return losses.detach(), *self.objective.observed(logits, labels), gradients
 
-    def _update(self) -> None:
+    def _update(self, gradients: list[Tensor | None]) -> None:
+        for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
+            parameter.grad = gradient  # a recorded step writes to gradients of its own
         self.together.average_gradients()
         if self.recipe.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.parameters.values(), self.recipe.clip_grad)

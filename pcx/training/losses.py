@@ -26,9 +26,16 @@ class Losses:
 
     Every `LOOK_EVERY` steps the sums are sent to the CPU, and those that were sent before are
     looked at. A loss that is not finite is noticed at most 2 * `LOOK_EVERY` steps later.
+
+    Args:
+        where: what the pass is called in messages.
+
+    Attributes:
+        samples: added so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, where: str):
+        self.where = where
         self.samples = 0
         self._steps = 0
         self._sum = 0.0
@@ -80,5 +87,7 @@ class Losses:
         bad = (~look.rows.isfinite()).nonzero()
         if len(bad):
             at = int(bad[0])
-            raise NonFiniteLoss(f"{look.rows[at].item()} in step {look.first + at + 1}")
+            raise NonFiniteLoss(
+                f"{look.rows[at].item()} in {self.where}, step {look.first + at + 1}"
+            )
         self._sum += float(look.rows.sum())

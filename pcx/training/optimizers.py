@@ -34,16 +34,18 @@ class Rates:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device, recordable: bool):
-        self.groups = optimizer.param_groups
+        self.optimizer = optimizer
         self.tensors: list[Tensor] = []
         if recordable:
-            self.tensors = [torch.zeros((), device=device) for _ in self.groups]
+            self.tensors = [torch.zeros((), device=device) for _ in optimizer.param_groups]
 
     def hand_over(self) -> float:
         """Puts the rates that the schedule has set into the tensors; gives the first of them."""
-        rates = [float(group["lr"]) for group in self.groups]
-        for group, rate, tensor in zip(self.groups, rates, self.tensors, strict=False):
-            group["lr"] = tensor.fill_(rate)
+        groups = self.optimizer.param_groups
+        rates = [float(group["lr"]) for group in groups]
+        if self.tensors:
+            for group, rate, tensor in zip(groups, rates, self.tensors, strict=True):
+                group["lr"] = tensor.fill_(rate)
         return rates[0]
 
 

@@ -180,8 +180,8 @@ def test_a_compiled_model_gives_the_same_scores(backbone, loader):
 
 
 def test_a_graph_needs_cuda(model, loader):
-    with pytest.raises(ValueError, match="cuda_graph: the model is on cpu"):
-        pcx.score(model, loader, cuda_graph=True, **QUIET)
+    with pytest.raises(ValueError, match="execution: 'cuda-graph' needs CUDA, the device is cpu"):
+        pcx.score(model, loader, execution="cuda-graph", **QUIET)
 
 
 @pytest.mark.parametrize("path", ["folded", "concat"])

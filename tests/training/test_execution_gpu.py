@@ -1,0 +1,266 @@
+"""Training, evaluation and frozen models from CUDA graphs give what they give eagerly."""
+
+import copy
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import build
+from torch.utils.data import DataLoader, TensorDataset
+
+import pcx
+from pcx.training.execution import Replayed, prepared
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda", 0)
+QUIET = {"progress": False}
+COMPILER = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
+
+
+@pytest.fixture
+def loader():
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(38, 3, 64, 64), torch.arange(38) % 3)
+    return DataLoader(data, batch_size=8, pin_memory=True)  # the last batch has 6
+
+
+def model_of(dropout=0.0, **arguments):
+    torch.manual_seed(1)
+    backbone = build("vit", 3, torch.float32).cuda()
+    return pcx.VPT(backbone, 5, head_init="keep", dropout=dropout, **arguments)
+
+
+def weights(model):
+    return {n: t.detach().clone() for n, t in model.own_state().items()}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("opt", ["momentum", "adamw", "lion"])
+@pytest.mark.parametrize("amp", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_training_gives_the_same_bits(loader, opt, amp, dropout):
+    found, rows = {}, {}
+    for execution in ("eager", "auto"):
+        model = model_of(dropout)
+        rows[execution] = pcx.fit(
+            model,
+            loader,
+            epochs=10,  # 50 steps
+            lr=0.01,
+            opt=opt,
+            amp=amp,
+            clip_grad=1.0,
+            val_loader=loader,
+            execution=execution,
+            **QUIET,
+        )
+        found[execution] = weights(model)
+    assert_same(found["auto"], found["eager"])
+    for a, b in zip(rows["auto"], rows["eager"], strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {
+            k: v for k, v in b.items() if k != "seconds"
+        }
+    assert rows["auto"][-1]["loss"] < rows["auto"][0]["loss"]
+
+
+@COMPILER
+@pytest.mark.parametrize("execution", ["eager", "auto", "compile"])
+def test_resuming_continues_to_the_same_bits(loader, tmp_path, execution):
+    arguments = {"epochs": 4, "lr": 0.05, "execution": execution, **QUIET}
+    whole = model_of(0.2)
+    pcx.fit(whole, loader, checkpoint_dir=tmp_path / "a", **arguments)
+
+    class Interrupted(Exception):
+        pass
+
+    class Stops:
+        """A loader that ends the run in its third epoch."""
+
+        def __init__(self):
+            self.epochs, self.batch_size = 0, 8
+
+        def __len__(self):
+            return len(loader)
+
+        def __iter__(self):
+            self.epochs += 1
+            for i, batch in enumerate(loader):
+                if self.epochs == 3 and i == 2:
+                    raise Interrupted
+                yield batch
+
+    resumed = model_of(0.2)
+    with pytest.raises(Interrupted):
+        pcx.fit(resumed, Stops(), checkpoint_dir=tmp_path / "b", **arguments)
+    again = model_of(0.2)
+    pcx.fit(again, Stops(), checkpoint_dir=tmp_path / "b", resume=True, **arguments)
+    assert_same(weights(again), weights(whole))
+
+
+@COMPILER
+def test_compiled_training_agrees(loader):
+    found = {}
+    for execution in ("eager", "compile"):
+        model = model_of()
+        pcx.fit(model, loader, epochs=3, lr=0.05, execution=execution, **QUIET)
+        found[execution] = weights(model)
+    for name, tensor in found["compile"].items():
+        torch.testing.assert_close(tensor, found["eager"][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("execution", ["auto", "cuda-graph"])
+def test_a_loss_that_is_not_finite_is_found_and_rolled_back(execution):
+    torch.manual_seed(0)
+    images = torch.randn(200, 3, 64, 64)
+    model = model_of()
+    data = TensorDataset(images, torch.arange(200) % 3)
+    arguments = {"epochs": 1, "lr": 0.01, "warmup_epochs": 0, "execution": execution, **QUIET}
+    pcx.fit(model, DataLoader(data, batch_size=4), **arguments)
+    before = weights(model)
+    images[101] = torch.nan
+    with pytest.raises(pcx.NonFiniteLoss, match="loss: nan in epoch 1, step 26: lower lr"):
+        pcx.fit(model, DataLoader(data, batch_size=4), **arguments)
+    assert_same(weights(model), before)
+
+
+def test_labels_are_checked_before_they_reach_the_gpu(loader):
+    labels = torch.arange(38) % 3
+    labels[30] = 7
+    data = TensorDataset(loader.dataset.tensors[0], labels)
+    with pytest.raises(ValueError, match="labels 0..7 for a head of 3"):
+        pcx.fit(model_of(), DataLoader(data, batch_size=8), epochs=1, lr=0.1, **QUIET)
+    with pytest.raises(ValueError, match="labels 0..7 for a head of 3"):
+        pcx.evaluate(model_of(), DataLoader(data, batch_size=8))
+    torch.zeros(1, device="cuda").item()  # the device is well
+
+
+def test_what_cannot_be_recorded_goes_on_as_it_is(loader, caplog):
+    def waiting(logits, labels):
+        return F.cross_entropy(logits, labels, reduction="none") * float(logits.isfinite().all())
+
+    arguments = {"epochs": 2, "lr": 0.05, **QUIET}
+    plain, found = model_of(0.2), model_of(0.2)
+    pcx.fit(plain, loader, criterion=waiting, execution="eager", **arguments)
+    assert not caplog.text
+    pcx.fit(found, loader, criterion=waiting, **arguments)
+    assert caplog.text.count("running without a CUDA graph: it waits for the GPU") == 1
+    assert_same(weights(found), weights(plain))
+    with pytest.raises(ValueError, match="execution: 'cuda-graph' cannot record this: it waits"):
+        pcx.fit(model_of(), loader, criterion=waiting, execution="cuda-graph", **arguments)
+
+
+def test_random_draws_go_on_after_a_recording_that_failed():
+    """Of a function that torch does not notice to wait, so that the recording itself fails."""
+
+    def run(x):
+        event = torch.cuda.current_stream().record_event()
+        torch.cuda.synchronize()
+        del event
+        return F.dropout(x, 0.5)
+
+    found = prepared(lambda: run, DEVICE, "auto")
+    x = torch.ones(1000, device=DEVICE)
+    torch.manual_seed(3)
+    first = [found(x) for _ in range(4)]
+    torch.manual_seed(3)
+    second = [F.dropout(x, 0.5) for _ in range(4)]
+    assert found.refused
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_out_of_memory_while_recording(monkeypatch, caplog):
+    def run(x):
+        y = x + 1
+        if torch.cuda.is_current_stream_capturing():
+            torch.empty(2**40, device=DEVICE, dtype=torch.uint8)
+        return y
+
+    found = prepared(lambda: run, DEVICE, "auto")
+    x = torch.ones(3, device=DEVICE)
+    for _ in range(4):
+        assert torch.equal(found(x), x + 1)
+    assert "running without a CUDA graph: OutOfMemoryError" in caplog.text
+    must = prepared(lambda: run, DEVICE, "cuda-graph")
+    must(x)
+    with pytest.raises(torch.OutOfMemoryError):
+        must(x)
+
+
+def test_replays_draw_as_eager_calls_do():
+    x = torch.ones(1000, device=DEVICE)
+    found = Replayed(lambda: lambda x: F.dropout(x, 0.5), DEVICE)
+    torch.manual_seed(5)
+    first = [found(x) for _ in range(5)]
+    torch.manual_seed(5)
+    for drawn in first:
+        assert torch.equal(drawn, F.dropout(x, 0.5))
+
+
+@pytest.mark.parametrize("amp", ["no", "bf16"])
+def test_a_frozen_model_replays_a_graph_for_each_shape(amp):
+    model = model_of()
+    eager = pcx.freeze(model, amp=amp, execution="eager")
+    frozen = pcx.freeze(model, amp=amp)
+    kept = []
+    for batch in (1, 3, 1, 3, 1, 3, 5, 5, 5):
+        x = torch.randn(batch, 3, 64, 64, device=DEVICE)
+        kept.append((frozen(x), eager(x)))
+    for found, expected in kept:  # no later call has overwritten one
+        assert torch.equal(found, expected)
+    assert len(frozen._run.recordings) == 3
+    other = copy.deepcopy(frozen)
+    assert torch.equal(other(x), eager(x))
+    x.requires_grad_()
+    frozen(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_a_frozen_model_that_is_changed_records_anew():
+    linear = pcx.Linear(build("vit", 3, torch.float32).cuda())
+    frozen, x = pcx.freeze(linear), torch.randn(2, 3, 64, 64, device=DEVICE)
+    for _ in range(3):
+        before = frozen(x)
+    handle = pcx.token_pruning.tome(frozen.backbone, r=2)
+    pruned = [frozen(x) for _ in range(3)]
+    assert not torch.equal(pruned[-1], before)
+    for found in pruned:
+        assert torch.equal(found, pruned[0])
+    handle.remove()
+    assert torch.equal(frozen(x), before)
+    frozen.double()
+    assert frozen(x.double()).dtype == torch.float64
+    frozen.float()
+    assert torch.equal(frozen(x), before)
+
+
+def test_memory_of_recordings_is_given_back(loader):
+    def used():
+        gc.collect()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    model, seen = model_of(), []
+    for _ in range(4):
+        pcx.fit(model, loader, epochs=1, lr=0.01, warmup_epochs=0, **QUIET)
+        pcx.evaluate(model, loader)
+        seen.append(used())
+    assert seen[-1] <= seen[0] + 4 * 2**20, seen
+
+
+def test_recordings_outlive_what_torch_drops():
+    """cuBLAS's workspaces of eager calls, which compiled graphs of torch clear."""
+    frozen = pcx.freeze(model_of(), amp="bf16")
+    x = torch.randn(4, 3, 64, 64, device=DEVICE)
+    for _ in range(3):
+        expected = frozen(x)
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    for _ in range(3):
+        assert torch.equal(frozen(x), expected)
