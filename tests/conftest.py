@@ -9,6 +9,8 @@ from accelerate.state import AcceleratorState
 from families import randomise
 from torch.utils.data import DataLoader, TensorDataset
 
+from pcx.models.vpt import block
+
 torch.set_num_threads(2)
 
 
@@ -18,6 +20,12 @@ def device_of_the_test(request, monkeypatch):
     if request.node.get_closest_marker("gpu") is None:
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(autouse=True)
+def last_blocks_leave_tokens_out(monkeypatch):
+    """Also in the small models of the tests, for which it does not pay."""
+    monkeypatch.setattr(block, "WORTH", {})
 
 
 @pytest.fixture

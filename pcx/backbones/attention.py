@@ -1,15 +1,23 @@
 """Interception of the attention call that a transformer block makes.
 
 Nearly every attention module of timm, and the sdpa path of Hugging Face, ends in one call of
-`F.scaled_dot_product_attention`. `intercept`, entered around a block's call, hands each such call
-to a function of ours. Nothing is patched, so nothing stays behind.
+`F.scaled_dot_product_attention`. Two ways hand such a call to a function of ours:
+
+- `intercept`, a mode entered around a block's call, sees every function of torch within. It works
+  for any block, compiles into one graph, and leaves nothing behind.
+- `route` prepares an attention module whose own forward makes the call. The module then runs the
+  same code, in which that one name means a function of ours. It takes no mode, whose Python costs
+  more than a small block's kernels.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,7 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # a frozen one takes four times as long to make
 class Call:
     """The arguments of one attention call."""
 
@@ -83,6 +91,135 @@ def _call(
     return Call(query, key, value, attn_mask, scale)
 
 
+class _Active(threading.local):
+    """What the calls of routed modules are handed to in this thread."""
+
+    attend: Attend | None = None
+    seen: list[int]
+
+
+_ACTIVE = _Active()
+
+
+class _direct:  # noqa: N801, used as `with _direct(...)`
+    """`intercept` for a block whose attention module is routed."""
+
+    def __init__(self, attend: Attend, seen: list[int]):
+        self.attend, self.seen = attend, seen
+
+    def __enter__(self) -> None:
+        self.before = _ACTIVE.attend, getattr(_ACTIVE, "seen", [])
+        _ACTIVE.attend, _ACTIVE.seen = self.attend, self.seen
+
+    def __exit__(self, *error: Any) -> None:
+        _ACTIVE.attend, _ACTIVE.seen = self.before
+
+
+def _routed_call(*args: Any, **kwargs: Any) -> Tensor:
+    """Stands for F.scaled_dot_product_attention in the forward of a routed module."""
+    number = len(_ACTIVE.seen)
+    _ACTIVE.seen.append(number)
+    return _ACTIVE.attend(number, _call(*args, **kwargs))  # type: ignore[misc]
+
+
+_FUNCTIONAL = SimpleNamespace(**{**vars(F), "scaled_dot_product_attention": _routed_call})
+
+
+class Routed:
+    """Stands in for the forward of an attention module; an object, so that a copy has its own."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        module.forward = self  # type: ignore[assignment]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward: Any = type(self.module).forward
+        if _ACTIVE.attend is not None:  # never while compiling, see `handed`
+            forward = _rerouted(forward)
+        return forward(self.module, *args, **kwargs)
+
+
+@cache
+def _rerouted(forward: FunctionType) -> FunctionType:
+    """The same code, where torch.nn.functional is `_FUNCTIONAL`."""
+    names = {name: _FUNCTIONAL for name in _names_of_functional(forward)}
+    own = FunctionType(
+        forward.__code__,
+        {**forward.__globals__, **names},
+        forward.__name__,
+        forward.__defaults__,
+        forward.__closure__,
+    )
+    own.__kwdefaults__ = forward.__kwdefaults__
+    return own
+
+
+def _names_of_functional(forward: Any) -> list[str]:
+    code = getattr(forward, "__code__", None)
+    if code is None or "scaled_dot_product_attention" not in code.co_names:
+        return []
+    return [name for name in code.co_names if forward.__globals__.get(name) is F]
+
+
+ROUTED = "_pcx_routed"  # the attribute of a block whose attention module is routed
+
+
+@torch.no_grad()
+def route(block: nn.Module, module: nn.Module, expected: int, dim: int) -> bool:
+    """Prepares a block of a model's own copy, so that its calls are handed over without a mode.
+
+    It is proven on a few made-up tokens that all calls of the block come that way and that the
+    block computes the same bits. Where they do not, the block is left as it was.
+
+    Args:
+        block: changed: its attention module gets a forward of ours.
+        module: the module in it, or itself, whose forward makes the calls.
+        expected: how many calls the block makes.
+        dim: width of its tokens.
+
+    Returns:
+        Whether the block is routed now.
+    """
+    if "forward" in vars(module) or not _names_of_functional(type(module).forward):
+        return False
+    tokens, calls, routed = _made_up_tokens(block, dim), list[Call](), list[Call]()
+
+    def keep(kept: list[Call]) -> Attend:
+        def attend(_: int, call: Call) -> Tensor:
+            kept.append(call)
+            return call.empty_output()  # the call's bias may be one for other tokens
+
+        return attend
+
+    with intercept(keep(calls), []):
+        expected_out = block(tokens)
+    Routed(module)
+    setattr(block, ROUTED, True)
+    missed: list[int] = []
+    try:
+        with intercept(keep(calls), missed):
+            found = run(block, expected, keep(routed), tokens)
+        proven = not missed and torch.equal(found, expected_out)
+        proven = proven and all(map(_same, calls, routed)) and len(calls) == len(routed)
+    except (MissedCall, TypeError, NameError):
+        proven = False
+    if not proven:
+        del module.forward
+        setattr(block, ROUTED, False)
+    return proven
+
+
+def _same(a: Call, b: Call) -> bool:
+    return all(map(torch.equal, (a.q, a.k, a.v), (b.q, b.k, b.v))) and a.scale == b.scale
+
+
+def handed(block: nn.Module, attend: Attend, seen: list[int]) -> Any:
+    """A context within which a block's attention calls are handed to `attend(n, call)`."""
+    if getattr(block, ROUTED, False) and not torch.compiler.is_compiling():
+        return _direct(attend, seen)
+    return intercept(attend, seen)
+
+
 class MissedCall(RuntimeError):
     """A block did not make the attention calls it was expected to make."""
 
@@ -95,7 +232,7 @@ def run(block: nn.Module, expected: int, attend: Attend, x: Tensor, *args, **kwa
             prompts would silently have been left out.
     """
     seen: list[int] = []
-    with intercept(attend, seen):
+    with handed(block, attend, seen):
         out = block(x, *args, **kwargs)
     if len(seen) != expected:
         raise MissedCall(
@@ -149,9 +286,7 @@ def probe(block: nn.Module, dim: int) -> list[Call]:
         ValueError: the block makes no such call, makes one whose keys depend on another's output,
             or mixes tokens outside of attention. The message says which.
     """
-    parameter = next(block.parameters())
-    ramp = torch.arange(6 * dim, device=parameter.device, dtype=torch.float32)
-    tokens = torch.sin(ramp * 1.7).reshape(1, 6, dim).to(parameter.dtype)
+    tokens = _made_up_tokens(block, dim)
     calls: list[Call] = []
 
     def poison(_: int, call: Call) -> Tensor:
@@ -175,6 +310,13 @@ def probe(block: nn.Module, dim: int) -> list[Call]:
     if out.shape != tokens.shape or not torch.equal(out[:, :-1], changed[:, :-1]):
         raise ValueError("its block mixes tokens outside of attention")
     return calls
+
+
+def _made_up_tokens(block: nn.Module, dim: int) -> Tensor:
+    """Six tokens [1, 6, D] like the block's weights."""
+    like = next(block.parameters())
+    ramp = torch.arange(6 * dim, device=like.device, dtype=torch.float32)
+    return torch.sin(ramp * 1.7).reshape(1, 6, dim).to(like.dtype)
 
 
 def _without_attention(block: nn.Module, expected: int, tokens: Tensor) -> Tensor:

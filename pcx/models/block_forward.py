@@ -118,7 +118,7 @@ def run_watched(block: nn.Module, watch: attention.Watch, x: Tensor, *args, **kw
     if own is not None:
         return own(block, watch, x, *args, **kwargs)
     forward: Any = type(block).forward
-    with attention.intercept(lambda _, call: watch(call).output(), []):
+    with attention.handed(block, lambda _, call: watch(call).output(), []):
         return forward(block, x, *args, **kwargs)
 
 

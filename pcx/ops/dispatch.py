@@ -86,6 +86,11 @@ class Dispatch:
         self.rows[row.name] = row
         self._added.append(row)
 
+    @property
+    def extended(self) -> bool:
+        """Whether backends were added from outside."""
+        return bool(self._added)
+
     def own_run(self, backend: str, *arguments: Any) -> Callable[..., Any] | None:
         """The chosen backend's own function, or None if the torch op finds what to call.
 

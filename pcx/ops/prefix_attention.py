@@ -71,7 +71,7 @@ def prefix_attention(
     """
     q, k, v, prefix_k, prefix_v, bias = _autocast(q, k, v, prefix_k, prefix_v, bias)
     check_prefix_attention(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lengths, bias)
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    scale = scale_of(q, scale)
     lead = q.shape[:-3]
     if bias is not None:
         bias = _five_dimensions(bias, lead)
@@ -82,7 +82,7 @@ def prefix_attention(
     tensors = (q, k, v, prefix_k, prefix_v)
     own = DISPATCH.own_run(backend, *tensors, bias, scale)
     if backend == "auto":
-        backend = _automatic(q, k, v, scale)
+        backend = automatic(q, k, v, scale)
     if own is not None:
         out, lse = own(*tensors, prefix_index, prefix_lengths, bias, scale)
     elif backend == "reference":
@@ -98,7 +98,12 @@ def prefix_attention(
     return (out, lse) if return_lse else out
 
 
-def _automatic(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str:
+def scale_of(q: Tensor, scale: Any) -> float:
+    """The factor on the logits, 1 / sqrt(d) by default."""
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+
+
+def automatic(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str:
     """The backend that "auto" stands for: "reference", or "auto" for CUDA kernels.
 
     With "auto" the op chooses between "cuda" and "triton" itself.

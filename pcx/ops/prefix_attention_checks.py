@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,9 +22,48 @@ def check_prefix_attention(
 ) -> None:
     """Checks shapes, dtypes, devices and, on the CPU, the values of indices.
 
+    Without indices and bias, what was checked once is not checked again: the checks take longer
+    than a small call.
+
     Raises:
         TypeError, ValueError: the message names the argument, what it got and what it may be.
     """
+    key = None
+    if index is None and lengths is None and bias is None and type(q) is Tensor:
+        if torch.compiler.is_compiling():  # a compiled graph has no place for the set
+            key = None
+        else:
+            key = _key_of(q, k, v, prefix_k, prefix_v)
+            if key in _CHECKED:
+                return
+    _check_all(q, k, v, prefix_k, prefix_v, index, lengths, bias)
+    if key is not None:
+        if len(_CHECKED) >= _MOST:
+            _CHECKED.clear()
+        _CHECKED.add(key)
+
+
+_CHECKED: set[tuple] = set()  # shapes, dtypes and devices of calls that were right
+_MOST = 1000
+
+
+def _key_of(*tensors: Any) -> tuple | None:
+    try:
+        return tuple([x for t in tensors for x in (t.shape, t.dtype, t.device)])
+    except AttributeError:
+        return None  # not all are tensors
+
+
+def _check_all(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    index: Tensor | None,
+    lengths: Tensor | None,
+    bias: Tensor | None,
+) -> None:
     _check_tensors({"q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v})
     for name, tensor in {"prefix_index": index, "prefix_lengths": lengths, "bias": bias}.items():
         if tensor is None:

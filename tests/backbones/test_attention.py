@@ -1,5 +1,9 @@
 """The seam hands over every attention call or says that it cannot."""
 
+import copy
+import pickle
+import threading
+
 import pytest
 import timm
 import torch
@@ -9,6 +13,7 @@ from torch import nn
 
 import pcx
 from pcx.backbones import attention
+from pcx.backbones.spec import find_spec
 
 
 class TorchAttentionBlock(nn.Module):
@@ -109,3 +114,51 @@ def test_nothing_is_left_behind():
     assert type(backbone.blocks[0]) is timm.models.vision_transformer.Block
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in backbone.modules())
     torch.testing.assert_close(backbone(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["vit", "vit-qk-norm", "beit"])
+def test_a_routed_block_hands_over_the_same_call(family):
+    """Without a mode, to the same bits, in copies too, and in each thread its own."""
+    backbone = build(family)
+    attention.fuse(backbone)
+    spec = find_spec(backbone).blocks[0]
+    block, x = backbone.blocks[0], torch.randn(2, 17, spec.dim, dtype=torch.float64)
+    calls = {}
+
+    def attend(way):
+        return lambda n, call: calls.setdefault(way, call).output()
+
+    with attention.intercept(attend("mode"), []):
+        expected = block(x)
+    assert attention.route(block, backbone.get_submodule(spec.attention), 1, spec.dim)
+    for way, used in (("routed", block), ("copy", copy.deepcopy(block))):
+        found = attention.run(used, 1, attend(way), x)
+        assert torch.equal(found, expected)
+        assert torch.equal(calls[way].q, calls["mode"].q)
+        assert calls[way].scale == calls["mode"].scale
+    assert torch.equal(block(x), expected)  # where nothing is active it is what it was
+    pickle.loads(pickle.dumps(block))
+    other = threading.Thread(target=lambda: calls.update(other=block(x)))
+
+    def starts_another(n, call):
+        if not other.is_alive() and "other" not in calls:
+            other.start()
+            other.join()
+        return call.q
+
+    attention.run(block, 1, starts_another, x)
+    assert torch.equal(calls["other"], expected)
+
+
+def test_what_cannot_be_routed_is_left_as_it_is():
+    backbone = build("vit")
+    block = backbone.blocks[0]
+    block.attn.fused_attn = False
+    assert not attention.route(block, block.attn, 1, 48)
+    assert not attention.route(block, block.mlp, 1, 48)
+    assert "forward" not in vars(block.attn)
+    attention.fuse(backbone)
+    assert not attention.route(block, block.attn, 2, 48)  # it makes one call
+    assert "forward" not in vars(block.attn)
+    with pytest.raises(attention.MissedCall, match="made 1 calls"):
+        attention.run(block, 2, lambda n, call: call.output(), torch.zeros(1, 2, 48).double())

@@ -273,3 +273,16 @@ def test_dropout_in_the_backbone_does_not_act(x):
     model = pcx.VPT(backbone.train(), 3).train()
     assert torch.equal(model(x), model(x))
     assert isinstance(model.heads[0], nn.Linear)
+
+
+def test_tokens_are_left_out_where_that_saves_time(backbone, x, monkeypatch):
+    model = pcx.VPT(backbone, 3).eval()
+    seen = []
+    hook = model.layers[-1].register_forward_hook(lambda m, i, out: seen.append(out.shape[1]))
+    expected = model(x)
+    saved = 9 * 24**2 * 4 * len(x)  # multiply-adds of four tokens but [CLS]
+    for worth in (saved, saved + 1):
+        monkeypatch.setattr("pcx.models.vpt.block.WORTH", {"cpu": worth})
+        torch.testing.assert_close(model(x), expected)
+    hook.remove()
+    assert seen == [1, 1, 5]

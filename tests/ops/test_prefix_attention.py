@@ -1,5 +1,6 @@
 """prefix_attention against attention written out, and its errors."""
 
+import copy
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from pcx import prefix_attention
 from pcx.ops.dispatch import exporting
 from pcx.ops.library import EXTENSION
+from pcx.ops.prepared import Prepared
 from pcx.ops.reference import prefix_attention as reference
 
 B, H, N, S, M, D, DV = 3, 2, 5, 7, 4, 8, 6
@@ -425,3 +427,24 @@ def test_bad_arguments_are_named(change, error, message):
 def test_bad_sets_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         prefix_attention(*inputs(sets=(2,)), **arguments)
+
+
+def test_prepared_calls_check_a_shape_once():
+    attend = Prepared()
+    q, k, v = (torch.randn(2, 3, 5, 8) for _ in range(3))
+    key, value = torch.randn(3, 4, 8), torch.randn(3, 4, 8)
+    expected = prefix_attention(q, k, v, key, value)
+    for _ in range(3):
+        assert torch.equal(attend(q, k, v, key, value, None), expected)
+    assert len(attend._chosen) == 1
+    scaled = prefix_attention(q, k, v, key, value, scale=0.5)
+    assert torch.equal(attend(q, k, v, key, value, 0.5), scaled)
+    with pytest.raises(ValueError, match="prefix_k: shape"):
+        attend(q, k, v, key[:2], value, None)
+    with pytest.raises(TypeError, match="prefix_k: dtype"):
+        attend(q, k, v, key.double(), value.double(), None)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            assert attend(q, k, v, key, value, None).dtype == torch.bfloat16
+    copied = copy.deepcopy(attend)
+    assert torch.equal(copied(q, k, v, key, value, None), expected)

@@ -15,9 +15,13 @@ from pcx.backbones.residual import Wrapper
 from pcx.models.vpt.probes import Probe
 from pcx.models.vpt.prompts import dropped, neighbours, per_sample
 from pcx.ops.prefix_attention import cpu_cannot, prefix_attention
+from pcx.ops.prepared import Prepared
 from pcx.ops.reference.attention import additive
 
 PATHS = ("folded", "concat")
+# Multiply-adds by device from which on leaving tokens out of the last block saves time: keys and
+# values of all tokens then take a pass of their own, whose Python and launches take longer below.
+WORTH = {"cpu": 1e7, "cuda": 1.5e10}
 
 
 class PromptedBlock(Wrapper):
@@ -34,7 +38,7 @@ class PromptedBlock(Wrapper):
         calls: attention calls the block makes.
         head_dims: (H, d, dv) of them.
         prefix_tokens: tokens before the prompts.
-        read_tokens: of the last block, the tokens to compute, None for all.
+        read_tokens: of the last block, the tokens to compute where that saves time, None for all.
         last: whether this is the last block.
     """
 
@@ -71,6 +75,7 @@ class PromptedBlock(Wrapper):
         self.probe: Probe | None = None  # what scoring puts in for the length of a forward
         self.register_buffer("lengths", None)  # of constant prefix sets where they differ, [G]
         self.constants = 0  # attention calls whose prompts' keys and values are buffers
+        self.attention = Prepared()
         # In a tuple, so that the list is registered once, by the owner.
         self._owner: tuple[nn.ParameterList, ...] = (prompts,)
         self._positions: Any = tuple(
@@ -81,6 +86,8 @@ class PromptedBlock(Wrapper):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The block's output."""
+        if self.path == "folded" and not self.checkpoint:
+            return self._folded(None, x, *args, **kwargs)
         return self.run_watched(None, x, *args, **kwargs)
 
     def run_watched(self, watch: attention.Watch | None, x: Tensor, *args, **kwargs) -> Tensor:
@@ -137,9 +144,9 @@ class PromptedBlock(Wrapper):
         if self.probe is not None and self.probe.given is not None:
             return self.probe.given, None
         if self.constants:
-            pairs = [
-                (self.get_buffer(f"prefix_k{n}"), self.get_buffer(f"prefix_v{n}"))
-                for n in range(self.constants)
+            held = self._buffers
+            pairs: Any = [
+                (held[f"prefix_k{n}"], held[f"prefix_v{n}"]) for n in range(self.constants)
             ]
             keys = pairs[0][0]
             return (pairs if keys.shape[-2] else None), neighbours(keys, 4, batch)
@@ -158,14 +165,16 @@ class PromptedBlock(Wrapper):
     # Folded: prompts act through their keys and values alone, computed once for the batch.
 
     def _folded(self, watch: attention.Watch | None, x: Tensor, *args, **kwargs) -> Tensor:
-        self._place(0)
+        if self._positions:
+            self._place(0)
+        block = self.block
         prefixes, sets = self._this_step(x.shape[0])
         full = None
-        if self.read_tokens is not None and self.last:
-            full = attention.capture(self.block, self.calls, x, *args, **kwargs)
+        if self._leaves_out(x):
+            full = attention.capture(block, self.calls, x, *args, **kwargs)
             x, args, kwargs = x[:, : self.read_tokens], (), {}
         elif prefixes is None and watch is None:
-            return self.block(x, *args, **kwargs)
+            return block(x, *args, **kwargs)
 
         def attend(n: int, call: attention.Call) -> Tensor:
             if full is not None:  # the read tokens' queries over every token's keys and values
@@ -176,7 +185,17 @@ class PromptedBlock(Wrapper):
                 return call.output()
             return self._attend(call, *prefixes[n], sets)
 
-        return attention.run(self.block, self.calls, attend, x, *args, **kwargs)
+        return attention.run(block, self.calls, attend, x, *args, **kwargs)
+
+    def _leaves_out(self, x: Tensor) -> bool:
+        """Whether the tokens that the head does not read are left out: where it saves time."""
+        if self.read_tokens is None or not self.last:
+            return False
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # whatever the batch will be
+            return True
+        batch, tokens, dim = x.shape
+        saved = 9 * dim**2 * (tokens - self.read_tokens) * batch  # projection and MLP
+        return saved >= WORTH.get(x.device.type, 0)
 
     def prefixes(self, prompts: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the prompts for each attention call: [H, m, d] or [G, H, m, d]."""
@@ -197,7 +216,10 @@ class PromptedBlock(Wrapper):
     def _attend(
         self, call: attention.Call, key: Tensor, value: Tensor, sets: Tensor | None
     ) -> Tensor:
-        key, value = key.to(call.k.dtype), value.to(call.v.dtype)
+        if key.dtype != call.k.dtype or value.dtype != call.v.dtype:
+            key, value = key.to(call.k.dtype), value.to(call.v.dtype)
+        if self.probe is None and call.bias is None and sets is None and key.dim() == 3:
+            return self.attention(call.q, call.k, call.v, key, value, call.scale)
         observes = self.probe is not None and self.probe.observes
         found = prefix_attention(
             call.q,

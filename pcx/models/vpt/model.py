@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pcx.backbones import attention
+from pcx.backbones.probing import without_hooks
 from pcx.backbones.spec import BackboneSpec, check_promptable
 from pcx.models.base import TunedModel, check_choice
 from pcx.models.block_forward import set_read_tokens
@@ -47,7 +48,7 @@ class VPT(TunedModel):
         head_init: "published" draws the head anew (kaiming-normal, fan-out; bias -log 99), "keep"
             starts from the backbone's own head.
         read_only: compute only the tokens that the head reads in the last block of the folded path,
-            where that is exact (pooling by [CLS]).
+            where that is exact (pooling by [CLS]) and saves time (not of small batches).
 
     Raises:
         ValueError: an argument is out of range, or the backbone's family is not supported.
@@ -245,6 +246,9 @@ class VPT(TunedModel):
             checkpoint = getattr(block, "gradient_checkpointing", False)
             if checkpoint:  # Hugging Face re-runs its layers outside of ours
                 block.gradient_checkpointing = False
+            with without_hooks(block):
+                module = self.backbone.get_submodule(spec.attention)
+                attention.route(block, module, spec.calls, spec.dim)
             wrapped = PromptedBlock(
                 block,
                 i,
