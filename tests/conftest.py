@@ -23,9 +23,11 @@ def device_of_the_test(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def last_blocks_leave_tokens_out(monkeypatch):
+def last_blocks_leave_tokens_out():
     """Also in the small models of the tests, for which it does not pay."""
-    monkeypatch.setattr(block, "WORTH", {})
+    with pytest.MonkeyPatch.context() as patch:  # a test may undo those of its own
+        patch.setattr(block, "WORTH", {})
+        yield
 
 
 @pytest.fixture

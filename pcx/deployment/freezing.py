@@ -110,8 +110,9 @@ def freeze(model: TunedModel, *, amp: str = "no", execution: str = "auto") -> Fr
             weights are the frozen model's own. "no" leaves precision to the caller.
         execution: "auto" records the model in a CUDA graph for each of the first `GRAPHS` shapes of
             batches on CUDA, and runs it eagerly elsewhere. "eager" and "cuda-graph" ask for one of
-            the two. "compile" compiles the model before. Exchange no module of a frozen model after
-            its first call: a recording does not see it.
+            the two. "compile" compiles the model before. Small batches may be computed by other
+            kernels when recorded, which changes rounding. Exchange no module of a frozen model
+            after its first call: a recording does not see it.
 
     Returns:
         A module that maps images to logits as the model does in eval mode, to rounding. It has no

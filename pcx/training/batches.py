@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,10 +51,11 @@ class LabelCheck:
     def check_rows(labels: Any) -> None:
         """Raises a ValueError where labels are no batch."""
         if not isinstance(labels, Tensor) or not labels.dim():
-            what = "single numbers" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
+            if isinstance(labels, Tensor | int | float):
+                raise ValueError("loader: it yields single samples; give it a batch_size")
             raise ValueError(
-                f"loader: its labels are {what}, expected a tensor with a row per sample; give the "
-                "loader a batch_size"
+                f"loader: its labels are a {type(labels).__name__}, expected a tensor with a row "
+                "per sample; let its collate_fn make one"
             )
 
     def before(self, labels: Any) -> None:
@@ -87,7 +89,7 @@ def placed(loader: Iterable, device: torch.device, check: LabelCheck) -> Iterato
             check.before(labels)
             yield send_to_device((images, labels), device)
         return
-    copies, done = torch.cuda.Stream(device), deque[torch.cuda.Event]()
+    copies, done = _stream_of_copies(device), deque[torch.cuda.Event]()
     for batch in loader:
         images, labels = images_and_labels(batch)
         check.before(labels)
@@ -102,3 +104,9 @@ def placed(loader: Iterable, device: torch.device, check: LabelCheck) -> Iterato
         done.append(current.record_event())
         if len(done) > AHEAD:
             done.popleft().synchronize()
+
+
+@cache
+def _stream_of_copies(device: torch.device) -> torch.cuda.Stream:
+    """One for all loaders: torch keeps memory for every stream that it has seen."""
+    return torch.cuda.Stream(device)

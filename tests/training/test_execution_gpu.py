@@ -10,9 +10,13 @@ from families import build
 from torch.utils.data import DataLoader, TensorDataset
 
 import pcx
+from pcx.ops.prepared import Prepared
 from pcx.training.execution import Replayed, prepared
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 DEVICE = torch.device("cuda", 0)
 QUIET = {"progress": False}
 COMPILER = pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
@@ -264,3 +268,29 @@ def test_recordings_outlive_what_torch_drops():
     torch.cuda.empty_cache()
     for _ in range(3):
         assert torch.equal(frozen(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_batches_without_gradients_run_on_hopper_kernels(dtype):
+    """Outside of recordings; rows that do not begin on 16 bytes go on to Triton."""
+    attend, generator = Prepared(), torch.Generator(DEVICE).manual_seed(0)
+
+    def made(*shape):
+        return torch.randn(*shape, generator=generator, device=DEVICE, dtype=dtype)
+
+    q, k, v = (made(1, 12, 197, 64) for _ in range(3))
+    prefix = made(12, 30, 64), made(12, 30, 64)
+    with torch.no_grad():
+        expected = pcx.prefix_attention(*(x.float() for x in (q, k, v, *prefix)))
+        for _ in range(2):
+            torch.testing.assert_close(
+                attend(q, k, v, *prefix, None).float(), expected, rtol=2e-2, atol=2e-2
+            )
+        odd = made(1, 12, 197, 65)[..., 1:]
+        expected = pcx.prefix_attention(odd, k, v, *prefix)
+        assert torch.equal(attend(odd, k, v, *prefix, None), expected)
+    q.requires_grad_()
+    for _ in range(2):
+        found = attend(q, k, v, *prefix, None)
+        assert torch.equal(found, pcx.prefix_attention(q, k, v, *prefix))
+        found.sum().backward()

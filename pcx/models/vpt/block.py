@@ -117,9 +117,10 @@ class PromptedBlock(Wrapper):
         [H, m, d] for all samples, or G sets [G, H, m, d] (of `lengths` [G]) for as many equal
         parts of a batch.
         """
-        for n, (key, value) in enumerate(prefixes):
-            self.register_buffer(f"prefix_k{n}", key)
-            self.register_buffer(f"prefix_v{n}", value)
+        self._names_of_constants = [(f"prefix_k{n}", f"prefix_v{n}") for n in range(len(prefixes))]
+        for names, tensors in zip(self._names_of_constants, prefixes, strict=True):
+            for name, tensor in zip(names, tensors, strict=True):
+                self.register_buffer(name, tensor)
         self.lengths = lengths
         self.constants = len(prefixes)
         self._owner = ()
@@ -145,11 +146,10 @@ class PromptedBlock(Wrapper):
             return self.probe.given, None
         if self.constants:
             held = self._buffers
-            pairs: Any = [
-                (held[f"prefix_k{n}"], held[f"prefix_v{n}"]) for n in range(self.constants)
-            ]
+            pairs: Any = [(held[k], held[v]) for k, v in self._names_of_constants]
             keys = pairs[0][0]
-            return (pairs if keys.shape[-2] else None), neighbours(keys, 4, batch)
+            sets = None if keys.dim() == 3 else neighbours(keys, 4, batch)
+            return (pairs if keys.shape[-2] else None), sets
         prompts = self.prompt_sets(batch)
         if not prompts.shape[-2]:
             return None, None
