@@ -83,9 +83,9 @@ def fit(
         criterion: (logits, labels) -> one loss per sample [B]; the objective's own by default.
         objective: a name in `pcx.training.OBJECTIVES`, or an `Objective`: what labels look like.
         amp: "no", "bf16" or "fp16".
-        execution: "auto" records a step in a CUDA graph where that is possible and replays it, to the
-            bits of "eager". Replayed steps run no Python of criterion or model. "cuda-graph" makes
-            it an error where it is not possible; "compile" compiles the model too (long runs).
+        execution: "auto" records a step in a CUDA graph where that is possible and replays it, to
+            the bits of "eager". Replayed steps run no Python of criterion or model. "cuda-graph"
+            makes it an error where it is not possible; "compile" compiles the model too.
         seed: of Python's, NumPy's and torch's generators, which each epoch seeds anew.
         checkpoint_dir: folder for `last.pt`, written whole or not at all after every epoch, and
             for the run's config.json, environment.json and history.csv.
