@@ -29,13 +29,11 @@ def check_prefix_attention(
         TypeError, ValueError: the message names the argument, what it got and what it may be.
     """
     key = None
-    if index is None and lengths is None and bias is None and type(q) is Tensor:
-        if torch.compiler.is_compiling():  # a compiled graph has no place for the set
-            key = None
-        else:
-            key = _key_of(q, k, v, prefix_k, prefix_v)
-            if key in _CHECKED:
-                return
+    kept = index is None and lengths is None and bias is None and type(q) is Tensor
+    if kept and not torch.compiler.is_compiling():  # a compiled graph has no place for the set
+        key = _key_of(q, k, v, prefix_k, prefix_v)
+        if key in _CHECKED:
+            return
     _check_all(q, k, v, prefix_k, prefix_v, index, lengths, bias)
     if key is not None:
         if len(_CHECKED) >= _MOST:
