@@ -23,10 +23,11 @@ def device_of_the_test(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def last_blocks_leave_tokens_out():
-    """Also in the small models of the tests, for which it does not pay."""
+def blocks_compute_as_large_ones():
+    """Small models of the tests fold prompts and leave tokens out, which does not pay for them."""
     with pytest.MonkeyPatch.context() as patch:  # a test may undo those of its own
         patch.setattr(block, "WORTH", {})
+        patch.setattr(block, "AMONG", {})
         yield
 
 

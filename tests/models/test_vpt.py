@@ -286,3 +286,20 @@ def test_tokens_are_left_out_where_that_saves_time(backbone, x, monkeypatch):
         torch.testing.assert_close(model(x), expected)
     hook.remove()
     assert seen == [1, 1, 5]
+
+
+@pytest.mark.parametrize("counts", [3, (3, 0)])
+def test_few_tokens_take_the_prompts_among_them(backbone, x, monkeypatch, counts):
+    model = pcx.VPT(backbone, counts).eval()
+    seen = []
+    block = model.layers[0].block
+    hook = block.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+    with torch.no_grad():
+        expected = model(x)
+        added = 12 * 24**2 * 3 * len(x)  # multiply-adds of three prompts in one block
+        for among in (added - 1, added):
+            monkeypatch.setattr("pcx.models.vpt.block.AMONG", {"cpu": among})
+            torch.testing.assert_close(model(x), expected)
+    model(x)  # gradients are those of the folded form, whatever the batch
+    hook.remove()
+    assert seen == [5, 5, 8, 5]

@@ -22,6 +22,10 @@ PATHS = ("folded", "concat")
 # Multiply-adds by device from which on leaving tokens out of the last block saves time: keys and
 # values of all tokens then take a pass of their own, whose Python and launches take longer below.
 WORTH = {"cpu": 1e7, "cuda": 1.5e10}
+# Multiply-adds of a block by device that prompts among the tokens may add where they still take
+# less time than prompts of their own, which go through the block's norm and projection in calls of
+# their own. It counts without gradients and outside of recorded or compiled graphs alone.
+AMONG = {"cpu": 3e6, "cuda": 2e10}
 
 
 class PromptedBlock(Wrapper):
@@ -87,7 +91,8 @@ class PromptedBlock(Wrapper):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The block's output."""
         if self.path == "folded" and not self.checkpoint:
-            return self._folded(None, x, *args, **kwargs)
+            form = self._concat if self._is_small(x) else partial(self._folded, None)
+            return form(x, *args, **kwargs)
         return self.run_watched(None, x, *args, **kwargs)
 
     def run_watched(self, watch: attention.Watch | None, x: Tensor, *args, **kwargs) -> Tensor:
@@ -161,6 +166,18 @@ class PromptedBlock(Wrapper):
         if not (self.training and self.dropout and prompts.numel()):
             return prompts
         return dropped(prompts, self.dropout, self.dropout_groups, batch)
+
+    def _is_small(self, x: Tensor) -> bool:
+        """Whether the concatenated form computes this folded block in less time."""
+        if self.kind != "deep" or self.constants or self.probe is not None:
+            return False
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return False
+        prompts = self._owner[0][self.index]
+        added = 12 * x.shape[-1] ** 2 * x.shape[0] * prompts.shape[-2]
+        if not 0 < added <= AMONG.get(x.device.type, 0):
+            return False
+        return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
     # Folded: prompts act through their keys and values alone, computed once for the batch.
 

@@ -30,9 +30,10 @@ class VPT(TunedModel):
 
     On the path "folded" the prompts enter as m extra keys and values of each layer's attention,
     computed once per step for the whole batch, which is exactly the same function; "concat" is the
-    literal published form. The frozen weights lie in the same memory as `backbone`'s until either
-    is moved or converted (move the backbone first to share it among several VPTs); its modules,
-    modes and flags are not touched. VPT keeps its own copy of the head.
+    literal published form. Without gradients a batch of few tokens takes the concatenated form on
+    the path "folded" too, where that takes less time. The frozen weights lie in the same memory as
+    `backbone`'s until either is moved or converted (move the backbone first to share it among
+    several VPTs); its modules, modes and flags are not touched. VPT keeps its own copy of the head.
 
     Args:
         backbone: a timm vision transformer, or Hugging Face's ...ForImageClassification.
