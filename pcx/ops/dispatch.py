@@ -25,6 +25,7 @@ OPS = Registry(
         "weighted_pagerank": "pcx.ops.weighted_pagerank:DISPATCH",
         "important_tokens": "pcx.ops.token_choice:IMPORTANT",
         "dissimilar_tokens": "pcx.ops.token_choice:DISSIMILAR",
+        "add_layer_norm": "pcx.ops.add_layer_norm:DISPATCH",
     },
 )
 

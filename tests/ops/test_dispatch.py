@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pcx
 from pcx.ops import dispatch, hardware, library
+from pcx.ops.add_layer_norm import add_layer_norm
 from pcx.ops.logit_gate import logit_gate
 from pcx.ops.prompt_score import prompt_score
 from pcx.ops.token_choice import dissimilar_tokens, important_tokens
@@ -28,6 +29,7 @@ CALLS = {
     "dissimilar_tokens": lambda b: dissimilar_tokens(
         Q.mean(3).softmax(2), Q, 2, protected=1, backend=b
     ),
+    "add_layer_norm": lambda b: add_layer_norm(Q, Q, None, None, backend=b),
 }
 
 
