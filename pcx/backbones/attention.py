@@ -115,14 +115,16 @@ class _direct:  # noqa: N801, used as `with _direct(...)`
         _ACTIVE.attend, _ACTIVE.seen = self.before
 
 
-def _routed_call(*args: Any, **kwargs: Any) -> Tensor:
+def routed_call(*args: Any, **kwargs: Any) -> Tensor:
     """Stands for F.scaled_dot_product_attention in the forward of a routed module."""
+    if _ACTIVE.attend is None:
+        return F.scaled_dot_product_attention(*args, **kwargs)
     number = len(_ACTIVE.seen)
     _ACTIVE.seen.append(number)
-    return _ACTIVE.attend(number, _call(*args, **kwargs))  # type: ignore[misc]
+    return _ACTIVE.attend(number, _call(*args, **kwargs))
 
 
-_FUNCTIONAL = SimpleNamespace(**{**vars(F), "scaled_dot_product_attention": _routed_call})
+_FUNCTIONAL = SimpleNamespace(**{**vars(F), "scaled_dot_product_attention": routed_call})
 
 
 class Routed:
@@ -182,7 +184,7 @@ def route(block: nn.Module, module: nn.Module, expected: int, dim: int) -> bool:
     """
     if "forward" in vars(module) or not _names_of_functional(type(module).forward):
         return False
-    tokens, calls, routed = _made_up_tokens(block, dim), list[Call](), list[Call]()
+    tokens, calls, routed = made_up_tokens(block, dim), list[Call](), list[Call]()
 
     def keep(kept: list[Call]) -> Attend:
         def attend(_: int, call: Call) -> Tensor:
@@ -286,7 +288,7 @@ def probe(block: nn.Module, dim: int) -> list[Call]:
         ValueError: the block makes no such call, makes one whose keys depend on another's output,
             or mixes tokens outside of attention. The message says which.
     """
-    tokens = _made_up_tokens(block, dim)
+    tokens = made_up_tokens(block, dim)
     calls: list[Call] = []
 
     def poison(_: int, call: Call) -> Tensor:
@@ -312,7 +314,7 @@ def probe(block: nn.Module, dim: int) -> list[Call]:
     return calls
 
 
-def _made_up_tokens(block: nn.Module, dim: int) -> Tensor:
+def made_up_tokens(block: nn.Module, dim: int) -> Tensor:
     """Six tokens [1, 6, D] like the block's weights."""
     like = next(block.parameters())
     ramp = torch.arange(6 * dim, device=like.device, dtype=torch.float32)

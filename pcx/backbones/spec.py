@@ -10,6 +10,7 @@ from torch import nn
 
 from pcx.backbones import attention
 from pcx.backbones.inputs import input_size
+from pcx.backbones.patches import find_patch_projection
 from pcx.backbones.probing import BlockSpec, probe_blocks, probe_listed, without_hooks
 from pcx.registry import Registry
 
@@ -44,6 +45,8 @@ class BackboneSpec:
         blocks: what one probing forward found, in the order of their computation.
         norm: dotted name of the norm that reads what the last block gives, None without one.
         no_blocks: why `blocks` is empty, None where it is not.
+        patch_projection: dotted name of the convolution that equals a matrix product over the
+            patches, None where there is none.
     """
 
     family: str
@@ -57,6 +60,7 @@ class BackboneSpec:
     blocks: tuple[BlockSpec, ...]
     norm: str | None = None
     no_blocks: str | None = None
+    patch_projection: str | None = None
 
     def blocks_in(self, backbone: nn.Module) -> list[Any]:
         """The blocks' modules in a backbone, or in a copy whose blocks are wrapped."""
@@ -77,7 +81,14 @@ def find_spec(backbone: nn.Module) -> BackboneSpec:
     facts = library_facts(backbone)
     blocks, norm, reason = _blocks(backbone, facts["listed"], facts["dim"])
     family = type(backbone).__name__
-    return BackboneSpec(family=family, blocks=blocks, norm=norm, no_blocks=reason, **facts)
+    return BackboneSpec(
+        family=family,
+        blocks=blocks,
+        norm=norm,
+        no_blocks=reason,
+        patch_projection=find_patch_projection(backbone, facts["patch_elements"]),
+        **facts,
+    )
 
 
 def library_facts(backbone: nn.Module) -> dict[str, Any]:

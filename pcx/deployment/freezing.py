@@ -10,9 +10,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from pcx.backbones.outputs import logits_of
+from pcx.backbones.patches import PatchProduct
 from pcx.backbones.residual import Wrapper
+from pcx.backbones.spec import BackboneSpec, find_spec
+from pcx.backbones.straight import straightened
 from pcx.models.base import TunedModel, check_choice
-from pcx.models.block_forward import StandIn
+from pcx.models.block_forward import StandIn, found_on
+from pcx.models.memory import over_same_memory
 from pcx.training.execution import EXECUTIONS, compiled, prepared
 from pcx.training.precision import AMP, cast_weights
 
@@ -96,15 +100,18 @@ def _logits(backbone: nn.Module, amp: torch.dtype | None, x: Tensor, **inputs: A
 
 
 @torch.no_grad()
-def freeze(model: TunedModel, *, amp: str = "no", execution: str = "auto") -> Frozen:
+def freeze(model: nn.Module, *, amp: str = "no", execution: str = "auto") -> Frozen:
     """Makes a model for inference; what the method adds becomes constants where it folds.
 
     The keys and values of a VPT's prompts are computed once and kept as buffers; the prompts and
-    their projections are gone. The backbone's weights are shared with the model's, which computes
-    as before.
+    their projections are gone. The patch embedding becomes a matrix product, and each block a
+    straight line of calls in which a residual sum and the LayerNorm behind it are one, where that
+    is proven to be the same. The backbone's weights are shared with the model's, which computes as
+    before. A token reduction that is set up on the model stays.
 
     Args:
-        model: a tuned model; a VPT of kind "deep" or "prefix".
+        model: a tuned model, where it is a VPT of kind "deep" or "prefix"; or a timm or Hugging
+            Face model, such as one on which a token reduction is set up.
         amp: "bf16" or "fp16" to compute in autocast with the weights of linear and convolutional
             layers cast once, which autocast does anew in every call and to the same bits. The cast
             weights are the frozen model's own. "no" leaves precision to the caller.
@@ -119,25 +126,65 @@ def freeze(model: TunedModel, *, amp: str = "no", execution: str = "auto") -> Fr
         prompts, no parameter that requires a gradient, and cannot be put into training mode.
 
     Raises:
-        ValueError: the model is no tuned model, its prompts do not fold (kind "shallow"), or amp is
-            none of the three, or there is no such execution.
+        ValueError: the model is neither tuned nor a backbone, its prompts do not fold (kind
+            "shallow"), amp is none of the three, or there is no such execution.
 
     Example:
         >>> deployed = pcx.freeze(model)
         >>> logits = deployed(images)
     """
-    if not isinstance(model, TunedModel):
-        raise ValueError(
-            f"model: a {type(model).__name__}, expected a pcx.VPT or a model of another method of "
-            "pcx.METHODS"
-        )
     if amp not in AMP:
         raise ValueError(f"amp: got {amp!r}, expected one of {tuple(AMP)}")
     check_choice("execution", execution, EXECUTIONS)
-    dtype, backbone = AMP[amp], model.deployed()
+    dtype = AMP[amp]
+    backbone, spec = _deployed(model)
+    _straighten(backbone, spec)
     if dtype is not None:
         _cast(backbone, dtype)
     return Frozen(backbone, dtype, execution)
+
+
+def _deployed(model: nn.Module) -> tuple[nn.Module, BackboneSpec]:
+    """A copy for inference alone, over the same memory, and its spec."""
+    if isinstance(model, TunedModel):
+        return model.deployed(), model.spec
+    copied = over_same_memory(model, model.parameters()).eval()
+    reductions = found_on(copied)
+    for stand_in in reductions:  # its blocks are probed as they are without
+        stand_in.remove()
+    try:
+        spec = find_spec(copied)
+    except ValueError as error:
+        raise ValueError(
+            f"model: a {type(model).__name__}, expected a model of a method of pcx.METHODS, or a "
+            f"backbone ({error})"
+        ) from error
+    for stand_in in reductions:
+        stand_in.install()
+    return copied, spec
+
+
+def _straighten(backbone: nn.Module, spec: BackboneSpec) -> None:
+    """Puts a straight line of calls in the place of each block, and a product in that of patches.
+
+    Blocks that cannot be captured stay as they are.
+    """
+    if spec.patch_projection is not None:
+        projection = backbone.get_submodule(spec.patch_projection)
+        backbone.set_submodule(spec.patch_projection, PatchProduct(projection))
+    for block in spec.blocks:
+        name, module = block.name, backbone.get_submodule(block.name)
+        while isinstance(module, Wrapper):
+            name, module = f"{name}.{module.holds}", getattr(module, module.holds)
+        stand_in = vars(module).get("forward")
+        if isinstance(stand_in, StandIn):
+            stand_in.remove()
+        straight = straightened(module, block.calls, block.dim)
+        if straight is not None:
+            backbone.set_submodule(name, straight)
+        if isinstance(stand_in, StandIn):
+            stand_in.block = straight or module
+            stand_in.install()
 
 
 def _cast(backbone: nn.Module, dtype: torch.dtype) -> None:

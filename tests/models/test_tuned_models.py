@@ -187,9 +187,10 @@ def test_linear_probes_need_no_attention(dataset):
 
 
 def test_a_backbone_that_is_wrapped_already_is_refused(backbone):
-    for held in (pcx.VPT(backbone, 2).backbone, pcx.freeze(pcx.VPT(backbone, 2)).backbone):
+    vpt = pcx.VPT(backbone, 2)
+    for held, what in ((vpt.backbone, "PromptedBlock"), (pcx.freeze(vpt).backbone, "PatchProduct")):
         for method in (pcx.Linear, pcx.Full):
-            with pytest.raises(ValueError, match="backbone: it holds a PromptedBlock of another"):
+            with pytest.raises(ValueError, match=f"backbone: it holds a {what} of another"):
                 method(held)
 
 

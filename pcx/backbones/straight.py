@@ -1,0 +1,220 @@
+"""Blocks as straight lines of calls, for inference alone.
+
+A block's forward in Python walks through modules that do nothing in eval mode, asks for switches,
+and adds, norms and casts in passes of their own. `straightened` captures the same computation by
+`torch.fx`: its matrix products are the block's own modules, and a residual sum with the LayerNorm
+that reads it is one call.
+"""
+
+from __future__ import annotations
+
+import operator
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from pcx.backbones import attention
+from pcx.backbones.residual import Wrapper
+from pcx.ops.add_layer_norm import add_layer_norm
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+class Straight(Wrapper):
+    """Runs a block of a backbone as the straight line of calls that was captured from it.
+
+    Its attention calls can be handed over as those of a routed block.
+
+    Args:
+        block: the block, whose modules and parameters the calls use.
+        source: Python of a function `forward(self, x, ...)`, where `self` is the block.
+        names: what the source refers to besides.
+    """
+
+    holds = "block"
+    block: Any
+    _run: Callable[..., Tensor]
+
+    def __init__(self, block: nn.Module, source: str, names: dict[str, Any]):
+        super().__init__(block)
+        self._source, self._names = source, names
+        self._read()
+        setattr(self, attention.ROUTED, True)
+        self.training = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the block gives."""
+        return self._run(self.block, *args, **kwargs)
+
+    def _read(self) -> None:
+        names = {"torch": torch, **self._names}
+        exec(compile(self._source, f"<straight {type(self.block).__name__}>", "exec"), names)
+        self._run = names["forward"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_run"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._read()
+
+
+@torch.no_grad()
+def straightened(block: nn.Module, expected: int, dim: int) -> Straight | None:
+    """The same block as a straight line of calls, or None where it cannot be captured.
+
+    It is proven on a few made-up tokens of two sizes that both make the same attention calls and
+    compute the same.
+
+    Args:
+        block: in eval mode; not changed.
+        expected: how many attention calls it makes.
+        dim: width of its tokens.
+    """
+    if any(module.training or _is_watched(module) for module in block.modules()):
+        return None
+    try:
+        graph = _Tracer().trace(block)
+    except Exception:  # whatever a forward does that depends on values
+        return None
+    _hand_over(graph)
+    _fuse_norms(block, graph)
+    for node in graph.nodes:
+        node.type = None  # annotations would be among the names
+    _drop_unread(graph)
+    code = graph.python_code("self")
+    modules = types.ModuleType  # torch is known anyway, and modules cannot be pickled
+    names = {n: v for n, v in code.globals.items() if not isinstance(v, modules)}
+    captured = Straight(block, code.src, names)
+    return captured if _is_proven(block, captured, expected, dim) else None
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether a module has hooks, or a forward of its own instance, which a capture would miss."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, name, None) for name in hooks):
+        return True
+    forward = vars(module).get("forward")
+    return forward is not None and not isinstance(forward, attention.Routed)
+
+
+class _Tracer(fx.Tracer):
+    """Leaves out modules that give their input back in eval mode."""
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
+        if type(m) in (nn.Identity, *_DROPOUTS) and not m.training:
+            return args[0]
+        return super().call_module(m, forward, args, kwargs)
+
+
+def _hand_over(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.target is F.scaled_dot_product_attention:
+            node.target = attention.routed_call
+
+
+def _drop_unread(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        reads = node.op == "get_attr" or node.target in (getattr, operator.getitem)
+        if reads and not node.users:
+            graph.erase_node(node)
+
+
+def _fuse_norms(block: nn.Module, graph: fx.Graph) -> None:
+    """Puts one call in the place of a LayerNorm that linear layers read, and of the sum before."""
+    for node in list(graph.nodes):
+        norm = _norm_of(block, node)
+        if norm is None or not all(_reads_narrow(block, user) for user in node.users):
+            continue
+        x, weight, bias, eps = norm
+        added = x.op == "call_function" and x.target in (operator.add, torch.add) and not x.kwargs
+        added = added and all(isinstance(term, fx.Node) for term in x.args)
+        with graph.inserting_before(node):
+            weight, bias = (t if t is None else graph.get_attr(t) for t in (weight, bias))
+            terms = x.args if added else (x, None)
+            both = graph.call_function(add_layer_norm, (*terms, weight, bias, eps))
+            if added:
+                total = graph.call_function(operator.getitem, (both, 0))
+            normed = graph.call_function(operator.getitem, (both, 1))
+        node.replace_all_uses_with(normed)
+        graph.erase_node(node)
+        if added and _is_first(x, both):
+            x.replace_all_uses_with(total)
+            graph.erase_node(x)
+
+
+def _is_first(x: fx.Node, both: fx.Node) -> bool:
+    """Whether everything that reads a sum comes behind the call that gives it now."""
+    return all(bool(both < user) for user in x.users)
+
+
+_LAYER_NORM = ("input", "normalized_shape", "weight", "bias", "eps")  # of F.layer_norm
+
+
+def _norm_of(block: nn.Module, node: fx.Node) -> Any:
+    """(input, name of weight, name of bias, eps) of a LayerNorm over the last dimension."""
+    if node.op == "call_module":
+        module = block.get_submodule(str(node.target))
+        if type(module) is not nn.LayerNorm or len(module.normalized_shape) != 1:
+            return None
+        names: Any = [
+            f"{node.target}.{n}" if getattr(module, n) is not None else None
+            for n in ("weight", "bias")
+        ]
+        return node.args[0], *names, module.eps
+    if node.target is not F.layer_norm:
+        return None
+    given: dict[str, Any] = dict(zip(_LAYER_NORM, node.args, strict=False))
+    given |= node.kwargs
+    names = [given.get("weight"), given.get("bias")]
+    if any(isinstance(n, fx.Node) and n.op != "get_attr" for n in names):
+        return None
+    if len(given["normalized_shape"]) != 1 or not isinstance(given["input"], fx.Node):
+        return None
+    targets = [n if n is None else n.target for n in names]
+    return given["input"], *targets, given.get("eps", 1e-5)
+
+
+def _reads_narrow(block: nn.Module, node: fx.Node) -> bool:
+    """Whether a node reads a tensor's shape, or is a linear layer, whose input autocast casts."""
+    if node.target is getattr:
+        return str(node.args[1]) == "shape"
+    if node.op != "call_module":
+        return False
+    return type(block.get_submodule(str(node.target))) is nn.Linear
+
+
+def _is_proven(block: nn.Module, captured: nn.Module, expected: int, dim: int) -> bool:
+    tokens = attention.made_up_tokens(block, dim)
+    try:
+        for x in (tokens, torch.cat([tokens, tokens.flip(1)], 1).expand(2, -1, -1)):
+            runs = [_run(each, expected, x) for each in (block, captured)]
+            (found, calls), (again, captured_calls) = runs
+            if not _is_close(found, again) or len(calls) != len(captured_calls):
+                return False
+            for a, b in zip(calls, captured_calls, strict=True):
+                if a.scale != b.scale or not all(map(_is_close, (a.q, a.k, a.v), (b.q, b.k, b.v))):
+                    return False
+    except Exception:  # a captured forward may fail on anything but what it was captured for
+        return False
+    return True
+
+
+def _run(block: nn.Module, expected: int, x: Tensor) -> tuple[Tensor, list[attention.Call]]:
+    calls: list[attention.Call] = []
+
+    def attend(_: int, call: attention.Call) -> Tensor:
+        calls.append(call)
+        return call.v if call.v.shape == call.q.shape else call.empty_output()
+
+    return attention.run(block, expected, attend, x), calls
+
+
+def _is_close(a: Tensor, b: Tensor) -> bool:
+    """Equal to rounding, which a fused sum may change."""
+    tolerance = 100 * torch.finfo(a.dtype).eps
+    return a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance)
