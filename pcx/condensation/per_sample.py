@@ -29,10 +29,12 @@ def score_in_one_pass(
     totals = torch.zeros(len(methods), sum(counts), dtype=torch.float64, device=reader.device)
     make = partial(_GradientPass, reader, list(methods.values()))
     one_pass = prepared(make, reader.device, execution)
+    checked = reader.checked_later()
     for images, labels in reader.batches("scoring"):
         losses, rows = one_pass(images, labels)
-        reader.check(losses)
+        checked.add(losses)
         totals += rows.double().sum(1)
+    checked.look()
     return {
         m: reader.means(list(sums.split(counts))) for m, sums in zip(methods, totals, strict=True)
     }

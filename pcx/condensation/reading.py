@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, DataLoaderShard
-from accelerate.utils import send_to_device
 from rich.progress import Progress
 from torch import Tensor
 from torch.func import functional_call
 from torch.utils.data import DistributedSampler, IterableDataset
 
 from pcx.models.vpt.model import VPT
-from pcx.training.batches import LabelCheck, images_and_labels
+from pcx.training.batches import LabelCheck, images_and_labels, placed
 from pcx.training.loaders import rebuilt
+from pcx.training.losses import Losses
 from pcx.training.objectives import Objective
 
 FLOAT16_LOSS_SCALE = 1024.0  # of the sum over a batch; gradients would vanish without
@@ -59,20 +59,24 @@ class Reader:
         self.samples = self.number = 0
         with self.bar:
             task = self.bar.add_task(note, total=total, completed=done[0] * steps)
-            for batch in self.loader:
-                self.number += 1
-                images, labels = images_and_labels(batch)
-                self.labels.check_rows(labels)
-                if self.number > done[0] and len(labels):
-                    self.labels.before(labels)
-                    yield send_to_device((images, labels), self.device)
-                    self.step()
-                self.samples += len(labels)
-                if self.number == done[0]:
-                    self._check_done(done)
-            if self.number < done[0]:
-                self._check_done(done)
+            for images, labels in placed(self._remaining(done), self.device, self.labels):
+                yield images, labels
+                self.step()
             self.bar.remove_task(task)
+
+    def _remaining(self, done: tuple[int, int]) -> Iterator[tuple]:
+        """The loader's batches that have samples and are not done."""
+        for batch in self.loader:
+            self.number += 1
+            images, labels = images_and_labels(batch)
+            self.labels.check_rows(labels)
+            if self.number > done[0] and len(labels):
+                yield images, labels
+            self.samples += len(labels)
+            if self.number == done[0]:
+                self._check_done(done)
+        if self.number < done[0]:
+            self._check_done(done)
 
     def _check_done(self, done: tuple[int, int]) -> None:
         if (self.number, self.samples) != done:
@@ -103,13 +107,15 @@ class Reader:
 
     def check(self, losses: Tensor) -> Tensor:
         """Waits for the losses of the batch at hand and gives them back."""
-        bad = (~losses.detach().isfinite()).nonzero()
-        if len(bad):
-            of = f" of process {self.rank}" if self.processes > 1 else ""
-            raise ValueError(
-                f"loader: the loss of sample {self.samples + int(bad[0])}{of} is not finite"
-            )
+        found = self.checked_later()
+        found.samples_before = self.samples
+        found.add(losses)
+        found.look()
         return losses
+
+    def checked_later(self) -> CheckedLosses:
+        """Takes the losses of a pass, and looks at them without holding the GPU up."""
+        return CheckedLosses(f" of process {self.rank}" if self.processes > 1 else "")
 
     def means(self, totals: list[Tensor]) -> Scores:
         """Divides the sums [m_l] of all processes by their samples; sums are float64."""
@@ -124,6 +130,20 @@ class Reader:
                 "model: its gradients overflow in float16; give float32 weights, or amp='bf16'"
             )
         return [s.cpu() for s in (sums[:-1] / self.total).split([len(t) for t in totals])]
+
+
+class CheckedLosses(Losses):
+    """Losses of this process's samples; one that is not finite is an error of the loader's."""
+
+    def __init__(self, of: str):
+        super().__init__(of)
+        self.samples_before = 0
+
+    def error(self, value: float, step: int, sample: int) -> Exception:
+        """Names the sample in the order in which this process reads them."""
+        return ValueError(
+            f"loader: the loss of sample {self.samples_before + sample}{self.where} is not finite"
+        )
 
 
 def _processes() -> tuple[int, int]:
