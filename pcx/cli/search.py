@@ -33,6 +33,7 @@ def search(
     batch_size: o.BatchSize = 64,
     root: o.Root = None,
     amp: o.Amp = "no",
+    execution: o.Execution = "auto",
     seed: o.Seed = 0,
     workers: o.Workers = 0,
     config: o.Config = None,
@@ -58,6 +59,7 @@ def search(
         fixed={"ranking": ranking, "cls_boost": loaded.spec.has_cls},
         storage=storage,
         amp=amp,
+        execution=execution,
     )
     options = {name: found.best[name] for name in ("layers", "keep", "iters", "similar")}
     said = " ".join(f"--{name} {','.join(map(str, values))}" for name, values in options.items())

@@ -25,6 +25,7 @@ from pcx.token_pruning.budget_space import Space
 from pcx.token_pruning.dropping import zero_tprune
 from pcx.token_pruning.schedule import arguments_of
 from pcx.training.batches import images_and_labels
+from pcx.training.execution import check_execution, prepared
 from pcx.training.loaders import plain_loader, rebuilt
 from pcx.training.objectives import SingleLabel
 from pcx.training.precision import AMP
@@ -90,6 +91,7 @@ def search(
     storage: str | optuna.storages.BaseStorage | None = None,
     study_name: str = "zero_tprune",
     amp: str = "no",
+    execution: str = "auto",
     progress: bool = True,
 ) -> SearchResult:
     """Searches for the best setting of `pcx.zero_tprune` at one budget (Sec. 4.1, G.5).
@@ -124,6 +126,7 @@ def search(
             is continued, and several processes may share it.
         study_name: name of the study in the storage.
         amp: "no", "bf16" or "fp16".
+        execution: as `pcx.evaluate` takes it, but for "compile"; a setting is recorded anew.
         progress: whether to show a progress bar and the result.
 
     Returns:
@@ -143,7 +146,7 @@ def search(
     limit = space.limit(budget)
     arguments = {"budget": limit, "unpruned": space.whole, "images": images, "seed": seed}
     study = _open_study(storage, study_name, sampler, {**arguments, "fixed": fixed, "amp": amp})
-    evaluation = _Evaluation(model, loader, images, seed, fixed, amp)
+    evaluation = _Evaluation(model, loader, images, seed, fixed, amp, execution)
     unpruned = evaluation.accuracy(check=True)
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("searching", total=trials)
@@ -248,10 +251,24 @@ class _Evaluation:
     """Measures a model's accuracy on a fixed set of images, held on the model's device."""
 
     def __init__(
-        self, model: nn.Module, loader: Any, images: int, seed: int, fixed: dict, amp: str
+        self,
+        model: nn.Module,
+        loader: Any,
+        images: int,
+        seed: int,
+        fixed: dict,
+        amp: str,
+        execution: str,
     ):
         self.model, self.seed, self.fixed, self.amp = model, seed, fixed, AMP[amp]
+        self.execution = execution
         self.device = next(model.parameters()).device
+        if execution == "compile":
+            raise ValueError(
+                "execution: 'compile' would compile every setting anew; use 'auto', 'cuda-graph' "
+                "or 'eager'"
+            )
+        check_execution(execution, self.device)
         self.batches: list[tuple[Tensor, Tensor]] = []
         self.images = 0
         for batch in _drawn_samples(loader, model, images, seed):
@@ -278,12 +295,18 @@ class _Evaluation:
     def accuracy(self, *, check: bool = False) -> float:
         """Accuracy in percent of the model as it is; `check` also validates the labels."""
         right = torch.zeros((), dtype=torch.int64, device=self.device)
+
+        def count(images: Any, labels: Tensor) -> Tensor:
+            logits = logits_of(self.model(images))
+            if check:
+                SingleLabel().losses(logits, labels)  # raises an error that names the fault
+            return (logits.argmax(-1) == labels).sum()
+
         with self._eval_mode():
+            # The check reads labels on the device, which a recording cannot.
+            run = prepared(lambda: count, self.device, "eager" if check else self.execution)
             for images, labels in self.batches:
-                logits = logits_of(self.model(images))
-                if check:
-                    SingleLabel().losses(logits, labels)  # raises an error that names the fault
-                right += (logits.argmax(-1) == labels).sum()
+                right += run(images, labels)
         return 100 * int(right) / self.images
 
     @contextmanager
