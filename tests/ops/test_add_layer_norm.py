@@ -6,7 +6,11 @@ import torch.nn.functional as F
 
 from pcx.ops.add_layer_norm import add_layer_norm
 
-GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+NEEDS_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+GPU = pytest.param("cuda", marks=NEEDS_GPU)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -57,9 +61,9 @@ def test_autocast_decides_the_dtype(device, narrow):
     assert again[1].dtype == torch.float64
 
 
-@pytest.mark.gpu
-def test_the_kernel_runs_or_says_why_not():
-    x, y, weight, bias = tensors((5, 64), torch.float32, "cuda")
+@pytest.mark.parametrize("device", [GPU])
+def test_the_kernel_runs_or_says_why_not(device):
+    x, y, weight, bias = tensors((5, 64), torch.float32, device)
     found = add_layer_norm(x, y, weight, None, backend="cuda")
     plain = add_layer_norm(x, y, weight, None, backend="reference")
     torch.testing.assert_close(found, plain)

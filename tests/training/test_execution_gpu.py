@@ -10,8 +10,11 @@ from families import build
 from torch.utils.data import DataLoader, TensorDataset
 
 import pcx
+from pcx.backbones.straight import Straight
 from pcx.ops.prepared import Prepared
+from pcx.token_pruning.budget_search import _Evaluation
 from pcx.training.execution import Replayed, prepared
+from pcx.training.precision import AMP
 
 pytestmark = [
     pytest.mark.gpu,
@@ -224,6 +227,29 @@ def test_a_frozen_model_replays_a_graph_for_each_shape(amp):
     x.requires_grad_()
     frozen(x).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize(("amp", "tolerance"), [("no", 1e-4), ("bf16", 3e-2), ("fp16", 5e-3)])
+def test_a_frozen_model_computes_what_the_model_does(amp, tolerance):
+    model, x = model_of().eval(), torch.randn(3, 3, 64, 64, device=DEVICE)
+    with torch.no_grad(), torch.autocast("cuda", AMP[amp], enabled=amp != "no"):
+        expected = model(x).float()
+    frozen = pcx.freeze(model, amp=amp)
+    assert any(isinstance(m, Straight) for m in frozen.modules())
+    for _ in range(3):
+        assert (frozen(x).float() - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("ranking", ["pagerank", "random"])
+def test_settings_of_a_search_are_recorded(loader, ranking):
+    model, found = model_of().eval(), {}
+    setting = {"layers": [1, 2], "keep": [0.6, 0.7], "iters": [3, 1], "similar": [1, 0]}
+    for execution in ("eager", "cuda-graph"):
+        evaluation = _Evaluation(model, loader, 1000, 0, {"ranking": ranking}, "no", execution)
+        found[execution] = [evaluation.pruned(setting) for _ in range(2)]
+    assert found["eager"] == found["cuda-graph"]
+    with pytest.raises(ValueError, match="execution: 'compile' would compile every setting"):
+        _Evaluation(model, loader, 10, 0, {}, "no", "compile")
 
 
 def test_a_frozen_model_that_is_changed_records_anew():
