@@ -166,18 +166,17 @@ def cached(dataset: Dataset, cache: str | os.PathLike) -> Dataset:
 
 def cached_splits(splits: Mapping[str, Dataset], folder: Path) -> dict[str, Dataset]:
     """`cached` for each split; a split without image files is given back as it is."""
-    done: dict[int, Dataset] = {}  # splits may share a data set
-    refused: dict[str, list[str]] = {}
+    done, refused = dict(splits), dict[str, list[str]]()
     for split, dataset in splits.items():
         reason = unsuitable(dataset)
-        if id(dataset) not in done:
-            done[id(dataset)] = dataset if reason else _wrapped(dataset, folder)
-        reason = reason or _reason(done[id(dataset)])
+        if reason is None:
+            done[split] = _wrapped(dataset, folder)
+            reason = _reason(done[split])
         if reason is not None:
             refused.setdefault(reason, []).append(split)
     for reason, names in refused.items():
         LOG.warning("cache: not cached are the splits %s: %s", ", ".join(names), reason)
-    return {split: done[id(dataset)] for split, dataset in splits.items()}
+    return done
 
 
 def _wrapped(dataset: Any, folder: Path) -> Dataset:
