@@ -133,9 +133,9 @@ def cached(dataset: Dataset, cache: str | os.PathLike) -> Dataset:
     | Resize(s), then a random crop             | each image of up to 4 s in length, uncropped   |
     | a random part, a function of your own     | nothing; the log `pcx.cache` says why          |
 
-    Any number of processes may read and write a cache at once. A file that is full, damaged or
-    read-only is never read wrongly: what is not in it is read from the image files. A cache that
-    is no longer needed is deleted as a folder.
+    Any number of processes may read and write a cache at once. On a full disk, in a read-only
+    folder or from a damaged file, images that are not in the cache are read from their own files.
+    A cache that is no longer needed is deleted as a folder.
 
     Args:
         dataset: has `samples`, a sequence of (file, label), and `transform`; dataset[i] is

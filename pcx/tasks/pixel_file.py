@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import struct
+import weakref
 import zlib
 from functools import cache
 from pathlib import Path
@@ -44,11 +44,12 @@ class PixelFile:
         # Shared with the workers of a loader, so that one of them says it for all.
         self._writable = torch.ones(1, dtype=torch.bool).share_memory_()
         self._opened = False
+        self._file = -1  # to read heads from
         self._map: np.ndarray | None = None
         self._open()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_opened": False, "_map": None}
+        return {**self.__dict__, "_opened": False, "_file": -1, "_map": None}
 
     def read(self, index: int, stamp: bytes) -> np.ndarray | None:
         """The pixels in a slot, uint8 of three sides; None unless they were written with `stamp`.
@@ -59,12 +60,18 @@ class PixelFile:
         self._open()
         if self._map is None:
             return None
-        slot = self._map[index]
-        found, *shape, checksum = _HEAD.unpack_from(slot)
-        size = shape[0] * shape[1] * shape[2]
-        if found != stamp or size > self.limit:
+        try:  # not through the map: touching a page that was never written may kill the process
+            head = os.pread(self._file, _HEAD.size, index * self.slot)
+        except OSError:
             return None
-        pixels = np.array(slot[_HEAD.size : _HEAD.size + size])  # checked after it is copied
+        if len(head) < _HEAD.size or not head.startswith(stamp):
+            return None
+        _, *shape, checksum = _HEAD.unpack(head)
+        size = shape[0] * shape[1] * shape[2]
+        if size > self.limit:
+            return None
+        # Copied before it is checked: another process may write to the slot.
+        pixels = np.array(self._map[index, _HEAD.size : _HEAD.size + size])
         return pixels.reshape(shape) if _checksum(stamp, shape, pixels) == checksum else None
 
     def write(self, index: int, stamp: bytes, pixels: np.ndarray) -> None:
@@ -95,8 +102,10 @@ class PixelFile:
         shape = (self.count, self.slot)
         try:  # also what cannot be written to may be read
             self._map = np.asarray(np.memmap(self.path, np.uint8, "r", shape=shape))
-        except (OSError, ValueError):  # no file, or a shorter one
-            self._give_up(OSError(errno.EIO, "there is no whole file"))
+            self._file = os.open(self.path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+        except (OSError, ValueError) as error:  # no file, or a shorter one
+            self._give_up(error)
 
     def _grow(self) -> None:
         """Makes the file, or gives it its full length; what it holds stays."""
@@ -107,12 +116,13 @@ class PixelFile:
         finally:
             os.close(file)
 
-    def _give_up(self, error: OSError) -> None:
+    def _give_up(self, error: OSError | ValueError) -> None:
         if self._writable:
             self._writable.fill_(False)
             _say(
-                f"cache: {self.path.parent} cannot be written to ({error.strerror}); images that "
-                "are not in it are read from their files"
+                f"cache: {self.path.parent} cannot be written to "
+                f"({getattr(error, 'strerror', None) or error}); images that are not in it are "
+                "read from their files"
             )
 
 
