@@ -35,6 +35,7 @@ def condense(
     execution: o.Execution = "auto",
     seed: o.Seed = 0,
     workers: o.Workers = 0,
+    cache: o.Cache = None,
     resume: o.Resume = False,
     config: o.Config = None,
 ) -> None:
@@ -49,7 +50,7 @@ def condense(
             f"--split: {split!r} holds the images of val, by which --keep auto chooses; use train"
         )
     whole = o.loaded_model(model, backbone, weights)
-    data = load_task(task, data_config(whole), root=root)
+    data = load_task(task, data_config(whole), root=root, cache=cache)
     _say_cost(whole)
     small = condense_model(
         whole,
@@ -69,7 +70,7 @@ def condense(
     )
     save(small, out)
     o.say(f"kept {small.counts} of {whole.counts}; wrote {out}")
-    o.say_accuracy(small, data, batch_size, amp)
+    o.say_accuracy(small, data, batch_size, amp, "test", workers)
 
 
 def _say_cost(model: VPT) -> None:

@@ -15,6 +15,7 @@ def evaluate(
     root: o.Root = None,
     amp: o.Amp = "no",
     workers: o.Workers = 0,
+    cache: o.Cache = None,
     config: o.Config = None,
 ) -> None:
     """Accuracy of a saved model on a split."""
@@ -22,5 +23,5 @@ def evaluate(
     from pcx.tasks import load_task
 
     loaded = o.loaded_model(model, backbone, weights)
-    data = load_task(task, data_config(loaded), root=root)
+    data = load_task(task, data_config(loaded), root=root, cache=cache)
     o.say_accuracy(loaded, data, batch_size, amp, split, workers)

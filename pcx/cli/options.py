@@ -43,6 +43,9 @@ Root = Annotated[Path | None, option("folder of data sets on disk", DATA)]
 Split = Annotated[str, option("train, val, trainval or test", DATA)]
 BatchSize = Annotated[int, option("images in a batch", DATA)]
 Workers = Annotated[int, option("processes that read images", DATA)]
+Cache = Annotated[
+    Path | None, option("folder that keeps images decoded and resized, for all runs", DATA)
+]
 
 # Optimisation
 Epochs = Annotated[int, option("passes over the training data", OPTIMISATION)]

@@ -41,6 +41,7 @@ def prune(
     root: o.Root = None,
     amp: o.Amp = "no",
     workers: o.Workers = 0,
+    cache: o.Cache = None,
     config: o.Config = None,
 ) -> None:
     """Accuracy of a saved model, whole and with tokens pruned by Zero-TPrune without training."""
@@ -51,7 +52,7 @@ def prune(
     if images < 1:
         raise ValueError(f"--images: {images}, expected 1 or more")
     loaded = o.loaded_model(model, backbone, weights).eval()
-    data = load_task(task, data_config(loaded), root=root)
+    data = load_task(task, data_config(loaded), root=root, cache=cache)
     settings: dict[str, Any] = {
         "layers": o.numbers("layers", layers, int),
         "keep": o.one_or_more("keep", keep, float),

@@ -36,6 +36,7 @@ def search(
     execution: o.Execution = "auto",
     seed: o.Seed = 0,
     workers: o.Workers = 0,
+    cache: o.Cache = None,
     config: o.Config = None,
 ) -> None:
     """Searches settings of pcx prune at a budget, and evaluates the best (Zero-TPrune, 4.1)."""
@@ -48,7 +49,7 @@ def search(
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the progress bar shows the same
     loaded = o.loaded_model(model, backbone, weights).eval()
-    data = load_task(task, data_config(loaded), root=root)
+    data = load_task(task, data_config(loaded), root=root, cache=cache)
     found = search_settings(
         loaded,
         data.loader("val", batch_size, num_workers=workers),

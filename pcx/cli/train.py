@@ -44,6 +44,7 @@ def train(
     execution: o.Execution = "auto",
     seed: o.Seed = 0,
     workers: o.Workers = 0,
+    cache: o.Cache = None,
     resume: o.Resume = False,
     config: o.Config = None,
 ) -> None:
@@ -55,7 +56,7 @@ def train(
     from pcx.training.fitting import fit
 
     METHODS.get_checked(method)
-    data = load_task(task, o.backbone_data_config(backbone, weights), root=root)
+    data = load_task(task, o.backbone_data_config(backbone, weights), root=root, cache=cache)
     if split not in ("train", "trainval"):
         raise ValueError(f"--split: got {split!r}, expected train or trainval")
     torch.manual_seed(seed)
@@ -84,7 +85,7 @@ def train(
     )
     save(model, out)
     o.say(f"wrote {out}")
-    o.say_accuracy(model, data, batch_size, amp)
+    o.say_accuracy(model, data, batch_size, amp, "test", workers)
 
 
 def _arguments(ctx: typer.Context, method: str, options: dict[str, Any]) -> dict[str, Any]:

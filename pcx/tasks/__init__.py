@@ -6,14 +6,18 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
 from pcx.tasks import listed
 from pcx.tasks.digits import NUM_CLASSES as DIGITS_CLASSES
 from pcx.tasks.digits import digits
-from pcx.tasks.images import MemoryImages
+from pcx.tasks.image_cache import cache_folder, cached, cached_splits
+from pcx.tasks.images import FileImages, MemoryImages
 from pcx.tasks.sprites import NUM_CLASSES as SPRITES_CLASSES
 from pcx.tasks.sprites import sprites
+
+__all__ = ["FileImages", "Task", "cached", "load_task"]
 
 NAMES = (
     "digits, sprites:count|ori|loc, vtab:<name>, fgvc:<name>, or a name that "
@@ -34,6 +38,10 @@ class Task:
     ) -> DataLoader:
         """A loader of one split; "train" and "trainval" are shuffled.
 
+        Batches lie in pinned memory where there is CUDA. Workers of a split that is not shuffled
+        stay between passes. Those of a shuffled one start anew with each epoch, whose seed decides
+        what they draw: a resumed run would otherwise draw differently.
+
         Raises:
             ValueError: there is no such split.
         """
@@ -46,10 +54,18 @@ class Task:
             shuffle=split.startswith("train") and not isinstance(dataset, IterableDataset),
             num_workers=num_workers,
             drop_last=drop_last,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=num_workers > 0 and not split.startswith("train"),
         )
 
 
-def load_task(name: str, config: dict, *, root: str | os.PathLike | None = None) -> Task:
+def load_task(
+    name: str,
+    config: dict,
+    *,
+    root: str | os.PathLike | None = None,
+    cache: str | os.PathLike | None = None,
+) -> Task:
     """Loads a task by name and prepares its images as the backbone expects them.
 
     Args:
@@ -59,11 +75,22 @@ def load_task(name: str, config: dict, *, root: str | os.PathLike | None = None)
             folder of folders.
         config: the image settings from `pcx.backbones.inputs.data_config(model)`.
         root: folder of the data sets on disk, "data" by default.
+        cache: folder in which prepared pixels are kept, as `cached` does it; None for no cache.
+            The log `pcx.cache` says which splits have nothing to keep, and why.
 
     Raises:
         ValueError: there is no such task, or a list is malformed; the message names file and line.
+            Or the folder of the cache cannot be used.
         FileNotFoundError: a folder or file is missing; the message says what was expected there.
     """
+    folder = None if cache is None else cache_folder(cache)
+    task = _loaded(name, config, root)
+    if folder is not None:
+        task.splits = cached_splits(task.splits, folder)
+    return task
+
+
+def _loaded(name: str, config: dict, root: str | os.PathLike | None) -> Task:
     family, _, detail = name.partition(":")
     if name == "digits":
         return _in_memory(name, DIGITS_CLASSES, digits(), config)

@@ -86,6 +86,11 @@ class ReaderImages(Dataset):
         self.transform: Callable | None = None
         self.eval_transform: Callable | None = None
 
+    @property
+    def samples(self) -> Any:
+        """(file, label) of each image, where the reader has them in a folder; None otherwise."""
+        return getattr(self.reader, "samples", None)
+
     def __len__(self) -> int:
         return len(self.reader)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -78,19 +79,45 @@ class LabelCheck:
         return self.objective.losses(logits, labels, check=False)
 
 
-def placed(loader: Iterable, device: torch.device, check: LabelCheck) -> Iterator[tuple]:
+class LoaderWait:
+    """Measures how long a pass waits for its loader.
+
+    Attributes:
+        seconds: host time in the loader, its start included, while the device had no work left.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timed(self, loader: Iterable, idle: Callable[[], bool]) -> Iterator[Any]:
+        """Yields a loader's batches; `idle` says whether the device has no work left."""
+        start = time.perf_counter()
+        for batch in loader:
+            if idle():
+                self.seconds += time.perf_counter() - start
+            yield batch
+            start = time.perf_counter()
+        if idle():
+            self.seconds += time.perf_counter() - start
+
+
+def placed(
+    loader: Iterable, device: torch.device, check: LabelCheck, wait: LoaderWait | None = None
+) -> Iterator[tuple]:
     """Yields a loader's batches as (images, labels) on a device, with their labels checked.
 
     On CUDA the copies run beside the work on earlier batches, of which at most `AHEAD` wait.
+    `wait` measures how long the loader keeps the device waiting; measuring does not stop the GPU.
     """
+    wait = LoaderWait() if wait is None else wait
     if device.type != "cuda":
-        for batch in loader:
+        for batch in wait.timed(loader, lambda: True):
             images, labels = images_and_labels(batch)
             check.before(labels)
             yield send_to_device((images, labels), device)
         return
     copies, done = _stream_of_copies(device), deque[torch.cuda.Event]()
-    for batch in loader:
+    for batch in wait.timed(loader, lambda: not done or done[-1].query()):
         images, labels = images_and_labels(batch)
         check.before(labels)
         current = torch.cuda.current_stream(device)

@@ -47,9 +47,15 @@ def bar_of(console: Console) -> Progress:
 
 
 def note_of(row: dict) -> str:
-    """The loss and the first metric of an epoch, and of its validation."""
+    """The loss and the first metric of an epoch, of its validation, and what limits the run."""
     metric = list(row)[2]  # behind epoch and loss
     note = f"loss {row['loss']:.3f}  {metric} {row[metric]:.1f}"
     if f"val_{metric}" in row:
         note += f"  validation {row[f'val_{metric}']:.1f}"
-    return note
+    return f"{note}  {limit_of(row)}" if "loader_share" in row else note
+
+
+def limit_of(row: dict) -> str:
+    """The share of an epoch's training pass that waited for the loader, and whether it limits."""
+    share = row["loader_share"]
+    return f"limited by the loader ({share:.0%})" if share > 0.5 else f"loader {share:.0%}"

@@ -21,7 +21,7 @@ from pcx.checkpoints.files import written_whole
 from pcx.checkpoints.fingerprint import fingerprint
 from pcx.models.base import TunedModel, copy_state, state_of
 from pcx.models.peft_model import known_by
-from pcx.training.batches import LabelCheck, placed
+from pcx.training.batches import LabelCheck, LoaderWait, placed
 from pcx.training.callbacks import bar_of, note_of, say_facts
 from pcx.training.evaluation import Evaluation, accelerator_for, divided, gathered
 from pcx.training.execution import check_execution, compiled, prepared
@@ -70,9 +70,8 @@ def fit(
 
     Args:
         model: a tuned model, or any module some of whose parameters require gradients.
-        loader: yields (images [B, 3, H, W] as the backbone expects them, labels), or dicts of
-            "pixel_values" and "labels"; it has a length. Resuming does not repeat what persistent
-            workers draw from NumPy or Python.
+        loader: yields (images [B, 3, H, W], labels), or dicts of "pixel_values" and "labels", and
+            has a length; images fit the backbone. Resuming repeats no draws of persistent workers.
         epochs: passes over the loader.
         lr: the learning rate itself.
         base_lr: instead of lr, scaled by batch / 256 as in the paper.
@@ -94,7 +93,8 @@ def fit(
 
     Returns:
         One dict per epoch: epoch, loss, accuracy (percent, or the objective's metrics), samples,
-        lr, seconds, and with a val_loader val_loss, val_accuracy. The model stays in training mode.
+        lr, loader_share (0..1: how much of the pass waited for the loader), seconds, and with
+        a val_loader val_loss, val_accuracy. The model stays in training mode.
 
     Raises:
         ValueError: an argument or the execution is not possible, or the checkpoint of another run.
@@ -243,8 +243,9 @@ class _Run:
 
     def _pass(self, number: int) -> dict:
         metrics, losses, rate = self.objective.metrics(), Losses(f"epoch {number + 1}"), 0.0
+        start, wait, device = time.perf_counter(), LoaderWait(), self.accelerator.device
         try:
-            for images, labels in placed(self.loader, self.accelerator.device, self.check):
+            for images, labels in placed(self.loader, device, self.check, wait):
                 self.scheduler.step_update(self.updates)
                 rate = self.rates.hand_over()
                 found, *seen = self.step(images, labels)
@@ -258,7 +259,9 @@ class _Run:
             loss = losses.mean()
         except NonFiniteLoss as error:
             raise NonFiniteLoss(f"loss: {error}: {self._advice()}") from None
-        return {"loss": loss, **metrics.compute(), "samples": losses.samples, "lr": rate}
+        # The mean loss has waited for the device.
+        share = {"loader_share": wait.seconds / (time.perf_counter() - start)}
+        return {"loss": loss, **metrics.compute(), "samples": losses.samples, "lr": rate, **share}
 
     def _whole_step(self, images: Any, labels: Tensor) -> tuple[Tensor, ...]:
         """One update; gives the losses [B] and what the metrics need."""
