@@ -112,22 +112,20 @@ def search(
 
     Args:
         model: as `pcx.zero_tprune` takes it, not pruned. It is left as it was, after an error too.
-        loader: yields (images, labels) of validation data. A DataLoader over a map-style data set
-            is read unshuffled and without augmentation.
+        loader: of validation data; a DataLoader over a map-style data set is read in order.
         budget: a share of the unpruned model's multiply-adds, in (0, 1], or a number of them per
             image, above 1. Both include the patch embedding, as in `pcx.multiply_adds`.
         trials: number of settings to evaluate. Settings that are in the storage already count.
-        images: number of images that all settings are evaluated on. The seed draws them, or they
-            are a loader's first if its order is fixed. They are held on the model's device.
-        seed: seed of the images and the settings, 0 or more.
-        fixed: further arguments of `pcx.zero_tprune`, the same in all settings.
-        sampler: an Optuna sampler; by default trials are random, from the seed and their number.
-        storage: where Optuna keeps the study, such as "sqlite:///search.db". An existing study
-            is continued, and several processes may share it.
-        study_name: name of the study in the storage.
-        amp: "no", "bf16" or "fp16".
-        execution: as `pcx.evaluate` takes it, but for "compile"; a setting is recorded anew.
-        progress: whether to show a progress bar and the result.
+        images: how many all settings are evaluated on, held on the model's device. The seed draws
+            them, or they are a loader's first if its order is fixed.
+        seed: of the images and the settings, 0 or more.
+        fixed: further arguments of `pcx.zero_tprune` in all settings.
+        sampler: of Optuna's; by default trials are random, from the seed and their number.
+        storage: where Optuna keeps the study, such as "sqlite:///search.db". An existing one is
+            continued, and several processes may share it.
+        study_name: its name in the storage.
+        amp, execution: as `pcx.evaluate` takes them, without "compile".
+        progress: show a bar.
 
     Returns:
         `.best`, its `.accuracy` and `.multiply_adds`, the accuracy `.unpruned`, the `.study`.
