@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcx.backbones.residual import Wrapper
+from pcx.ops.library import read_in
 
 
 class PatchProduct(Wrapper):
@@ -38,15 +39,8 @@ class PatchProduct(Wrapper):
         x = images.unflatten(3, (across, width)).unflatten(2, (down, height))
         x = x.permute(0, 2, 4, 1, 3, 5)  # [B, down, across, C, height, width]
         # One copy that also casts, where autocast would take a pass of its own.
-        x = x.to(_read_in(images), memory_format=torch.contiguous_format)
+        x = x.to(read_in(images, images.dtype), memory_format=torch.contiguous_format)
         return F.linear(x.flatten(3), weight.flatten(1), bias).permute(0, 3, 1, 2)
-
-
-def _read_in(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
 
 
 def find_patch_projection(backbone: nn.Module, patch_elements: int | None) -> str | None:

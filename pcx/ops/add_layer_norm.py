@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pcx.ops.dispatch import Backend, Dispatch
-from pcx.ops.library import LIBRARY
+from pcx.ops.library import LIBRARY, read_in
 from pcx.ops.reference import add_layer_norm as reference
 
 
@@ -43,7 +43,7 @@ def add_layer_norm(
             names the argument.
     """
     if dtype is None:
-        dtype = _read_in(x, x.dtype if y is None else torch.promote_types(x.dtype, y.dtype))
+        dtype = read_in(x, x.dtype if y is None else torch.promote_types(x.dtype, y.dtype))
     arguments = (x, y, weight, bias, eps, dtype)
     if backend == "auto" and not DISPATCH.extended:
         run = reference.add_layer_norm if _is_plain(arguments) else _OP
@@ -52,14 +52,6 @@ def add_layer_norm(
         run = DISPATCH.own_run(backend, *arguments) or _OP
     total, normed = run(*arguments)
     return (x if y is None else total), normed
-
-
-def _read_in(x: Tensor, total: torch.dtype) -> torch.dtype:
-    """The dtype in which a linear layer reads the normed rows of a sum."""
-    kind = x.device.type
-    if total != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return total
 
 
 def _is_plain(arguments: tuple) -> bool:

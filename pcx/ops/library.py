@@ -33,6 +33,17 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def read_in(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a matrix product reads a tensor of `dtype` on the device of x.
+
+    That is autocast's where it is on, which leaves float64 alone, and has no say on meta tensors.
+    """
+    kind = x.device.type
+    if dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return dtype
+
+
 def _load() -> frozenset[str]:
     """Loads the extension, and returns the devices that it has kernels for: "cpu", "cuda".
 

@@ -113,6 +113,20 @@ def test_token_reduction_stays_on_a_frozen_backbone(reduction):
     assert sum(isinstance(m, Straight) for m in frozen.modules()) == 3
 
 
+def test_a_token_reduction_is_set_up_on_a_frozen_backbone():
+    backbone, x = build("vit"), images("vit")
+    frozen = pcx.freeze(backbone)
+    whole = frozen(x)
+    handle = pcx.token_pruning.tome(frozen.backbone, r=2)
+    found = frozen(x)
+    handle.remove()
+    close(frozen(x), whole)
+    pcx.token_pruning.tome(backbone, r=2)
+    close(found, backbone(x))
+    meta = pcx.freeze(backbone).to("meta")
+    assert meta(x.to("meta")).shape == whole.shape
+
+
 @pytest.mark.parametrize("size", [(32, 48), (37, 50)])
 def test_patches_as_a_product(size):
     convolution = nn.Conv2d(3, 10, (4, 8), (4, 8)).double()
