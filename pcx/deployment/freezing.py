@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from pcx.backbones.residual import Wrapper
 from pcx.backbones.spec import BackboneSpec, find_spec
 from pcx.backbones.straight import straightened
 from pcx.models.base import TunedModel, check_choice
-from pcx.models.block_forward import StandIn, found_on
+from pcx.models.block_forward import StandIn, without_stand_ins
 from pcx.models.memory import over_same_memory
 from pcx.training.execution import EXECUTIONS, compiled, prepared
 from pcx.training.precision import AMP, cast_weights
@@ -138,7 +139,8 @@ def freeze(model: nn.Module, *, amp: str = "no", execution: str = "auto") -> Fro
     check_choice("execution", execution, EXECUTIONS)
     dtype = AMP[amp]
     backbone, spec = _deployed(model)
-    _straighten(backbone, spec)
+    with without_stand_ins(backbone) as stand_ins:
+        _straighten(backbone, spec, stand_ins)
     if dtype is not None:
         _cast(backbone, dtype)
     return Frozen(backbone, dtype, execution)
@@ -149,25 +151,20 @@ def _deployed(model: nn.Module) -> tuple[nn.Module, BackboneSpec]:
     if isinstance(model, TunedModel):
         return model.deployed(), model.spec
     copied = over_same_memory(model, model.parameters()).eval()
-    reductions = found_on(copied)
-    for stand_in in reductions:  # its blocks are probed as they are without
-        stand_in.remove()
     try:
-        spec = find_spec(copied)
+        with without_stand_ins(copied):
+            return copied, find_spec(copied)
     except ValueError as error:
         raise ValueError(
             f"model: a {type(model).__name__}, expected a model of a method of pcx.METHODS, or a "
             f"backbone ({error})"
         ) from error
-    for stand_in in reductions:
-        stand_in.install()
-    return copied, spec
 
 
-def _straighten(backbone: nn.Module, spec: BackboneSpec) -> None:
+def _straighten(backbone: nn.Module, spec: BackboneSpec, stand_ins: Sequence[StandIn]) -> None:
     """Puts a straight line of calls in the place of each block, and a product in that of patches.
 
-    Blocks that cannot be captured stay as they are.
+    Blocks that cannot be captured stay as they are. Stand-ins of the others name the new ones.
     """
     if spec.patch_projection is not None:
         projection = backbone.get_submodule(spec.patch_projection)
@@ -176,15 +173,13 @@ def _straighten(backbone: nn.Module, spec: BackboneSpec) -> None:
         name, module = block.name, backbone.get_submodule(block.name)
         while isinstance(module, Wrapper):
             name, module = f"{name}.{module.holds}", getattr(module, module.holds)
-        stand_in = vars(module).get("forward")
-        if isinstance(stand_in, StandIn):
-            stand_in.remove()
         straight = straightened(module, block.calls, block.dim)
-        if straight is not None:
-            backbone.set_submodule(name, straight)
-        if isinstance(stand_in, StandIn):
-            stand_in.block = straight or module
-            stand_in.install()
+        if straight is None:
+            continue
+        backbone.set_submodule(name, straight)
+        for stand_in in stand_ins:
+            if stand_in.block is module:
+                stand_in.block = straight
 
 
 def _cast(backbone: nn.Module, dtype: torch.dtype) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -140,6 +142,22 @@ def found_on(model: nn.Module) -> list[StandIn]:
     """What stands in on a model."""
     found = [module.__dict__.get("forward") for module in model.modules()]
     return [forward for forward in found if isinstance(forward, StandIn)]
+
+
+@contextmanager
+def without_stand_ins(model: nn.Module) -> Iterator[list[StandIn]]:
+    """Within it the blocks of a model are as they are by themselves.
+
+    What stood in for them is put back afterwards, onto the `block` that each then names.
+    """
+    before = found_on(model)
+    for stand_in in before:
+        stand_in.remove()
+    try:
+        yield before
+    finally:
+        for stand_in in before:
+            stand_in.install()
 
 
 def reduction_of(model: nn.Module) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pcx.backbones import attention
 from pcx.backbones.spec import BackboneSpec, check_promptable, find_spec
 from pcx.models.base import TunedModel
-from pcx.models.block_forward import StandIn, found_on
+from pcx.models.block_forward import StandIn, found_on, without_stand_ins
 from pcx.ops.reference.attention import additive
 
 # Families whose blocks do not depend on the position of a token, so that tokens may be dropped.
@@ -112,17 +112,11 @@ def spec_of(model: Any) -> BackboneSpec:
     if isinstance(model, TunedModel):
         attention.fuse(model.plain_backbone())
         return model.spec
-    before = found_on(model)
-    for stand_in in before:
-        stand_in.remove()
-    try:
+    with without_stand_ins(model):
         spec = find_spec(model)
         attention.fuse(model)
         check_promptable(model, spec)  # this runs the blocks
         return spec
-    finally:
-        for stand_in in before:
-            stand_in.install()
 
 
 def blocks_of(model: Any, spec: BackboneSpec) -> list[Any]:
