@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,11 +47,12 @@ def add_layer_norm(
     if dtype is None:
         dtype = read_in(x, x.dtype if y is None else torch.promote_types(x.dtype, y.dtype))
     arguments = (x, y, weight, bias, eps, dtype)
-    if backend == "auto" and not DISPATCH.extended:
-        run = reference.add_layer_norm if _is_plain(arguments) else _OP
-    else:
+    run = None
+    if backend != "auto" or DISPATCH.extended:
         _check(x, y, weight, bias)
-        run = DISPATCH.own_run(backend, *arguments) or _OP
+        run = DISPATCH.own_run(backend, *arguments)
+    if run is None:
+        run = reference.add_layer_norm if _is_plain(arguments) else _OP
     total, normed = run(*arguments)
     return (x if y is None else total), normed
 
@@ -60,9 +63,14 @@ def _is_plain(arguments: tuple) -> bool:
         return True
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return True
-    return torch.is_grad_enabled() and any(
-        isinstance(t, Tensor) and t.requires_grad for t in arguments
-    )
+    return _has_no_gradient(*arguments) is not None
+
+
+def _has_no_gradient(*arguments: Any) -> str | None:
+    """Why the kernel cannot run on tensors that are differentiated; None where none is."""
+    if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in arguments):
+        return "it has no gradient, and a tensor requires one"
+    return None
 
 
 def _check(x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -93,7 +101,13 @@ _OP = torch.ops.pcx.add_layer_norm.default
 # The limits of the CUDA kernel are checked in the call (csrc/cuda/layer_norm_host.cpp).
 DISPATCH = Dispatch(
     "x",
-    Backend("cuda", "cuda", ("cuda extension",), run=torch.ops.pcx.add_layer_norm_cuda),
+    Backend(
+        "cuda",
+        "cuda",
+        ("cuda extension",),
+        can_run=_has_no_gradient,
+        run=torch.ops.pcx.add_layer_norm_cuda,
+    ),
     Backend("reference", run=reference.add_layer_norm),
 )
 

@@ -33,15 +33,21 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """The dtype of autocast on a type of device; None where it is off, as on meta tensors."""
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def read_in(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a matrix product reads a tensor of `dtype` on the device of x.
 
-    That is autocast's where it is on, which leaves float64 alone, and has no say on meta tensors.
+    That is autocast's where it is on, which leaves float64 alone.
     """
-    kind = x.device.type
-    if dtype != torch.float64 and kind != "meta" and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return dtype
+    if dtype == torch.float64:
+        return dtype
+    return autocast_dtype(x.device.type) or dtype
 
 
 def _load() -> frozenset[str]:

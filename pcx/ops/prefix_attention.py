@@ -15,7 +15,7 @@ from torch import Tensor
 from pcx.ops import hardware
 from pcx.ops.checks import triton_cannot_attend
 from pcx.ops.dispatch import Backend, Dispatch, exporting
-from pcx.ops.library import EXTENSION, LIBRARY, token_major, wide
+from pcx.ops.library import EXTENSION, LIBRARY, autocast_dtype, token_major, wide
 from pcx.ops.prefix_attention_checks import check_prefix_attention
 from pcx.ops.reference import prefix_attention as reference
 
@@ -129,9 +129,9 @@ def _by_reference(tensors: tuple, index, lengths, bias, scale: float, return_lse
 def _autocast(*tensors: Tensor | None) -> tuple:
     """Casts floating tensors to the autocast dtype, as SDPA's own autocast does."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if device == "meta" or not torch.is_autocast_enabled(device):  # meta knows no autocast
+    dtype = autocast_dtype(device)
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     if all(t is None or (isinstance(t, Tensor) and t.dtype is dtype) for t in tensors):
         return tensors
     return tuple(

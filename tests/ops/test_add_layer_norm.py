@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pcx.ops.add_layer_norm import add_layer_norm
+from pcx.ops.add_layer_norm import DISPATCH, add_layer_norm
+from pcx.ops.dispatch import Backend
+from pcx.ops.reference import add_layer_norm as reference
 
 NEEDS_GPU = [
     pytest.mark.gpu,
@@ -90,6 +92,26 @@ def test_gradients_are_torchs_own(device):
     x, y, weight, bias = (t.double() for t in tensors((2, 3, 8), torch.float64, device))
     inputs = [t.requires_grad_() for t in (x, y, weight, bias)]
     assert torch.autograd.gradcheck(add_layer_norm, inputs)
+
+
+@pytest.mark.parametrize("device", [GPU])
+def test_the_kernel_is_not_given_what_is_differentiated(device):
+    x, y, weight, bias = tensors((2, 8), torch.float32, device)
+    with pytest.raises(ValueError, match="backend: 'cuda' cannot run: it has no gradient"):
+        add_layer_norm(x.requires_grad_(), y, weight, bias, backend="cuda")
+    with torch.no_grad():
+        add_layer_norm(x, y, weight, bias, backend="cuda")
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_gradients_stay_torchs_own_where_a_backend_was_added(device, monkeypatch):
+    row = Backend("other", can_run=lambda *a: "it never can", run=reference.add_layer_norm)
+    monkeypatch.setattr(DISPATCH, "rows", dict(DISPATCH.rows))
+    monkeypatch.setattr(DISPATCH, "_added", [])
+    DISPATCH.add(row)
+    x, y, weight, bias = tensors((2, 8), torch.float32, device)
+    _, normed = add_layer_norm(x.requires_grad_(), y, weight, bias)
+    assert torch.autograd.grad(normed.sum(), x)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
