@@ -23,9 +23,9 @@ from pathlib import Path
 import timm
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import pcx
+from pcx.backbones.patches import PatchProduct
 from pcx.token_pruning import TABLE_1, VARIANTS
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -47,26 +47,12 @@ FIELDS = (
 TURNS = 7
 
 
-class Product(nn.Module):
-    """The convolution of a patch embedding, which does not overlap, as a matrix product."""
-
-    def __init__(self, convolution: nn.Conv2d):
-        super().__init__()
-        self.size = convolution.kernel_size[0]
-        self.weight, self.bias = convolution.weight, convolution.bias
-
-    def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, D, H / size, W / size]
-        x = images.unflatten(3, (-1, self.size)).unflatten(2, (-1, self.size))
-        x = x.permute(0, 2, 4, 1, 3, 5)  # [B, h, w, 3, size, size]
-        return F.linear(x.flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
-
-
 def deit(embedding: str = "product") -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(MODEL).cuda().eval().to(torch.bfloat16)
     if embedding == "convolution":
         return model.to(memory_format=torch.channels_last)
-    model.patch_embed.proj = Product(model.patch_embed.proj)
+    model.patch_embed.proj = PatchProduct(model.patch_embed.proj)
     return model
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from gpu_timing import table
+
+RESULTS = Path(__file__).parent.parent / "results"
 CLASSES, PROMPTS, BATCHES = 100, 100, (1, 8, 64)
 VITS = {"ViT-S/16": "vit_small_patch16_224", "ViT-B/16": "vit_base_patch16_224"}
 FIELDS = ["work", "model", "way", "batch", "ms", "images_per_s", "peak_mib", "gpu", "torch", "timm"]
@@ -103,16 +108,15 @@ def inference_of(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
 
 
 class Rows:
-    """The rows of a CSV, written after each; rows of other works that it has stay.
+    """The rows of this GPU's table of users' calls, written after each; other rows stay.
 
     Args:
-        file: the CSV.
+        folder: of the table.
         is_old: of a row that is there, whether it is to be replaced.
     """
 
-    def __init__(self, file: Path, is_old: Callable[[dict], bool]):
-        self.file = file
-        before = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+    def __init__(self, folder: Path, is_old: Callable[[dict], bool]):
+        self.file, before = table(folder, "user_calls")
         self.rows = [row for row in before if not is_old(row)]
         self.machine = [torch.cuda.get_device_name(), torch.__version__, timm.__version__]
 

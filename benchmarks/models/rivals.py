@@ -23,17 +23,17 @@ from by_hand import (
     BATCHES,
     CLASSES,
     PROMPTS,
+    RESULTS,
     VITS,
     HandWrittenVPT,
     Rows,
     backbone_of,
-    in_turns,
     inference_of,
     peak_of,
+    per_call,
     step_of,
 )
 
-RESULTS = Path(__file__).parent.parent / "results"
 HF_SIZES = {"ViT-S/16": (384, 6), "ViT-B/16": (768, 12)}
 
 
@@ -93,16 +93,15 @@ def main() -> None:
     options.add_argument("library", choices=LIBRARIES)
     options.add_argument("--out", type=Path, default=RESULTS)
     chosen = options.parse_args()
-    gpu = torch.cuda.get_device_name().removeprefix("NVIDIA ").lower().replace(" ", "_")
     way, make = LIBRARIES[chosen.library]
-    rows = Rows(chosen.out / f"user_calls_{gpu}.csv", lambda row: row["way"] == way)
+    rows = Rows(chosen.out, lambda row: row["way"] == way)
     for model in VITS:
         for batch in BATCHES:
             made = make(model)
             call = inference_of(made, torch.randn(batch, 3, 224, 224, device="cuda"))
-            rows.add("infer", model, way, batch, in_turns({"": call}, 10)[""], peak_of(call))
+            rows.add("infer", model, way, batch, per_call(call, 10), peak_of(call))
             step = step_of(made, batch)
-            rows.add("train", model, way, batch, in_turns({"": step}, 10)[""], peak_of(step))
+            rows.add("train", model, way, batch, per_call(step, 10), peak_of(step))
     print(f"timm {timm.__version__}")
 
 

@@ -30,6 +30,7 @@ from by_hand import (
     BATCHES,
     CLASSES,
     PROMPTS,
+    RESULTS,
     VITS,
     HandWrittenVPT,
     Rows,
@@ -44,7 +45,6 @@ from by_hand import (
 import pcx
 from pcx.token_pruning.dropping import VARIANTS
 
-RESULTS = Path(__file__).parent.parent / "results"
 BATCH = 64
 Add = Callable[[str, str, int, float, float], None]  # model, way, batch, ms, peak MiB
 
@@ -249,9 +249,7 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=60)
     options.add_argument("--out", type=Path, default=RESULTS)
     chosen = options.parse_args()
-    gpu = torch.cuda.get_device_name().removeprefix("NVIDIA ").lower().replace(" ", "_")
-    file = chosen.out / f"user_calls_{gpu}.csv"
-    rows = Rows(file, lambda row: row["work"] in chosen.work)
+    rows = Rows(chosen.out, lambda row: row["work"] in chosen.work)
     for work in chosen.work:
         WORKS[work](partial(rows.add, work), chosen.steps)
 
