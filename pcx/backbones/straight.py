@@ -9,8 +9,8 @@ that reads it is one call.
 from __future__ import annotations
 
 import operator
-import types
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -87,8 +87,8 @@ def straightened(block: nn.Module, expected: int, dim: int) -> Straight | None:
         node.type = None  # annotations would be among the names
     _drop_unread(graph)
     code = graph.python_code("self")
-    modules = types.ModuleType  # torch is known anyway, and modules cannot be pickled
-    names = {n: v for n, v in code.globals.items() if not isinstance(v, modules)}
+    # Modules cannot be pickled; the one that is needed is torch, which `Straight` knows.
+    names = {n: v for n, v in code.globals.items() if not isinstance(v, ModuleType)}
     captured = Straight(block, code.src, names)
     return captured if _is_proven(block, captured, expected, dim) else None
 

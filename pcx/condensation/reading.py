@@ -107,15 +107,14 @@ class Reader:
 
     def check(self, losses: Tensor) -> Tensor:
         """Waits for the losses of the batch at hand and gives them back."""
-        found = self.checked_later()
-        found.samples_before = self.samples
+        found = self.checked_later(self.samples)
         found.add(losses)
         found.look()
         return losses
 
-    def checked_later(self) -> CheckedLosses:
-        """Takes the losses of a pass, and looks at them without holding the GPU up."""
-        return CheckedLosses(f" of process {self.rank}" if self.processes > 1 else "")
+    def checked_later(self, before: int = 0) -> CheckedLosses:
+        """Takes the losses behind the first `before`; looking does not hold the GPU up."""
+        return CheckedLosses(f" of process {self.rank}" if self.processes > 1 else "", before)
 
     def means(self, totals: list[Tensor]) -> Scores:
         """Divides the sums [m_l] of all processes by their samples; sums are float64."""
@@ -135,14 +134,14 @@ class Reader:
 class CheckedLosses(Losses):
     """Losses of this process's samples; one that is not finite is an error of the loader's."""
 
-    def __init__(self, of: str):
+    def __init__(self, of: str, before: int):
         super().__init__(of)
-        self.samples_before = 0
+        self.before = before  # samples that this process read earlier
 
     def error(self, value: float, step: int, sample: int) -> Exception:
         """Names the sample in the order in which this process reads them."""
         return ValueError(
-            f"loader: the loss of sample {self.samples_before + sample}{self.where} is not finite"
+            f"loader: the loss of sample {self.before + sample}{self.where} is not finite"
         )
 
 

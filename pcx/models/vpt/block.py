@@ -91,8 +91,9 @@ class PromptedBlock(Wrapper):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The block's output."""
         if self.path == "folded" and not self.checkpoint:
-            form = self._concat if self._is_small(x) else partial(self._folded, None)
-            return form(x, *args, **kwargs)
+            if self._is_small(x):
+                return self._concat(x, *args, **kwargs)
+            return self._folded(None, x, *args, **kwargs)
         return self.run_watched(None, x, *args, **kwargs)
 
     def run_watched(self, watch: attention.Watch | None, x: Tensor, *args, **kwargs) -> Tensor:
