@@ -6,6 +6,15 @@ import timm
 import torch
 from torch import nn
 
+# What a backbone for small images expects, as pcx.backbones.inputs.data_config gives it.
+CONFIG = {
+    "input_size": (3, 32, 32),
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
 SMALL = {"img_size": 64, "depth": 3, "embed_dim": 48, "num_heads": 3}
 SMALL_14 = {**SMALL, "img_size": 56}
 NAFLEX = {"depth": 3, "embed_dim": 48, "num_heads": 3}

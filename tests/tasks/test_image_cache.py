@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+from families import CONFIG
 from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
 from torchvision import transforms as t
@@ -24,14 +25,6 @@ CROPPED = t.Compose(
     [t.Resize(40), t.RandomCrop(32), t.RandomHorizontalFlip(), t.ToTensor(), NORMAL]
 )
 RANDOM = t.Compose([t.RandomResizedCrop(32), t.ToTensor()])
-CONFIG = {
-    "input_size": (3, 32, 32),
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-    "interpolation": "bicubic",
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-}
 
 
 def draw(file, seed, size=(60, 50)):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from families import CONFIG
 from PIL import Image
 
 from pcx.backbones import scenes_vit
@@ -13,15 +14,6 @@ from pcx.tasks.render import SHAPES, Objects, render
 from pcx.tasks.scenes import COLOURS, scenes
 from pcx.tasks.sprites import sprites
 from pcx.training.loaders import plain_loader
-
-CONFIG = {
-    "input_size": (3, 32, 32),
-    "mean": (0.5, 0.5, 0.5),
-    "std": (0.5, 0.5, 0.5),
-    "interpolation": "bicubic",
-    "crop_pct": 1.0,
-    "crop_mode": "center",
-}
 
 
 def one(shape, **changes):

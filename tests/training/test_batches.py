@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from families import CONFIG
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -18,7 +19,6 @@ from pcx.training.objectives import objective_for
 
 QUIET = {"progress": False}
 TIMES = ("seconds", "loader_share")
-CONFIG = {"input_size": (3, 32, 32), "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 
 class Clock:
