@@ -12,8 +12,12 @@ from pcx.ops.hardware import capability
 
 
 def rowwise(x: Tensor) -> Tensor:
-    """A tensor with dense rows at an address that Triton treats as aligned in every call."""
-    if x.data_ptr() % 16:
+    """A tensor with dense rows at an address that Triton treats as aligned in every call.
+
+    Rows of a multiple of 8 elements begin on multiples of 8 elements, which kernels rely on.
+    """
+    off = x.shape[-1] % 8 == 0 and any(step % 8 for step in x.stride()[:-1])
+    if off or x.data_ptr() % 16:
         return x.clone(memory_format=torch.contiguous_format)
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 

@@ -24,12 +24,12 @@ def _logit_gradient(
 ):  # fmt: skip
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     columns = tl.program_id(1) * BN + tl.arange(0, BN)
-    keys = head_of(keys, b, h, key_strides)
-    values = head_of(values, b, h, value_strides)
-    q = head_of(q, b, h, q_strides)
-    out = head_of(out, b, h, out_strides)
-    grad_out = head_of(grad_out, b, h, grad_out_strides)
-    lse = head_of(lse, b, h, lse_strides)
+    keys = head_of(keys, b, h, key_strides, DIM)
+    values = head_of(values, b, h, value_strides, DIM)
+    q = head_of(q, b, h, q_strides, DIM)
+    out = head_of(out, b, h, out_strides, DIM)
+    grad_out = head_of(grad_out, b, h, grad_out_strides, DIM)
+    lse = head_of(lse, b, h, lse_strides, 1)
     k0 = tile(keys, columns, key_strides[2], m, DIM, 0, D0, True)
     v0 = tile(values, columns, value_strides[2], m, DIM, 0, D0, True)
     k1, v1 = k0, v0

@@ -11,9 +11,17 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def head_of(pointer, b, h, strides):
-    """The offset of head h of sample b; strides are those of samples, heads and tokens."""
-    return pointer + (b * strides[0] + h * strides[1])
+def head_of(pointer, b, h, strides, DIM: tl.constexpr):
+    """Where head h of sample b begins; strides are those of samples, heads and tokens.
+
+    Triton knows a stride as a multiple of 16 or of 1. `rowwise` lays rows of DIM columns on
+    multiples of 8 elements where DIM is one. Saying so lets loads take 16 bytes at head dims such
+    as 72 and 88. DIM is 1 for other tensors.
+    """
+    offset = b * strides[0] + h * strides[1]
+    if DIM % 8 == 0:
+        offset = offset // 8 * 8  # a hint would get lost where one of the sum's terms is 0
+    return pointer + offset
 
 
 @triton.jit
@@ -29,7 +37,10 @@ def tile(
 ):
     """Loads [rows, WIDTH] of a matrix of DIM columns, from column FIRST; zeros outside of it."""
     columns = FIRST + tl.arange(0, WIDTH)
-    pointers = pointer + rows[:, None] * stride + columns[None, :]
+    offsets = rows[:, None] * stride
+    if DIM % 8 == 0:  # see `head_of`
+        offsets = tl.multiple_of(offsets, [8, 8])
+    pointers = pointer + offsets + columns[None, :]
     if MASKED:
         inside = (rows < limit)[:, None] & (columns < DIM)[None, :]
         values = tl.load(pointers, mask=inside, other=0.0)

@@ -85,10 +85,10 @@ def _divide(
 ):  # fmt: skip
     """log2 of the denominator of each row of A; infinity for a row that attends to nothing."""
     head, b, h, rows = _place(n, H, BM)
-    q = head_of(q, b, h, q_strides)
-    k = head_of(k, b, h, k_strides)
-    prefix = head_of(prefix, b, h, prefix_strides)
-    added = (head_of(bias, b, h, bias_strides), bias_strides[2], bias_strides[3])
+    q = head_of(q, b, h, q_strides, DIM)
+    k = head_of(k, b, h, k_strides, DIM)
+    prefix = head_of(prefix, b, h, prefix_strides, DIM)
+    added = (head_of(bias, b, h, bias_strides, 1), bias_strides[2], bias_strides[3])
     queries = _rows(q, rows, q_strides[2], n, DIM, D0, D1)
     total = tl.zeros([BM], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
@@ -117,9 +117,9 @@ def _vote(
 ):  # fmt: skip
     """One iteration, A^T scores, for a tile of BN tokens."""
     head, b, h, columns = _place(n, H, BN)
-    q = head_of(q, b, h, q_strides)
-    k = head_of(k, b, h, k_strides)
-    added = (head_of(bias, b, h, bias_strides), bias_strides[2], bias_strides[3])
+    q = head_of(q, b, h, q_strides, DIM)
+    k = head_of(k, b, h, k_strides, DIM)
+    added = (head_of(bias, b, h, bias_strides, 1), bias_strides[2], bias_strides[3])
     divisors += head * n
     scores += head * n
     keys = _rows(k, columns, k_strides[2], n, DIM, D0, D1)

@@ -26,7 +26,10 @@ def rows_at(pointer, offsets, inside, DIM: tl.constexpr, FIRST: tl.constexpr, WI
             MASKED: tl.constexpr):  # fmt: skip
     """Loads [rows, WIDTH] of rows that begin anywhere; zeros outside of them."""
     columns = FIRST + tl.arange(0, WIDTH)
-    pointers = pointer + offsets[:, None] + columns[None, :]
+    offsets = offsets[:, None]
+    if DIM % 8 == 0:  # see `head_of`
+        offsets = tl.multiple_of(offsets, [8, 8])
+    pointers = pointer + offsets + columns[None, :]
     if MASKED:
         values = tl.load(pointers, mask=inside[:, None] & (columns < DIM)[None, :], other=0.0)
     elif FIRST + WIDTH > DIM:
@@ -44,5 +47,8 @@ def store(pointer, rows, stride, limit, values, DIM: tl.constexpr, FIRST: tl.con
     inside = (rows < limit)[:, None]
     if FIRST + WIDTH > DIM:
         inside = inside & (columns < DIM)[None, :]
-    pointers = pointer + rows[:, None] * stride + columns[None, :]
+    offsets = rows[:, None] * stride
+    if DIM % 8 == 0:  # see `head_of`
+        offsets = tl.multiple_of(offsets, [8, 8])
+    pointers = pointer + offsets + columns[None, :]
     tl.store(pointers, values.to(pointer.dtype.element_ty), mask=inside)

@@ -161,11 +161,11 @@ def _forward(
     b = pid // (tiles * H)
     b64 = b.to(tl.int64)
     chosen = set_of(b, index, G, INDEXED)
-    q = head_of(q, b64, h, q_strides)
-    k = head_of(k, b64, h, k_strides)
-    v = head_of(v, b64, h, v_strides)
-    prefix_k = head_of(prefix_k, chosen, h, prefix_k_strides)
-    prefix_v = head_of(prefix_v, chosen, h, prefix_v_strides)
+    q = head_of(q, b64, h, q_strides, DIM)
+    k = head_of(k, b64, h, k_strides, DIM)
+    v = head_of(v, b64, h, v_strides, DIM)
+    prefix_k = head_of(prefix_k, chosen, h, prefix_k_strides, DIM)
+    prefix_v = head_of(prefix_v, chosen, h, prefix_v_strides, DIM)
     bias = bias_of(bias, b64, h, B1, bias_strides)
     out += (b64 * N * H + h) * DIM  # [B, N, H, d]
     lse += (h.to(tl.int64) * B + b) * N

@@ -115,10 +115,10 @@ def _key_gradients(
     g = (pid // (tiles * H)) % G
     chunk = pid // (tiles * H * G)
     g64 = g.to(tl.int64)
-    keys = head_of(keys, g64, h, key_strides)
-    values = head_of(values, g64, h, value_strides)
-    q += h * q_strides[1]
-    grad_out += h * grad_out_strides[1]
+    keys = head_of(keys, g64, h, key_strides, DIM)
+    values = head_of(values, g64, h, value_strides, DIM)
+    q = head_of(q, 0, h, q_strides, DIM)
+    grad_out = head_of(grad_out, 0, h, grad_out_strides, DIM)
     lse += h.to(tl.int64) * B * N
     delta += h.to(tl.int64) * B * N
     bias += h * bias_strides[2]
@@ -129,8 +129,8 @@ def _key_gradients(
     first = 0
     users = 1
     if USERS == "one":
-        q += g64 * q_strides[0]
-        grad_out += g64 * grad_out_strides[0]
+        q = head_of(q, g64, 0, q_strides, DIM)
+        grad_out = head_of(grad_out, g64, 0, grad_out_strides, DIM)
         lse += g64 * N
         delta += g64 * N
         bias += (g64 // B1) * bias_strides[0] + (g64 % B1) * bias_strides[1]
@@ -174,6 +174,8 @@ def _key_gradients(
 
     valid = (columns < limit)[:, None]  # absent keys of a ragged set get zeros
     place = chunk * out_strides[0] + g64 * out_strides[1] + h * out_strides[2]
+    if DIM % 8 == 0:  # see `head_of`
+        place = tl.multiple_of(place, 8)
     step = out_strides[3]
     store(dk + place, columns, step, m, tl.where(valid, dk0 * scale, 0.0), DIM, 0, D0)
     store(dv + place, columns, step, m, tl.where(valid, dv0, 0.0), DIM, 0, D0)

@@ -95,8 +95,8 @@ def _query_gradient(
     b = pid // (tiles * H)
     rows = (pid % tiles) * BM + tl.arange(0, BM)
     b64 = b.to(tl.int64)
-    out = head_of(out, b64, h, out_strides)
-    grad_out = head_of(grad_out, b64, h, grad_out_strides)
+    out = head_of(out, b64, h, out_strides, DIM)
+    grad_out = head_of(grad_out, b64, h, grad_out_strides, DIM)
     row_base = (h.to(tl.int64) * B + b) * N
 
     o0 = tile(out, rows, out_strides[2], N, DIM, 0, D0, True)
@@ -108,7 +108,7 @@ def _query_gradient(
         g1 = tile(grad_out, rows, grad_out_strides[2], N, DIM, D0, D1, True)
         sums += tl.sum(o1.to(tl.float32) * g1.to(tl.float32), 1)
     if LSE_GRAD:
-        grad_lse = head_of(grad_lse, b64, h, grad_lse_strides)
+        grad_lse = head_of(grad_lse, b64, h, grad_lse_strides, 1)
         sums -= tl.load(grad_lse + rows * grad_lse_strides[2], mask=rows < N, other=0.0)
     tl.store(delta + row_base + rows, sums, mask=rows < N)
 
@@ -117,11 +117,11 @@ def _query_gradient(
         # a row that attends to nothing has no gradient
         normaliser = tl.where(normaliser == float("-inf"), float("inf"), normaliser)
         chosen = set_of(b, index, G, INDEXED)
-        q = head_of(q, b64, h, q_strides)
-        k = head_of(k, b64, h, k_strides)
-        v = head_of(v, b64, h, v_strides)
-        prefix_k = head_of(prefix_k, chosen, h, prefix_k_strides)
-        prefix_v = head_of(prefix_v, chosen, h, prefix_v_strides)
+        q = head_of(q, b64, h, q_strides, DIM)
+        k = head_of(k, b64, h, k_strides, DIM)
+        v = head_of(v, b64, h, v_strides, DIM)
+        prefix_k = head_of(prefix_k, chosen, h, prefix_k_strides, DIM)
+        prefix_v = head_of(prefix_v, chosen, h, prefix_v_strides, DIM)
         bias = bias_of(bias, b64, h, B1, bias_strides)
         prefix = (prefix_k, prefix_v, prefix_k_strides[2], prefix_v_strides[2])
         own = (k, v, k_strides[2], v_strides[2])

@@ -118,13 +118,9 @@ def _through_norm(layer: PromptedBlock, prompts: Tensor) -> _Run | None:
     leaf = prompts.clone().requires_grad_()
     with _cut_behind_norms(layer.block, leaf) as cuts:
         pairs = layer.prefixes(leaf)
-    shared = [t for pair in pairs for t in pair]
-    reached = torch.autograd.grad(
-        [t.sum() for t in shared], [leaf, *(cut for _, cut in cuts)],
-        retain_graph=True, allow_unused=True,
-    )  # fmt: skip
-    used = [cut for cut, grad in zip(cuts, reached[1:], strict=True) if grad is not None]
-    if reached[0] is not None or len(used) != 1:
+    reached = _leaves_behind([t for pair in pairs for t in pair])
+    used = [(norm, cut) for norm, cut in cuts if id(cut) in reached]
+    if id(leaf) in reached or len(used) != 1:
         return None
     norm, normed = used[0]
     expected = F.layer_norm(leaf.detach(), leaf.shape[-1:], norm.weight, norm.bias, norm.eps)
@@ -132,6 +128,22 @@ def _through_norm(layer: PromptedBlock, prompts: Tensor) -> _Run | None:
     if (found - expected).norm() > _ROUNDING[normed.dtype] * expected.norm():
         return None  # a subclass with a mind of its own
     return _Run(pairs, leaf, norm, normed)
+
+
+def _leaves_behind(tensors: Sequence[Tensor]) -> set[int]:
+    """The ids of the leaves that autograd would give gradients to."""
+    leaves = {id(t) for t in tensors if t.grad_fn is None}
+    waiting = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        for node, _ in waiting.pop().next_functions:
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            waiting.append(node)
+            if hasattr(node, "variable"):  # it adds to a leaf's gradient
+                leaves.add(id(node.variable))
+    return leaves
 
 
 @contextmanager

@@ -140,10 +140,8 @@ class Replayed:
         graph = torch.cuda.CUDAGraph()
         leaves = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
         args, kwargs = spec.unflatten(leaves)
-        # Other threads may go on: a loader's pins memory, that of NCCL looks at events.
-        recording = torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
         try:
-            with torch.cuda.device(self.stream.device), own_workspaces(), recording:
+            with torch.cuda.stream(self.stream), own_workspaces(), _recording_to(graph):
                 results = self.run(*args, **kwargs)
         except Exception as error:  # whatever the function calls may refuse to be recorded
             _end_recording(self.stream.device)
@@ -220,6 +218,25 @@ def own_workspaces() -> Iterator[None]:
         yield
     finally:
         torch._C._cuda_clearCublasWorkspaces()
+
+
+@contextmanager
+def _recording_to(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """Records what the current stream is given, as `torch.cuda.graph` does.
+
+    That one waits for the GPU and frees all memory that torch keeps, also that of pinned batches,
+    which takes some 30 ms. Here this is done only where the recording could not have as much memory
+    as torch holds, which is what the batch before it took at most.
+    """
+    if torch.cuda.mem_get_info()[0] < torch.cuda.memory_reserved():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    # Other threads may go on: a loader's pins memory, that of NCCL looks at events.
+    graph.capture_begin(capture_error_mode="thread_local")
+    try:
+        yield
+    finally:
+        graph.capture_end()
 
 
 def _end_recording(device: torch.device) -> None:

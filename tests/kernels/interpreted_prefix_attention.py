@@ -101,6 +101,11 @@ def test_head_dims(dim):
     check(inputs(dim=dim))
 
 
+@pytest.mark.parametrize("more", [3, 4, 8])
+def test_rows_that_are_parts_of_wider_ones(more):
+    check(tuple(x[..., :24] for x in inputs(dim=24 + more)))
+
+
 @pytest.mark.parametrize(("n", "own"), [(1, 30), (2, 16), (33, 5), (16, 16)])
 def test_own_keys_of_another_number(n, own):
     check(inputs(n=n, own=own))

@@ -1,5 +1,7 @@
 """The Triton kernels without a GPU: interpreted, and compiled for one that is not there."""
 
+import re
+
 import pytest
 import torch
 from without_gpu import Recorder, compiled, interpret, source_of, spills
@@ -53,6 +55,17 @@ def test_compiles_without_spilling(recorded, capability, m, dim, dtype, monkeypa
             assert not spills(found), f"{name} at {options} spills registers"
             if capability == 90 and name == "_forward":
                 assert "wgmma" in found.asm["ptx"]
+
+
+@pytest.mark.parametrize("dim", [72, 88])
+def test_loads_are_wide_where_the_head_dim_is_a_multiple_of_8_alone(recorded, dim):
+    launch(100, dim, torch.bfloat16)
+    assert all(recorder.launches for recorder in recorded.values())
+    for name, recorder in recorded.items():
+        for args, options in recorder.launches:
+            found = compiled(recorder.kernel, args, options, 90)
+            assert not spills(found), f"{name} spills registers"
+            assert not re.search(r"\.global\S*\.[bu]16\b", found.asm["ptx"]), f"{name} moves 2 bytes"
 
 
 def test_at_most_five_forms_of_the_forward_up_to_200_prompts(recorded):

@@ -303,3 +303,20 @@ def test_few_tokens_take_the_prompts_among_them(backbone, x, monkeypatch, counts
     model(x)  # gradients are those of the folded form, whatever the batch
     hook.remove()
     assert seen == [5, 5, 8, 5]
+
+
+@pytest.mark.parametrize("kind", ["deep", "shallow", "prefix"])
+def test_tokens_of_a_model_without_cls_lie_row_by_row(kind):
+    plain = build("siglip")
+    seen = []
+    for block in plain.blocks:
+        block.norm1.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    x = images("siglip")
+    plain(x)
+    assert not any(tokens.is_contiguous() for tokens in seen)  # timm's own
+    model = pcx.VPT(plain, 4, kind=kind)
+    seen.clear()
+    model(x)
+    whole = [tokens for tokens in seen if tokens.shape[0] == len(x)]  # and not the prompts alone
+    assert len(whole) >= len(plain.blocks)
+    assert all(tokens.is_contiguous() for tokens in whole)

@@ -186,6 +186,13 @@ def test_head_dims(dim, dtype):
     check(inputs(dtype, dim=dim, n=70))
 
 
+@pytest.mark.parametrize("dim", [64, 72])
+@pytest.mark.parametrize("more", [3, 4, 8])
+def test_rows_that_are_parts_of_wider_ones(dim, more):
+    wide = inputs(dim=dim + more, n=70)
+    check([x.detach()[..., :dim].requires_grad_() for x in wide])
+
+
 @pytest.mark.parametrize(("n", "own"), [(1, 197), (2, 50), (49, 49), (577, 577), (33, 5), (7, 300)])
 def test_tokens(n, own):
     check(inputs(n=n, own=own))

@@ -185,6 +185,10 @@ class PromptedBlock(Wrapper):
     def _folded(self, watch: attention.Watch | None, x: Tensor, *args, **kwargs) -> Tensor:
         if self._positions:
             self._place(0)
+        if self.index == 0:
+            # A patch embedding leaves tokens transposed where no [CLS] is put before them, and
+            # every sum and norm of all blocks would then walk through them the slow way.
+            x = x.contiguous()
         block = self.block
         prefixes, sets = self._this_step(x.shape[0])
         full = None
