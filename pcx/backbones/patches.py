@@ -31,8 +31,22 @@ class PatchProduct(Wrapper):
         return self.convolution.weight
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [B, C, H, W] -> patches [B, D, H / height, W / width], as the convolution."""
+        """Images [B, C, H, W] -> patches [B, D, H / height, W / width], as the convolution.
+
+        Raises:
+            ValueError: the images are integers, or have another number of channels.
+        """
         weight, bias = self.convolution.weight, self.convolution.bias
+        if not images.is_floating_point():
+            raise ValueError(
+                f"images: {images.dtype}, expected floating-point numbers; scale and normalise "
+                "them as the training transform does"
+            )
+        if images.dim() != 4 or images.shape[1] != self.convolution.in_channels:
+            raise ValueError(
+                f"images: shape {tuple(images.shape)}, expected "
+                f"[B, {self.convolution.in_channels}, H, W]"
+            )
         height, width = self.convolution.kernel_size
         down, across = images.shape[-2] // height, images.shape[-1] // width
         images = images[..., : down * height, : across * width]

@@ -9,6 +9,7 @@ that reads it is one call.
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,8 @@ from pcx.backbones import attention
 from pcx.backbones.residual import Wrapper
 from pcx.ops.add_layer_norm import add_layer_norm
 
+# torch.fx exchanges methods of nn.Module while it traces, so that one thread traces at a time.
+_TRACING = threading.Lock()
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
@@ -75,10 +78,11 @@ def straightened(block: nn.Module, expected: int, dim: int) -> Straight | None:
         expected: how many attention calls it makes.
         dim: width of its tokens.
     """
-    if any(module.training or _is_watched(module) for module in block.modules()):
+    if any(module.training or is_watched(module) for module in block.modules()):
         return None
     try:
-        graph = _Tracer().trace(block)
+        with _TRACING:
+            graph = _Tracer().trace(block)
     except Exception:  # whatever a forward does that depends on values
         return None
     _hand_over(graph)
@@ -93,7 +97,7 @@ def straightened(block: nn.Module, expected: int, dim: int) -> Straight | None:
     return captured if _is_proven(block, captured, expected, dim) else None
 
 
-def _is_watched(module: nn.Module) -> bool:
+def is_watched(module: nn.Module) -> bool:
     """Whether a module has hooks, or a forward of its own instance, which a capture would miss."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(module, name, None) for name in hooks):
@@ -103,9 +107,35 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 class _Tracer(fx.Tracer):
-    """Leaves out modules that give their input back in eval mode."""
+    """Leaves out modules that give their input back in eval mode.
+
+    What is computed from buffers becomes calls, as buffers move and change. Models that other
+    threads run meanwhile are left alone.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and not self._is_the_block_s(a):
+            raise ValueError("a tensor that the forward makes anew would become a constant")
+        return super().create_arg(a)
+
+    def _is_the_block_s(self, a: Tensor) -> bool:
+        held = *self.root.parameters(), *self.root.buffers(), *self.tensor_attrs
+        return any(a is each for each in held)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         if type(m) in (nn.Identity, *_DROPOUTS) and not m.training:
             return args[0]
         return super().call_module(m, forward, args, kwargs)
@@ -216,5 +246,6 @@ def _run(block: nn.Module, expected: int, x: Tensor) -> tuple[Tensor, list[atten
 
 def _is_close(a: Tensor, b: Tensor) -> bool:
     """Equal to rounding, which a fused sum may change."""
-    tolerance = 100 * torch.finfo(a.dtype).eps
+    info = torch.finfo(a.dtype)
+    tolerance = (100 if info.bits >= 32 else 4) * info.eps
     return a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance)

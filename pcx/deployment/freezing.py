@@ -14,10 +14,11 @@ from pcx.backbones.outputs import logits_of
 from pcx.backbones.patches import PatchProduct
 from pcx.backbones.residual import Wrapper
 from pcx.backbones.spec import BackboneSpec, find_spec
-from pcx.backbones.straight import straightened
+from pcx.backbones.straight import Straight, is_watched, straightened
 from pcx.models.base import TunedModel, check_choice
 from pcx.models.block_forward import StandIn, without_stand_ins
 from pcx.models.memory import over_same_memory
+from pcx.models.peft_model import is_peft, tuned
 from pcx.training.execution import EXECUTIONS, compiled, prepared
 from pcx.training.precision import AMP, cast_weights
 
@@ -111,8 +112,8 @@ def freeze(model: nn.Module, *, amp: str = "no", execution: str = "auto") -> Fro
     before. A token reduction that is set up on the model stays.
 
     Args:
-        model: a tuned model, where it is a VPT of kind "deep" or "prefix"; or a timm or Hugging
-            Face model, such as one on which a token reduction is set up.
+        model: a tuned model or a model of peft, where it is a VPT of kind "deep" or "prefix"; or a
+            timm or Hugging Face model, such as one on which a token reduction is set up.
         amp: "bf16" or "fp16" to compute in autocast with the weights of linear and convolutional
             layers cast once, which autocast does anew in every call and to the same bits. The cast
             weights are the frozen model's own. "no" leaves precision to the caller.
@@ -127,8 +128,8 @@ def freeze(model: nn.Module, *, amp: str = "no", execution: str = "auto") -> Fro
         prompts, no parameter that requires a gradient, and cannot be put into training mode.
 
     Raises:
-        ValueError: the model is neither tuned nor a backbone, its prompts do not fold (kind
-            "shallow"), amp is none of the three, or there is no such execution.
+        ValueError: the model is neither tuned nor a backbone, it is frozen already, its prompts do
+            not fold (kind "shallow"), amp is none of the three, or there is no such execution.
 
     Example:
         >>> deployed = pcx.freeze(model)
@@ -148,7 +149,10 @@ def freeze(model: nn.Module, *, amp: str = "no", execution: str = "auto") -> Fro
 
 def _deployed(model: nn.Module) -> tuple[nn.Module, BackboneSpec]:
     """A copy for inference alone, over the same memory, and its spec."""
-    if isinstance(model, TunedModel):
+    if any(isinstance(module, Straight | PatchProduct) for module in model.modules()):
+        raise ValueError("model: it is frozen already; freeze the model that it was made from")
+    if isinstance(model, TunedModel) or is_peft(model):
+        model = tuned(model)
         return model.deployed(), model.spec
     copied = over_same_memory(model, model.parameters()).eval()
     try:
@@ -168,7 +172,8 @@ def _straighten(backbone: nn.Module, spec: BackboneSpec, stand_ins: Sequence[Sta
     """
     if spec.patch_projection is not None:
         projection = backbone.get_submodule(spec.patch_projection)
-        backbone.set_submodule(spec.patch_projection, PatchProduct(projection))
+        if not is_watched(projection):
+            backbone.set_submodule(spec.patch_projection, PatchProduct(projection))
     for block in spec.blocks:
         name, module = block.name, backbone.get_submodule(block.name)
         while isinstance(module, Wrapper):

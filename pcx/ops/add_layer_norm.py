@@ -41,15 +41,15 @@ def add_layer_norm(
         The sum and its normed rows, [..., D] each. Without y the sum is x itself.
 
     Raises:
-        ValueError: a shape or device does not fit, or the backend asked for cannot run; the message
-            names the argument.
+        ValueError: a shape, dtype or device does not fit, or the backend asked for cannot run; the
+            message names the argument.
     """
     if dtype is None:
         dtype = read_in(x, x.dtype if y is None else torch.promote_types(x.dtype, y.dtype))
     arguments = (x, y, weight, bias, eps, dtype)
+    _check(x, y, weight, bias)
     run = None
     if backend != "auto" or DISPATCH.extended:
-        _check(x, y, weight, bias)
         run = DISPATCH.own_run(backend, *arguments)
     if run is None:
         run = reference.add_layer_norm if _is_plain(arguments) else _OP
@@ -74,6 +74,8 @@ def _has_no_gradient(*arguments: Any) -> str | None:
 
 
 def _check(x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"x: {x.dtype}, expected floating-point numbers")
     for name, tensor, shape in (
         ("y", y, x.shape),
         ("weight", weight, x.shape[-1:]),

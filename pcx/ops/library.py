@@ -43,9 +43,9 @@ def autocast_dtype(kind: str) -> torch.dtype | None:
 def read_in(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which a matrix product reads a tensor of `dtype` on the device of x.
 
-    That is autocast's where it is on, which leaves float64 alone.
+    That is autocast's where it is on, which leaves float64 and integers alone.
     """
-    if dtype == torch.float64:
+    if dtype == torch.float64 or not dtype.is_floating_point:
         return dtype
     return autocast_dtype(x.device.type) or dtype
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pcx.ops.prefix_attention import DISPATCH, automatic, prefix_attention, scale_of
+from pcx.ops.recording import is_recorded
 from pcx.ops.reference import prefix_attention as reference
 
 Run = Callable[..., Tensor]
@@ -77,7 +78,7 @@ def _run_hopper(q, k, v, prefix_k, prefix_v, scale) -> Tensor:
 
 def _run_small(q, k, v, prefix_k, prefix_v, scale) -> Tensor:
     differentiated = torch.is_grad_enabled()  # training gives the same bits recorded or not
-    if not (differentiated or torch.cuda.is_current_stream_capturing()):
+    if not (differentiated or is_recorded()):
         with suppress(ValueError):  # of tensors of this shape that lie in memory otherwise
             return _run_hopper(q, k, v, prefix_k, prefix_v, scale)
     return _run_op(q, k, v, prefix_k, prefix_v, scale)

@@ -6,13 +6,15 @@ import copy
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import default_loader
 
+from pcx.tasks.images import FileImages, ReaderImages
 from pcx.tasks.pixel_file import LOG, STAMP, PixelFile
 from pcx.tasks.preparation import Preparation, applied, preparation_of
 
@@ -28,21 +30,26 @@ class CachedImages(Dataset):
 
     A kept image is used while its file has the same path, size and modification time (in ns), the
     transform begins alike, and Pillow, torchvision and timm have the same versions. `transform` may
-    be replaced on a copy, as scoring does; the copy keeps images of its own transform.
+    be replaced on a copy, as scoring does; the copy keeps images of its own transform. The parts
+    of a transform are not to be changed in place.
 
     Args:
         dataset: it has `samples`, a sequence of (file, label), and `transform`; dataset[i] is
             (transform(image i), label i). The data set itself is not changed.
         folder: of the cache; it exists.
+        key: tells data sets apart that open the same files differently.
 
     Attributes:
-        samples: the data set's.
+        samples, classes, class_to_idx, targets: the data set's, as far as it has them.
         eval_transform: the data set's, None where it has none.
         reason: why the images of the present transform are not kept; None where they are.
     """
 
-    def __init__(self, dataset: Any, folder: Path):
+    def __init__(self, dataset: Any, folder: Path, key: str = ""):
         self.samples = list(dataset.samples)
+        for name in ("classes", "class_to_idx", "targets"):
+            if hasattr(dataset, name):
+                setattr(self, name, getattr(dataset, name))
         self.eval_transform = getattr(dataset, "eval_transform", None)
         self.reason: str | None = None
         self._folder = folder
@@ -51,7 +58,7 @@ class CachedImages(Dataset):
         self._names = _digest(
             type(dataset).__module__,
             type(dataset).__qualname__,
-            getattr(getattr(dataset, "loader", None), "__qualname__", ""),
+            key,
             *(self._path(i) for i in range(len(self.samples))),
         )
         self.transform = dataset.transform
@@ -75,7 +82,6 @@ class CachedImages(Dataset):
             self.reason, self._source.transform = found, transform
             return
         self.reason, self._preparation = None, found
-        self._source.transform = partial(applied, found.fixed)
         self._key = _digest(str(FORMAT), found.description, self._names)
         path = self._folder / f"{self._key.hex()}.images"
         self._file = PixelFile(path, len(self.samples), found.limit)
@@ -88,12 +94,34 @@ class CachedImages(Dataset):
         pixels = None if stamp is None else self._file.read(i, stamp)
         if pixels is not None:
             return self._preparation.finished(pixels), self._label(i)
-        image, label = self._source[i]
+        image, label = self._prepared(i, self._preparation)
         self._check_label(i, label)
         pixels = self._preparation.pixels_of(image)
         if pixels is not None and stamp is not None:
             self._file.write(i, stamp, pixels)
         return applied(self._preparation.rest, image), label
+
+    def _prepared(self, i: int, preparation: Preparation) -> tuple[Any, Any]:
+        """The image behind the fixed part of the transform alone, and its label."""
+        given: list[Any] = []
+
+        def fixed(image: Any) -> Any:
+            given.append(applied(preparation.fixed, image))
+            return given[-1]
+
+        source = copy.copy(self._source)
+        source.transform = fixed
+        item = source[i]
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise ValueError(
+                f"dataset: dataset[{i}] is {_described(item)}, expected (image, label)"
+            )
+        if not any(item[0] is image for image in given):
+            raise ValueError(
+                f"dataset: dataset[{i}] does not give what dataset.transform returns; a cache "
+                "needs (transform(image), label), and nothing else done to the image behind it"
+            )
+        return item[0], item[1]
 
     def _path(self, i: int) -> bytes:
         return os.path.join(os.fsencode(self._here), os.fsencode(self.samples[i][0]))
@@ -120,12 +148,12 @@ class CachedImages(Dataset):
             )
 
 
-def cached(dataset: Dataset, cache: str | os.PathLike) -> Dataset:
+def cached(dataset: Dataset, cache: str | os.PathLike, *, key: str = "") -> Dataset:
     """A data set that reads each image file once, and then from a cache, bit for bit the same.
 
     The cache keeps the pixels (uint8) behind the resizes and centre crops that the transform
-    begins with, in one memory-mapped file for each data set and transform. Decoding and resizing
-    are skipped where they are kept. Random parts of the transform run on each read.
+    begins with, in one memory-mapped file for each list of files and transform. Decoding and
+    resizing are skipped where they are kept. Random parts of the transform run on each read.
 
     | transform begins with                     | kept                                           |
     | ----------------------------------------- | ---------------------------------------------- |
@@ -142,22 +170,22 @@ def cached(dataset: Dataset, cache: str | os.PathLike) -> Dataset:
             (transform(image), label). `pcx.tasks.FileImages` and torchvision's ImageFolder do. A
             Subset or ConcatDataset of such data sets is cached too.
         cache: folder of the cache; it and its parents are made.
+        key: a name for how the data set opens its files. A class or a loader of your own needs one,
+            since the cache cannot see what they do; give another once they do something else.
 
     Returns:
         A map-style data set of the same length; its `transform` and `eval_transform` are the
         given ones.
 
     Raises:
-        ValueError: the folder cannot be used, or the data set has no image files.
+        ValueError: the folder cannot be used, the data set has no image files, is a subclass of
+            Subset or ConcatDataset, or opens its files in a way of its own without a key.
     """
     folder = cache_folder(cache)
-    reason = unsuitable(dataset)
+    reason = unsuitable(dataset, key)
     if reason is not None:
-        raise ValueError(
-            f"dataset: {reason}; give a data set that has `samples`, such as "
-            "pcx.tasks.FileImages([(file, label), ...], transform)"
-        )
-    found = _wrapped(dataset, folder)
+        raise ValueError(f"dataset: {reason}")
+    found = _wrapped(dataset, folder, key)
     reason = _reason(found)
     if reason is not None:
         LOG.warning("cache: %s is not cached: %s", type(dataset).__name__, reason)
@@ -179,30 +207,62 @@ def cached_splits(splits: Mapping[str, Dataset], folder: Path) -> dict[str, Data
     return done
 
 
-def _wrapped(dataset: Any, folder: Path) -> Dataset:
-    if isinstance(dataset, Subset):
-        return Subset(_wrapped(dataset.dataset, folder), dataset.indices)
-    if isinstance(dataset, ConcatDataset):
-        return ConcatDataset([_wrapped(part, folder) for part in dataset.datasets])
-    return CachedImages(dataset, folder)
+def _wrapped(dataset: Any, folder: Path, key: str = "") -> Dataset:
+    if type(dataset) is Subset:
+        return Subset(_wrapped(dataset.dataset, folder, key), dataset.indices)
+    if type(dataset) is ConcatDataset:
+        return ConcatDataset([_wrapped(part, folder, key) for part in dataset.datasets])
+    return CachedImages(dataset, folder, key)
 
 
 def _reason(dataset: Any) -> str | None:
     """Why images of a wrapped data set are not kept; None where all are."""
-    if isinstance(dataset, Subset):
+    if type(dataset) is Subset:
         return _reason(dataset.dataset)
-    if isinstance(dataset, ConcatDataset):
+    if type(dataset) is ConcatDataset:
         return next(filter(None, map(_reason, dataset.datasets)), None)
     return dataset.reason
 
 
-def unsuitable(dataset: Any) -> str | None:
+_GIVE = (
+    "give a data set that has `samples`, such as pcx.tasks.FileImages([(file, label), ...], "
+    "transform)"
+)
+
+
+def unsuitable(dataset: Any, key: str = "") -> str | None:
     """Why a data set cannot be cached, whatever its transform; None where it can be."""
-    if isinstance(dataset, Subset):
-        return unsuitable(dataset.dataset)
-    if isinstance(dataset, ConcatDataset):
-        return next(filter(None, map(unsuitable, dataset.datasets)), None)
+    if type(dataset) is Subset:
+        return unsuitable(dataset.dataset, key)
+    if type(dataset) is ConcatDataset:
+        return next(filter(None, (unsuitable(part, key) for part in dataset.datasets)), None)
     name = type(dataset).__name__
+    if isinstance(dataset, Subset | ConcatDataset):
+        return f"{name} may change what it gives; cache the data set within it, and wrap that again"
+    found = _without_files(dataset, name)
+    if found is not None:
+        return f"{found}; {_GIVE}"
+    if not key and not _opens_as_known(dataset):
+        return (
+            f"{name} opens its files in a way of its own, which the cache cannot see; name it by "
+            'key=, such as key="grey 1", and give another once it changes'
+        )
+    return None
+
+
+def _opens_as_known(dataset: Any) -> bool:
+    if type(dataset) is ImageFolder:
+        return dataset.loader is default_loader
+    return type(dataset) in (FileImages, ReaderImages)
+
+
+def _described(item: Any) -> str:
+    size = f" of {len(item)}" if isinstance(item, tuple | list) else ""
+    return f"a {type(item).__name__}{size}"
+
+
+def _without_files(dataset: Any, name: str) -> str | None:
+    """Why a cache could not look up the images of a data set; None where it can."""
     if isinstance(dataset, IterableDataset):
         return f"{name} is an IterableDataset, whose images cannot be told apart"
     samples = getattr(dataset, "samples", None)

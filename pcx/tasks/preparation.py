@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ class Preparation:
     """A transform in two parts: one gives the same pixels on each read, the other runs on them.
 
     Attributes:
-        fixed: functions of a PIL image that return one; they draw no random numbers.
+        fixed: functions of a PIL image that return one; they draw no random numbers. They are
+            copies, so that the description stays true where a transform is changed in place.
         rest: functions that follow, up to the transform's result.
         as_tensor: the first of them makes a tensor, which is made from the kept pixels directly.
         limit: bytes of the largest image that is kept.
@@ -101,7 +103,7 @@ def preparation_of(transform: Any) -> Preparation | str:
             f"its transform begins with {type(parts[0]).__name__ if parts else 'nothing'}, and "
             "only resizes and centre crops to a size give the same pixels on each read"
         )
-    fixed, rest = tuple(parts[:known]), tuple(parts[known:])
+    fixed, rest = tuple(copy.deepcopy(parts[:known])), tuple(parts[known:])
     as_tensor = bool(rest) and type(rest[0]) in _TO_TENSOR
     description = {
         "fixed": [[type(part).__name__, *map(repr, _settings(part))] for part in fixed],

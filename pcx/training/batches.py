@@ -89,16 +89,22 @@ class LoaderWait:
     def __init__(self) -> None:
         self.seconds = 0.0
 
-    def timed(self, loader: Iterable, idle: Callable[[], bool]) -> Iterator[Any]:
-        """Yields a loader's batches; `idle` says whether the device has no work left."""
+    def timed(self, loader: Iterable, ended: Callable[[], float | None]) -> Iterator[Any]:
+        """Yields a loader's batches.
+
+        `ended` gives when the device had done all its work, in seconds of `time.perf_counter`;
+        None where it still has some.
+        """
         start = time.perf_counter()
         for batch in loader:
-            if idle():
-                self.seconds += time.perf_counter() - start
+            self._add(start, ended())
             yield batch
             start = time.perf_counter()
-        if idle():
-            self.seconds += time.perf_counter() - start
+        self._add(start, ended())
+
+    def _add(self, start: float, ended: float | None) -> None:
+        if ended is not None:
+            self.seconds += max(0.0, time.perf_counter() - max(start, ended))
 
 
 def placed(
@@ -107,17 +113,19 @@ def placed(
     """Yields a loader's batches as (images, labels) on a device, with their labels checked.
 
     On CUDA the copies run beside the work on earlier batches, of which at most `AHEAD` wait.
-    `wait` measures how long the loader keeps the device waiting; measuring does not stop the GPU.
+    `wait` measures how long the loader keeps the device waiting; measuring stops the GPU once, at
+    the start.
     """
-    wait = LoaderWait() if wait is None else wait
     if device.type != "cuda":
-        for batch in wait.timed(loader, lambda: True):
+        for batch in loader if wait is None else wait.timed(loader, lambda: 0.0):
             images, labels = images_and_labels(batch)
             check.before(labels)
             yield send_to_device((images, labels), device)
         return
     copies, done = _stream_of_copies(device), deque[torch.cuda.Event]()
-    for batch in wait.timed(loader, lambda: not done or done[-1].query()):
+    if wait is not None:
+        loader = wait.timed(loader, _end_of_work(device, done))
+    for batch in loader:
         images, labels = images_and_labels(batch)
         check.before(labels)
         current = torch.cuda.current_stream(device)
@@ -128,9 +136,24 @@ def placed(
             if isinstance(tensor, Tensor):
                 tensor.record_stream(current)
         yield sent
-        done.append(current.record_event())
+        done.append(current.record_event(torch.cuda.Event(enable_timing=wait is not None)))
         if len(done) > AHEAD:
             done.popleft().synchronize()
+
+
+def _end_of_work(device: torch.device, done: deque[torch.cuda.Event]) -> Callable[[], float | None]:
+    """For `LoaderWait.timed`, from events behind the work on each batch."""
+    torch.cuda.synchronize(device)
+    first = torch.cuda.current_stream(device).record_event(torch.cuda.Event(enable_timing=True))
+    first.synchronize()
+    start = time.perf_counter()
+
+    def ended() -> float | None:
+        if not done:
+            return start
+        return start + first.elapsed_time(done[-1]) / 1000 if done[-1].query() else None
+
+    return ended
 
 
 @cache

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only
 
+from pcx.ops.recording import warming
+
 EXECUTIONS = ("auto", "eager", "cuda-graph", "compile")
 LOG = logging.getLogger("pcx.execution")
 Run = Callable[..., Any]
@@ -106,7 +108,7 @@ class Replayed:
                 self._say(logging.INFO, "batches of another shape run without a CUDA graph")
             return self._aside(self.run, *args, **kwargs)
         if key not in self.recordings:
-            with waits_for_gpu() as waits:
+            with waits_for_gpu() as waits, warming():
                 results = self._aside(self.run, *args, **kwargs)
             self._look_at(waits, key)
             return results

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import timm
@@ -91,6 +92,101 @@ class Sized(nn.Module):
 def test_a_forward_that_asks_for_values_is_not_captured(block, kind):
     module, calls, dim = block
     assert straightened(kind(module), calls, dim) is None
+
+
+class Gated(nn.Module):
+    """A block that scales what it gives by something it computes from a buffer, or draws."""
+
+    def __init__(self, block, drawn):
+        super().__init__()
+        self.inner, self.drawn = block, drawn
+        self.register_buffer("gate", torch.ones((), dtype=torch.float64))
+
+    def forward(self, x):
+        return self.inner(x) * (1 + 1e-9 * torch.rand(1) if self.drawn else self.gate * 2)
+
+
+def test_what_is_computed_from_buffers_follows_them(block):
+    module, calls, dim = block
+    gated = Gated(module, drawn=False).eval()
+    straight = straightened(gated, calls, dim)
+    assert isinstance(straight, Straight)
+    x = torch.randn(2, 9, dim, dtype=torch.float64)
+    gated.gate.fill_(3)
+    close(straight(x), gated(x))
+    assert straight.float()(x.float()).dtype == torch.float32
+    assert straight.to("meta")(x.to("meta")).shape == x.shape
+
+
+def test_a_tensor_that_is_made_anew_is_not_captured(block):
+    module, calls, dim = block
+    gated = Gated(module, drawn=True).eval()
+    before = set(vars(gated))
+    assert straightened(gated, calls, dim) is None
+    assert set(vars(gated)) == before
+
+
+def test_other_threads_run_models_while_one_is_captured(block):
+    other, x, failures = build("vit"), images("vit"), []
+    expected, done = other(x), threading.Event()
+
+    def serve():
+        while not done.is_set():
+            try:
+                if not torch.equal(other(x), expected):
+                    failures.append("another result")
+            except Exception as error:
+                failures.append(error)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        for _ in range(5):
+            assert isinstance(straightened(*block), Straight)
+    finally:
+        done.set()
+        thread.join()
+    assert failures == []
+
+
+def test_a_sum_over_a_broadcast_tensor_is_not_fused(block):
+    module, calls, dim = block
+    module.place = nn.Parameter(torch.ones(1, 1, dim, dtype=torch.float64), requires_grad=False)
+    added = type("Added", (type(module),), {"forward": _with_place})
+    module.__class__ = added
+    straight = straightened(module, calls, dim)
+    x = torch.randn(2, 9, dim, dtype=torch.float64)
+    if straight is not None:
+        close(straight(x), module(x))
+    assert straight is None or "place" not in straight._source.split("add_layer_norm(")[1]
+
+
+def _with_place(self, x):
+    x = x + self.attn(self.norm1(x + self.place))
+    return x + self.mlp(self.norm2(x))
+
+
+def test_a_watched_patch_embedding_is_left():
+    backbone, x = build("vit"), images("vit")
+    backbone.patch_embed.proj.register_forward_hook(lambda m, args, out: 2 * out)
+    frozen = pcx.freeze(backbone)
+    close(frozen(x), backbone(x))
+    assert not any(isinstance(m, PatchProduct) for m in frozen.modules())
+
+
+def test_images_that_do_not_fit_are_named():
+    frozen, x = pcx.freeze(build("vit").float(), amp="bf16"), images("vit").float()
+    with pytest.raises(ValueError, match=r"images: torch.uint8, expected floating-point"):
+        frozen(x.to(torch.uint8))
+    with pytest.raises(ValueError, match=r"images: shape \(2, 1, 64, 64\), expected \[B, 3, H, W"):
+        frozen(x[:, :1])
+
+
+def test_a_frozen_model_is_not_frozen_again():
+    frozen = pcx.freeze(build("vit"))
+    for model in (frozen, frozen.backbone):
+        with pytest.raises(ValueError, match="model: it is frozen already"):
+            pcx.freeze(model)
 
 
 @pytest.mark.parametrize("reduction", ["zero_tprune", "tome"])

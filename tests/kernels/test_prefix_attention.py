@@ -65,7 +65,9 @@ def test_loads_are_wide_where_the_head_dim_is_a_multiple_of_8_alone(recorded, di
         for args, options in recorder.launches:
             found = compiled(recorder.kernel, args, options, 90)
             assert not spills(found), f"{name} spills registers"
-            assert not re.search(r"\.global\S*\.[bu]16\b", found.asm["ptx"]), f"{name} moves 2 bytes"
+            assert not re.search(r"\.global\S*\.[bu]16\b", found.asm["ptx"]), (
+                f"{name} moves 2 bytes"
+            )
 
 
 def test_at_most_five_forms_of_the_forward_up_to_200_prompts(recorded):

@@ -68,6 +68,13 @@ def test_every_adapter_is_saved_and_loaded(backbone, loader, dataset, tmp_path, 
     assert set(loaded.own_state()) == set(trained)
 
 
+def test_a_model_of_peft_is_frozen(backbone, loader, dataset):
+    model = adapted(backbone, CONFIGS["lora"])
+    pcx.fit(model, loader, epochs=1, lr=0.05, warmup_epochs=0, progress=False)
+    expected = model.eval()(dataset.tensors[0])
+    torch.testing.assert_close(pcx.freeze(model)(dataset.tensors[0]), expected)
+
+
 def test_a_head_that_peft_does_not_save_is_part_of_the_backbone(backbone, dataset, tmp_path):
     config = peft.LoraConfig(r=2, target_modules=["qkv"], init_lora_weights=False)
     model = peft.get_peft_model(copy.deepcopy(backbone), config).double().eval()

@@ -291,18 +291,41 @@ def test_tokens_are_left_out_where_that_saves_time(backbone, x, monkeypatch):
 @pytest.mark.parametrize("counts", [3, (3, 0)])
 def test_few_tokens_take_the_prompts_among_them(backbone, x, monkeypatch, counts):
     model = pcx.VPT(backbone, counts).eval()
-    seen = []
-    block = model.layers[0].block
-    hook = block.register_forward_hook(lambda m, args, out: seen.append(out.shape[1]))
+    seen = concatenated(model.layers[0], monkeypatch)
     with torch.no_grad():
         expected = model(x)
         added = 12 * 24**2 * 3 * len(x)  # multiply-adds of three prompts in one block
         for among in (added - 1, added):
+            assert not seen
             monkeypatch.setattr("pcx.models.vpt.block.AMONG", {"cpu": among})
             torch.testing.assert_close(model(x), expected)
-    model(x)  # gradients are those of the folded form, whatever the batch
-    hook.remove()
-    assert seen == [5, 5, 8, 5]
+        assert seen.pop() == (len(x), 5, 24)
+        sizes = []
+        hook = model.layers[0].block.register_forward_hook(
+            lambda m, args, out: sizes.append(out.shape[1])
+        )
+        model(x)  # a user's hook sees the block's own tokens, whatever the batch
+        hook.remove()
+    model(x)  # gradients are those of the folded form
+    assert sizes == [5]
+    assert not seen
+
+
+def concatenated(layer, monkeypatch):
+    """The shapes of tokens that a layer computes with prompts among them."""
+    seen, form = [], layer._concat
+    monkeypatch.setattr(layer, "_concat", lambda x: (seen.append(tuple(x.shape)), form(x))[1])
+    return seen
+
+
+def test_blocks_that_count_tokens_keep_prompts_apart(monkeypatch):
+    """Threads may share such a model: nothing in it changes from call to call."""
+    model, x = pcx.VPT(build("dinov3"), 3).eval(), images("dinov3")
+    monkeypatch.setattr("pcx.models.vpt.block.AMONG", {"cpu": 1e12})
+    seen = concatenated(model.layers[0], monkeypatch)
+    with torch.no_grad():
+        model(x)
+    assert not seen
 
 
 @pytest.mark.parametrize("kind", ["deep", "shallow", "prefix"])

@@ -123,12 +123,14 @@ def test_the_op_keeps_torchs_rules(device, with_sum):
     torch.library.opcheck(torch.ops.pcx.add_layer_norm.default, arguments, test_utils=checks)
 
 
-def test_what_does_not_fit_is_named():
-    x, y, weight, bias = tensors((2, 8), torch.float32, "cpu")
-    for arguments, name in (
-        ((x, y[:1], weight, bias), "y"),
-        ((x, y, weight[:1], bias), "weight"),
-        ((x, y, weight, bias[:1]), "bias"),
+@pytest.mark.parametrize("device", ["cpu", GPU])
+def test_what_does_not_fit_is_named(device):
+    x, y, weight, bias = tensors((2, 3, 8), torch.float32, device)
+    for given, message in (
+        ((x, y[:1], weight, bias), r"y: shape \(1, 3, 8\), expected \(2, 3, 8\)"),
+        ((x, y, weight[:4], bias), r"weight: shape \(4,\), expected \(8,\)"),
+        ((x, y, weight, bias.to("meta")), r"bias: on meta, x on"),
+        ((x.int(), None, None, None), r"x: torch.int32, expected floating-point"),
     ):
-        with pytest.raises(ValueError, match=f"{name}: shape"):
-            add_layer_norm(*arguments, backend="reference")
+        with pytest.raises(ValueError, match=message):
+            add_layer_norm(*given)

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -356,9 +357,33 @@ def test_a_grey_image_of_ones_own_loader_is_left_alone(samples, folder):
                 return self.transform(image.convert("L")), label
 
     plain = Grey(samples, t.Compose(PLAIN.transforms[:3]))
-    dataset = cached(plain, folder)
+    dataset = cached(plain, folder, key="grey")
     for _ in range(2):
         assert same(dataset, plain)
+
+
+def test_data_sets_that_open_files_otherwise_are_told_apart_by_their_key(samples, folder):
+    def opened(path, flip):
+        image = Image.open(path)
+        return t.functional.hflip(image) if flip else image
+
+    root = samples[0][0].parent.parent
+    for flip in (False, True):
+        plain = ImageFolder(root, PLAIN, loader=partial(opened, flip=flip), allow_empty=True)
+        dataset = cached(plain, folder, key=f"flip={flip}")
+        for _ in range(2):
+            assert same(dataset, plain)
+        assert (dataset.classes, dataset.targets) == (plain.classes, plain.targets)
+
+
+def test_a_transform_that_is_changed_in_place_harms_no_other_run(samples, folder):
+    changed = t.Compose(list(copy.deepcopy(PLAIN.transforms)))
+    dataset = cached(FileImages(samples, changed), folder)
+    changed.transforms[0].size = 64
+    assert dataset[0][0].shape == (3, 32, 32)
+    plain = FileImages(samples, PLAIN)
+    assert same(dataset, plain)
+    assert same(cached(plain, folder), plain)
 
 
 def test_torchvisions_folders_subsets_and_concatenations(tmp_path, samples, folder, opened):
@@ -384,6 +409,33 @@ def test_bad_input_is_named(tmp_path, samples, folder):
         def __getitem__(self, i):
             return super().__getitem__(i)[0], 9
 
+    class Twice(FileImages):  # as torchvision's `transforms` beside `transform`
+        def __getitem__(self, i):
+            image, label = super().__getitem__(i)
+            return t.functional.vflip(image), label
+
+    class Three(FileImages):
+        def __getitem__(self, i):
+            return *super().__getitem__(i), i
+
+    class Normalised(Subset):
+        def __getitems__(self, places):
+            return [(NORMAL(image), label) for image, label in super().__getitems__(places)]
+
+    plain = FileImages(samples, PLAIN)
+    with pytest.raises(
+        ValueError, match="dataset: Wrong opens its files in a way of its own.*key="
+    ):
+        cached(Wrong(samples, PLAIN), folder)
+    folders = ImageFolder(tmp_path, PLAIN, loader=lambda path: None, allow_empty=True)
+    with pytest.raises(ValueError, match="ImageFolder opens its files in a way of its own.*key="):
+        cached(folders, folder)
+    with pytest.raises(ValueError, match="dataset: Normalised may change what it gives"):
+        cached(ConcatDataset([plain, Normalised(plain, [0])]), folder)
+    with pytest.raises(ValueError, match=r"dataset\[0\] does not give what dataset.transform"):
+        cached(Twice(samples, PLAIN), folder, key="twice")[0]
+    with pytest.raises(ValueError, match=r"dataset\[0\] is a tuple of 3, expected \(image, label"):
+        cached(Three(samples, PLAIN), folder, key="three")[0]
     with pytest.raises(ValueError, match="dataset: TensorDataset has no image files .*FileImages"):
         cached(TensorDataset(torch.zeros(2)), folder)
     with pytest.raises(ValueError, match="dataset: Stream is an IterableDataset"):
@@ -393,7 +445,7 @@ def test_bad_input_is_named(tmp_path, samples, folder):
     with pytest.raises(ValueError, match=r"samples\[0\] is 'a.jpg', expected \(file, label\)"):
         cached(FileImages(["a.jpg"], PLAIN), folder)
     with pytest.raises(ValueError, match=r"dataset: dataset\[0\] has the label 9, but .* gives 0"):
-        cached(Wrong(samples, PLAIN), folder)[0]
+        cached(Wrong(samples, PLAIN), folder, key="wrong")[0]
     with pytest.raises(ValueError, match=r"cache: .*0\.jpg is a file, expected a folder"):
         cached(FileImages(samples, PLAIN), samples[0][0])
     with pytest.raises(ValueError, match=r"cache: .*0\.jpg/c cannot be made \(Not a directory\)"):

@@ -48,11 +48,18 @@ def test_the_loaders_time_is_that_between_batches(monkeypatch):
 
 
 def test_a_wait_counts_only_where_the_device_has_nothing_left(monkeypatch):
-    clock, busy = Clock(monkeypatch), []
+    clock, ends = Clock(monkeypatch), []
     wait = LoaderWait()
-    for number in wait.timed(clock.slow(range(4), 0.0, 1.0, 0.0), lambda: not busy):
-        busy[:] = [1] * (number == 1)  # a step that still runs when the third batch comes
-    assert wait.seconds == 3
+
+    def ended():
+        return ends[-1] if ends[-1] <= clock.now else None
+
+    ends.append(clock.now)
+    for number in wait.timed(clock.slow(range(4), 0.0, 1.0, 0.0), ended):
+        # Three steps take no time; one ends when 0.75 s of the loader's next 1 s are over; the
+        # second one still runs when the third batch comes.
+        ends.append(clock.now + {0: 0.0, 1: 1.5, 2: 0.75, 3: 0.0}[number])
+    assert wait.seconds == 1 + 1 + 0 + 0.25
 
 
 class Slow(Dataset):

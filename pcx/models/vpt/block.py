@@ -16,6 +16,7 @@ from pcx.models.vpt.probes import Probe
 from pcx.models.vpt.prompts import dropped, neighbours, per_sample
 from pcx.ops.prefix_attention import cpu_cannot, prefix_attention
 from pcx.ops.prepared import Prepared
+from pcx.ops.recording import is_recorded
 from pcx.ops.reference.attention import additive
 
 PATHS = ("folded", "concat")
@@ -172,13 +173,17 @@ class PromptedBlock(Wrapper):
         """Whether the concatenated form computes this folded block in less time."""
         if self.kind != "deep" or self.constants or self.probe is not None:
             return False
+        if self._positions:  # placing them is not for several threads at once
+            return False
+        if self.block._forward_hooks or self.block._forward_pre_hooks:
+            return False  # a hook sees the block's tokens, whatever the batch
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         prompts = self._owner[0][self.index]
         added = 12 * x.shape[-1] ** 2 * x.shape[0] * prompts.shape[-2]
         if not 0 < added <= AMONG.get(x.device.type, 0):
             return False
-        return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        return not (x.is_cuda and is_recorded())
 
     # Folded: prompts act through their keys and values alone, computed once for the batch.
 
