@@ -108,21 +108,23 @@ def inference_of(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
 
 
 class Rows:
-    """The rows of this GPU's table of users' calls, written after each; other rows stay.
+    """The rows of this GPU's table of users' calls, written after each.
+
+    A row takes the place of an older one of the same work, model, way and batch; others stay.
 
     Args:
         folder: of the table.
-        is_old: of a row that is there, whether it is to be replaced.
     """
 
-    def __init__(self, folder: Path, is_old: Callable[[dict], bool]):
-        self.file, before = table(folder, "user_calls")
-        self.rows = [row for row in before if not is_old(row)]
+    def __init__(self, folder: Path):
+        self.file, self.rows = table(folder, "user_calls")
         self.machine = [torch.cuda.get_device_name(), torch.__version__, timm.__version__]
 
     def add(self, work: str, model: str, way: str, batch: int, ms: float, peak: float) -> None:
         """Adds a row: milliseconds of a call or step of `batch` images, and MiB at the peak."""
         values = [work, model, way, batch, f"{ms:.3f}", f"{1000 * batch / ms:.0f}", f"{peak:.0f}"]
+        key = [str(value) for value in values[:4]]
+        self.rows = [row for row in self.rows if [row[field] for field in FIELDS[:4]] != key]
         self.rows.append(dict(zip(FIELDS, [*values, *self.machine], strict=True)))
         print(*values, flush=True)
         with self.file.open("w", newline="") as out:

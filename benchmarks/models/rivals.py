@@ -94,7 +94,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=RESULTS)
     chosen = options.parse_args()
     way, make = LIBRARIES[chosen.library]
-    rows = Rows(chosen.out, lambda row: row["way"] == way)
+    rows = Rows(chosen.out)
     for model in VITS:
         for batch in BATCHES:
             made = make(model)

@@ -11,8 +11,10 @@
 - score: of `pcx.score` a batch, beside forward and backward of the same VPT recorded by hand;
 - condense: of the whole of `pcx.condense`, beside the training that comes before it.
 
-`rivals.py` adds the rows of other libraries. Everything is bfloat16 autocast, entered in each call;
-the ways of inference take turns. Models that must agree are compared before they are timed.
+`rivals.py` adds the rows of other libraries, and `--draw <csv>` draws the figure of a table.
+Everything is bfloat16 autocast, entered in each call; the ways of inference take turns. Models that
+must agree are compared before they are timed: a pruned model with its own eager form alone, since
+rounding may change which tokens it keeps.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from by_hand import (
     per_call,
     step_of,
 )
+from gpu_timing import rows_of
 
 import pcx
 from pcx.token_pruning.dropping import VARIANTS
@@ -243,13 +246,61 @@ def condense(add: Add, steps: int) -> None:
 WORKS = {"train": train, "infer": infer, "prune": prune, "score": score, "condense": condense}
 
 
+DRAWN = {  # of the figure: way in the table -> label
+    "train": {
+        "pcx.fit compile": 'pcx.fit, "compile"',
+        "pcx.fit": "pcx.fit",
+        "concat pcx.fit eager": "concatenating VPT, eager",
+        "VPT by hand, loop": "VPT by hand, loop",
+        "adapter-plus VPT": "adapter-plus VPT, loop",
+        "adapters prefix tuning": "adapters prefix tuning, loop",
+        "peft LoRA, loop": "peft LoRA, loop",
+    },
+    "infer": {
+        "plain": "timm's plain model",
+        "frozen auto": "VPT, pcx.freeze",
+        "folded": "VPT, folded",
+        "concat": "VPT, concatenating",
+        "adapter-plus VPT": "adapter-plus VPT",
+        "adapters prefix tuning": "adapters prefix tuning",
+    },
+}
+
+
+def draw(file: Path) -> None:
+    """Draws images a second of ViT-B/16 by batch, beside the table."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows_of(file) if row["model"] == "ViT-B/16"]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, (work, ways) in zip(figure.subplots(1, 2), DRAWN.items(), strict=True):
+        for way, label in ways.items():
+            found = {
+                int(row["batch"]): float(row["images_per_s"])
+                for row in rows
+                if (row["work"], row["way"]) == (work, way)
+            }
+            ours = "pcx" in label
+            style = {"linewidth": 2.2 if ours else 1.2, "linestyle": "-" if ours else "--"}
+            axes.plot(*zip(*sorted(found.items()), strict=True), "o", label=label, **style)
+        axes.set(title=work, xlabel="batch", ylabel="images a second", xscale="log", yscale="log")
+        axes.set_xticks(BATCHES, [str(batch) for batch in BATCHES])
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=6)
+    figure.suptitle(f"ViT-B/16, {PROMPTS} prompts a layer, {rows[0]['gpu']}, bfloat16", fontsize=9)
+    figure.savefig(file.with_suffix(".png"), dpi=150)
+
+
 def main() -> None:
     options = argparse.ArgumentParser()
+    options.add_argument("--draw", type=Path)
     options.add_argument("--work", nargs="*", choices=WORKS, default=list(WORKS))
     options.add_argument("--steps", type=int, default=60)
     options.add_argument("--out", type=Path, default=RESULTS)
     chosen = options.parse_args()
-    rows = Rows(chosen.out, lambda row: row["work"] in chosen.work)
+    if chosen.draw:
+        return draw(chosen.draw)
+    rows = Rows(chosen.out)
     for work in chosen.work:
         WORKS[work](partial(rows.add, work), chosen.steps)
 

@@ -45,6 +45,10 @@ def train(
     seed: o.Seed = 0,
     workers: o.Workers = 0,
     cache: o.Cache = None,
+    cache_tokens: Annotated[
+        bool,
+        o.option("compute patch tokens once for each image; no random transforms", o.DATA),
+    ] = False,
     resume: o.Resume = False,
     config: o.Config = None,
 ) -> None:
@@ -79,6 +83,7 @@ def train(
         clip_grad=clip_grad,
         amp=amp,
         execution=execution,
+        cache="tokens" if cache_tokens else None,
         seed=seed,
         checkpoint_dir=o.run_folder_of(out),
         resume=resume,

@@ -324,7 +324,7 @@ def copy_state(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> No
             tensor.copy_(source[name])
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:
     """Raises a ValueError where a value is none of the choices."""
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, expected one of {tuple(choices)}")

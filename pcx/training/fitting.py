@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pcx.backbones.outputs import logits_of
 from pcx.checkpoints.files import written_whole
 from pcx.checkpoints.fingerprint import fingerprint
-from pcx.models.base import TunedModel, copy_state, state_of
+from pcx.models.base import TunedModel, check_choice, copy_state, state_of
 from pcx.models.peft_model import known_by
 from pcx.training.batches import LabelCheck, LoaderWait, placed
 from pcx.training.callbacks import bar_of, note_of, say_facts
@@ -36,6 +36,7 @@ from pcx.training.recipe import (
     rates_of,
 )
 from pcx.training.run_folder import RunFolder, facts_of
+from pcx.training.token_cache import CACHES, FromTokens, cached_tokens
 
 LAST = "last.pt"
 VERSION = 2  # of that file
@@ -58,6 +59,7 @@ def fit(
     objective: str | Objective = "single-label",
     amp: str = "no",
     execution: str = "auto",
+    cache: str | None = None,
     seed: int = 0,
     checkpoint_dir: str | os.PathLike | None = None,
     resume: bool = False,
@@ -73,8 +75,7 @@ def fit(
         loader: yields (images [B, 3, H, W], labels), or dicts of "pixel_values" and "labels", and
             has a length; images fit the backbone. Resuming repeats no draws of persistent workers.
         epochs: passes over the loader.
-        lr: the learning rate itself.
-        base_lr: instead of lr, scaled by batch / 256 as in the paper.
+        lr, base_lr: the learning rate itself, or one that is scaled by batch / 256 as in the paper.
         val_loader: evaluated after each epoch.
         weight_decay, momentum, opt: as timm's factory takes them ("sgd" is Nesterov's form).
         warmup_epochs: a tenth of the epochs by default (the paper's 10 of 100).
@@ -85,11 +86,12 @@ def fit(
         execution: "auto" records a step in a CUDA graph where that is possible and replays it, to
             the bits of "eager". Replayed steps run no Python of criterion or model. "cuda-graph"
             makes it an error where it is not possible; "compile" compiles the model too.
+        cache: "tokens" computes what the first block is given once for each image and trains from
+            that, without images: for transforms without random parts, and what fits in memory.
         seed: of Python's, NumPy's and torch's generators, which each epoch seeds anew.
         checkpoint_dir: folder for `last.pt`, written whole or not at all after every epoch, and
             for the run's config.json, environment.json and history.csv.
-        resume: continue from last.pt, where it exists.
-        progress: show a bar and the run's facts.
+        resume, progress: continue from last.pt, where it exists; show a bar and the run's facts.
 
     Returns:
         One dict per epoch: epoch, loss, accuracy (percent, or the objective's metrics), samples,
@@ -97,14 +99,13 @@ def fit(
         a val_loader val_loss, val_accuracy. The model stays in training mode.
 
     Raises:
-        ValueError: an argument or the execution is not possible, or the checkpoint of another run.
+        ValueError: an argument, execution or cache is not possible, or another run's checkpoint.
         NonFiniteLoss: the loss became NaN or infinite; the model is back at the start of that epoch
             and the last checkpoint stays.
     """
     known = known_by(model)
     names, chosen = _trainable(model), objective_for(objective, criterion)
-    if resume and checkpoint_dir is None:
-        raise ValueError("resume: needs checkpoint_dir")
+    _check(cache, resume, checkpoint_dir)
     given: Any = {"weight_decay": weight_decay, "momentum": momentum, "opt": opt, "amp": amp}
     given |= {"clip_grad": clip_grad, "seed": seed, "criterion": chosen.described}
     frozen = None if checkpoint_dir is None else _frozen(model, names)
@@ -116,11 +117,18 @@ def fit(
         console = Console(quiet=not (progress and accelerator.is_main_process))
         shared, data = (accelerator, model, names, recipe), (loader, val_loader)
         say_facts(console, *shared[1:], accelerator.device)
-        with _Run(*shared, data, chosen, execution) as run:
+        with _Run(*shared, data, chosen, execution, cache) as run:
             history = _train(run, folder, resume, console)
     if known is not None:
         known.record.set_recipe(asdict(recipe))
     return history
+
+
+def _check(cache: str | None, resume: bool, checkpoint_dir: Any) -> None:
+    """Raises a ValueError where arguments do not fit, before anything is moved or read."""
+    check_choice("cache", cache, CACHES)
+    if resume and checkpoint_dir is None:
+        raise ValueError("resume: needs checkpoint_dir")
 
 
 def _train(run: _Run, folder: RunFolder | None, resume: bool, console: Console) -> list[dict]:
@@ -157,6 +165,7 @@ class _Run:
         data: tuple[Any, Any],  # to train on, and to evaluate on or None
         objective: Objective,
         execution: str,
+        cache: str | None,
     ):
         device, (loader, val_loader) = accelerator.device, data
         check_execution(execution, device)
@@ -183,11 +192,14 @@ class _Run:
         self.rates = Rates(plain, device, self.recordable)
         self.scheduler = cosine_schedule(plain, recipe)
         self.optimizer = accelerator.prepare(plain)
+        self.from_tokens: FromTokens | None = None
+        if cache is not None:
+            self.from_tokens, loader = cached_tokens(self.model.train(), loader, accelerator)
         self.loader = divided(accelerator, loader)
         self.val_loader = None if val_loader is None else divided(accelerator, val_loader)
         self.together = Together(accelerator.num_processes, model, self.parameters.values())
         self.check = LabelCheck(objective)
-        self.called = compiled(model, execution)
+        self.called = compiled(self.from_tokens or self.model, execution)
         # What other processes or the optimiser do in between cannot be recorded.
         self.whole = self.recordable and accelerator.num_processes == 1
         self.step: Any = prepared(
@@ -205,6 +217,8 @@ class _Run:
         self.optimizer.zero_grad()
         self.step = None
         self.evaluation.release()
+        if self.from_tokens is not None:
+            self.from_tokens.remove()
 
     def epoch(self) -> dict:
         start, number = time.perf_counter(), len(self.history)

@@ -99,6 +99,15 @@ def _without_augmentation(dataset: Any, config: dict) -> tuple[Any, str]:
     return plain, "with timm's evaluation transform in place of the random one"
 
 
+def is_augmented(dataset: Any) -> bool:
+    """Whether a data set's transform has random parts that are known."""
+    if isinstance(dataset, Subset):
+        return is_augmented(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return any(map(is_augmented, dataset.datasets))
+    return _is_random(getattr(dataset, "transform", None))
+
+
 def _is_random(transform) -> bool:
     if any(word in type(transform).__name__ for word in _RANDOM):
         return True

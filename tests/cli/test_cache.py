@@ -55,6 +55,21 @@ def test_commands_read_each_photo_once_and_find_the_same(root, tmp_path, monkeyp
     assert opened == []
 
 
+def test_tokens_are_computed_once_and_photos_read_once(root, tmp_path, monkeypatch):
+    opened, decode = [], images._opened
+    monkeypatch.setattr(images, "_opened", lambda *a: opened.append(a[1]) or decode(*a))
+    common = ["--task", "vtab:eurosat", "--root", root, "--batch-size", 4, "--epochs", 3]
+    rest = ["--prompts", 2, "--lr", "0.1", "--split", "trainval"]
+    run("train", *common, "--out", tmp_path / "plain", *rest)
+    del opened[:]
+    run("train", *common, "--out", tmp_path / "kept", *rest, "--cache-tokens")
+    assert max(opened.count(name) for name in opened) == 4  # two of them to see that it is the same
+    assert len(opened) == 8 * 3 + 12 + 6
+    plain, kept = (pcx.load(tmp_path / name).trainable() for name in ("plain", "kept"))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(kept[name], tensor, rtol=1e-4, atol=1e-5)
+
+
 def test_a_file_in_the_way_is_named(root, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"cache: .*file is a file, expected a folder"):

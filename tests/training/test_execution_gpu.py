@@ -321,3 +321,31 @@ def test_small_batches_without_gradients_run_on_hopper_kernels(dtype):
         found = attend(q, k, v, *prefix, None)
         assert torch.equal(found, pcx.prefix_attention(q, k, v, *prefix))
         found.sum().backward()
+
+
+@pytest.mark.parametrize("execution", ["eager", "auto"])
+@pytest.mark.parametrize("little", [False, True])
+def test_training_from_kept_tokens_is_training_from_images(loader, execution, little, monkeypatch):
+    if little:  # they are kept in main memory
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda device=None: (0, 0))
+    found = []
+    for cache in (None, "tokens"):
+        model = model_of(0.2)
+        arguments = {"epochs": 5, "lr": 0.05, "amp": "bf16", "execution": execution, **QUIET}
+        pcx.fit(model, loader, cache=cache, **arguments)
+        found.append(weights(model))
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(tensor, found[1][name], rtol=1e-2, atol=1e-3)
+
+
+def test_what_warms_up_takes_the_forms_that_are_recorded(loader, monkeypatch):
+    """A small batch of a folded VPT runs in another form outside of recordings."""
+    monkeypatch.setattr("pcx.models.vpt.block.AMONG", {"cuda": 1e12})
+    model, forms = model_of().eval(), []
+    concat = model.layers[0]._concat
+    model.layers[0]._concat = lambda *args: (forms.append("concat"), concat(*args))[1]
+    found = pcx.evaluate(model, loader, execution="cuda-graph", amp="bf16")
+    assert forms == ["concat"]  # the last batch, of another shape
+    monkeypatch.setattr("pcx.models.vpt.block.AMONG", {})
+    expected = pcx.evaluate(model, loader, execution="eager", amp="bf16")
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-2)
