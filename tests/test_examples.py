@@ -12,6 +12,11 @@ PRINTS = {
     "vpt": (r"VPT-Deep: [\d.]+% of 1397 test images", r"linear probe: [\d.]+%"),
     "condense": (r"prompts kept of each layer: \[", r"all prompts: .* 120 ", r"30% .* 36 prompts"),
     "lora": (r"LoRA: [\d.]+%, 19402 trained", r"the logits are equal"),
+    "below_plain": (
+        r"VPT: .*0.9. of the backbone",
+        r"30% of its prompts: ",
+        r"and pruned: .* 0.6. of",
+    ),
     "prune": (r"all tokens: ", r"pruned: ", r"patches left of 64: \[52, 37\]", r"removed: "),
     "serve": (r"image 3: class \d with probability [01]\.\d\d", r"[\d.]+ ms per image, batch 16"),
     "prefix_attention": (r"of the outputs: \S+", r"of the gradients: \S+"),
