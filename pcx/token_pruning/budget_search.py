@@ -143,8 +143,8 @@ def search(
     space = Space(model, fixed)
     limit = space.limit(budget)
     arguments = {"budget": limit, "unpruned": space.whole, "images": images, "seed": seed}
-    study = _open_study(storage, study_name, sampler, {**arguments, "fixed": fixed, "amp": amp})
     evaluation = _Evaluation(model, loader, images, seed, fixed, amp, execution)
+    study = _open_study(storage, study_name, sampler, {**arguments, "fixed": fixed, "amp": amp})
     unpruned = evaluation.accuracy(check=True)
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("searching", total=trials)

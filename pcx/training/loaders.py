@@ -82,12 +82,12 @@ def rebuilt(loader: DataLoader, dataset: Any, **order: Any) -> DataLoader:
 def _without_augmentation(dataset: Any, config: dict) -> tuple[Any, str]:
     if isinstance(dataset, Subset):
         inner, what = _without_augmentation(dataset.dataset, config)
-        return Subset(inner, dataset.indices), what
+        return _copied(dataset, dataset=inner), what
     if isinstance(dataset, ConcatDataset):
         parts, said = zip(
             *(_without_augmentation(d, config) for d in dataset.datasets), strict=True
         )
-        return ConcatDataset(parts), " and ".join(dict.fromkeys(said))
+        return _copied(dataset, datasets=list(parts)), " and ".join(dict.fromkeys(said))
     transform = getattr(dataset, "transform", None)
     if transform is None or not _is_random(transform):
         return dataset, "transform as given"
@@ -97,6 +97,14 @@ def _without_augmentation(dataset: Any, config: dict) -> tuple[Any, str]:
         return plain, "with the data set's evaluation transform"
     plain.transform = timm.data.create_transform(**config, is_training=False)
     return plain, "with timm's evaluation transform in place of the random one"
+
+
+def _copied(given: Any, **changed: Any) -> Any:
+    """A copy of a data set, whose class may do more than torch's, with other data sets within."""
+    copied = copy.copy(given)
+    for name, value in changed.items():
+        setattr(copied, name, value)
+    return copied
 
 
 def is_augmented(dataset: Any) -> bool:

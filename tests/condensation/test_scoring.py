@@ -384,6 +384,13 @@ def test_augmentation_is_taken_away():
         dataset = Images(float)
         dataset.transform = transform
         assert plain_loader(DataLoader(dataset), config).loader.dataset.transform is float
+
+    class Half(Subset):
+        def __getitems__(self, places):
+            return [(0.5 * image, label) for image, label in super().__getitems__(places)]
+
+    plain = plain_loader(DataLoader(ConcatDataset([Half(Images(float), [4])])), config)
+    assert next(iter(plain.loader.dataset.datasets)).__getitems__([0]) == [(2.0, 0)]
     subset = Subset(Images(), [3, 1])
     plain = plain_loader(DataLoader(subset), config)
     assert plain.loader.dataset.indices == [3, 1]

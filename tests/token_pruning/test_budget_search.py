@@ -254,12 +254,17 @@ def test_the_model_is_left_as_it_was(model, loader, fails):
         ({"fixed": {"keep": 0.5}}, r"fixed: got \['keep'\], expected some of \['cls_boost'"),
         ({"fixed": {"ranking": "best"}}, "ranking: got 'best'"),
         ({"amp": "int8"}, "amp: got 'int8'"),
+        ({"execution": "compile"}, "execution: 'compile' would compile every setting anew"),
+        ({"execution": "cuda-graph"}, "execution: 'cuda-graph' needs CUDA"),
+        ({"execution": "fast"}, "execution: got 'fast', expected one of"),
     ],
 )  # fmt: skip
-def test_bad_arguments_are_named(model, changes, message):
+def test_bad_arguments_are_named(model, tmp_path, changes, message):
+    arguments = {"budget": 0.6, "storage": f"sqlite:///{tmp_path}/study.db", **changes}
     with pytest.raises(ValueError, match=message):
-        pcx.token_pruning.search(model, None, **{"budget": 0.6, **changes})  # nothing is read
+        pcx.token_pruning.search(model, None, **arguments)  # nothing is read
     assert not found_on(model)
+    assert not (tmp_path / "study.db").exists()
 
 
 def test_bad_models_and_loaders_are_named(model, dataset):
