@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -233,12 +233,29 @@ def _recording_to(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
     if torch.cuda.mem_get_info()[0] < torch.cuda.memory_reserved():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+    pool = torch.cuda.graph_pool_handle()
     # Other threads may go on: a loader's pins memory, that of NCCL looks at events.
-    graph.capture_begin(capture_error_mode="thread_local")
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
     try:
         yield
     finally:
-        graph.capture_end()
+        try:
+            graph.capture_end()
+        except Exception:
+            _give_back(pool)
+            raise
+
+
+def _give_back(pool: Any) -> None:
+    """Ends what torch 2.11 goes on with behind a recording that cannot be ended.
+
+    Its allocator takes the recording for one that is under way, and keeps every tensor that another
+    stream has used, such as each later batch. The recording's own memory would stay taken too.
+    """
+    device = torch.cuda.current_device()
+    with suppress(RuntimeError):  # of newer versions, which have ended it themselves
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
 
 
 def _end_recording(device: torch.device) -> None:

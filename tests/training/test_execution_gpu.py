@@ -271,12 +271,34 @@ def test_a_frozen_model_that_is_changed_records_anew():
     assert torch.equal(frozen(x), before)
 
 
-def test_memory_of_recordings_is_given_back(loader):
-    def used():
-        gc.collect()
-        torch.cuda.empty_cache()
-        return torch.cuda.memory_reserved()
+def used():
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
 
+
+def fail_to_record():
+    """A recording that cannot be ended, of a function that takes 64 MiB."""
+
+    def run(x):
+        large = x.expand(2**24).clone()
+        if torch.cuda.is_current_stream_capturing():
+            torch.cuda.synchronize()
+        return large[:2]
+
+    replayed, x = prepared(lambda: run, DEVICE, "auto"), torch.zeros(1, device=DEVICE)
+    for _ in range(3):
+        assert torch.equal(replayed(x), torch.zeros(2, device=DEVICE))
+    assert replayed.refused
+
+
+@pytest.mark.parametrize("behind", ["nothing", "a failed recording"])
+def test_memory_of_recordings_is_given_back(loader, behind):
+    if behind == "a failed recording":
+        fail_to_record()
+        before = used()
+        fail_to_record()
+        assert used() <= before + 4 * 2**20
     model, seen = model_of(), []
     for _ in range(4):
         pcx.fit(model, loader, epochs=1, lr=0.01, warmup_epochs=0, **QUIET)
