@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import timm
 import torch
 from torch import nn
@@ -44,10 +46,12 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 }
 
 
-def build(family: str, num_classes: int = 7, dtype: torch.dtype = torch.float64) -> nn.Module:
+def build(
+    family: str, num_classes: int = 7, dtype: torch.dtype = torch.float64, **more: Any
+) -> nn.Module:
     """A small random model of a family, in eval mode."""
     name, arguments = FAMILIES[family]
-    model = timm.create_model(name, num_classes=num_classes, **arguments).to(dtype)
+    model = timm.create_model(name, num_classes=num_classes, **{**arguments, **more}).to(dtype)
     randomise(model)
     return model.eval()
 

@@ -5,7 +5,8 @@ test accuracy and the multiply-adds of the embedded backbone after each step, on
 seeds. Rates are fixed, and no setting is searched for. On a GPU, `--work speed` writes
 `results/together_<gpu>.csv`: the time of a batch of a ViT-B/16 with 100 prompts a layer, after each
 step, frozen (bfloat16), the ways taking turns. Its prompts are not trained, as their values do not
-change the time.
+change the time. The frozen VPT is compared with the unfrozen one before; condensed and pruned
+models compute something else.
 """
 
 from __future__ import annotations

@@ -217,15 +217,19 @@ def score(add: Add, steps: int) -> None:
         loss.backward()
         return loss
 
-    def scored(execution: str) -> object:
-        return pcx.score(vpt, loader, amp="bf16", execution=execution, progress=False)
+    def scored(execution: str, batches: Ready) -> object:
+        return pcx.score(vpt, batches, amp="bf16", execution=execution, progress=False)
 
     ms = per_call(recording(both).replay, 10)
     add(model, "forward and backward, bare graph", BATCH, ms, peak_of(both))
     vpt.zero_grad()
-    for way, execution in (("pcx.score", "auto"), ("pcx.score eager", "eager")):
-        call = partial(scored, execution)
-        add(model, way, BATCH, per_call(call, 1, 5) / steps, peak_of(call))
+    for way, execution, batches in (
+        ("pcx.score", "auto", loader),
+        ("pcx.score, 200 batches", "auto", Ready(200)),
+        ("pcx.score eager", "eager", loader),
+    ):
+        call = partial(scored, execution, batches)
+        add(model, way, BATCH, per_call(call, 1, 5) / len(batches), peak_of(call))
 
 
 def condense(add: Add, steps: int) -> None:

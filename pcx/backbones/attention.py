@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from types import FunctionType, SimpleNamespace
@@ -113,6 +113,21 @@ class _direct:  # noqa: N801, used as `with _direct(...)`
 
     def __exit__(self, *error: Any) -> None:
         _ACTIVE.attend, _ACTIVE.seen = self.before
+
+
+@contextlib.contextmanager
+def unrouted() -> Iterator[None]:
+    """Hands the calls of a module that is not routed on to where those of routed ones go."""
+    attend = _ACTIVE.attend
+    if attend is None:
+        yield
+        return
+    _ACTIVE.attend = None
+    try:
+        with intercept(attend, _ACTIVE.seen):
+            yield
+    finally:
+        _ACTIVE.attend = attend
 
 
 def routed_call(*args: Any, **kwargs: Any) -> Tensor:

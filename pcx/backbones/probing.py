@@ -26,6 +26,14 @@ _VIEWS = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flat
 
 
 @dataclass(frozen=True)
+class TensorLike:
+    """The shape and dtype of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class BlockSpec:
     """What one block is and where its parts are; names are dotted names in the backbone."""
 
@@ -45,6 +53,8 @@ class BlockSpec:
     windows: int  # attention calls' batch over the images' batch, 1 where tokens all meet
     arguments: tuple[str, ...]  # what the backbone passes to the block besides the stream
     returns_tuple: bool
+    stream: tuple[int, ...]  # shape of one image's stream
+    values: tuple[Any, ...]  # of the arguments; a tensor's is a `TensorLike`
 
 
 @torch.no_grad()
@@ -146,6 +156,7 @@ class _Frame:
     module: nn.Module
     tensors: list[Tensor]  # among its arguments
     arguments: tuple[str, ...]
+    values: tuple[Any, ...]
     calls: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # q, k, v
     path: list[_Frame] = field(default_factory=list)  # from the block to its first attention call
     sum: int | None = None  # the tensor x + attention(x)
@@ -220,7 +231,8 @@ class _Trace(TorchFunctionMode):
                 elif frame.follower is None and given & frame.read:
                     frame.follower = name
             names = list(inspect.signature(type(module).forward).parameters)[2 : len(args) + 1]
-            self._stack.append(_Frame(name, module, tensors, (*names, *kwargs)))
+            values = tuple(_described(value) for value in (*args[1:], *kwargs.values()))
+            self._stack.append(_Frame(name, module, tensors, (*names, *kwargs), values))
 
         return hook
 
@@ -270,7 +282,13 @@ def _spec_of(model: nn.Module, frame: _Frame, before: str | None, stage: int) ->
         windows=windows,
         arguments=frame.arguments,
         returns_tuple=frame.returns_tuple,
+        stream=tuple(frame.tensors[0].shape),
+        values=frame.values,
     )
+
+
+def _described(value: Any) -> Any:
+    return TensorLike(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
 
 
 def _layout(stream: Tensor) -> tuple[str, int]:

@@ -8,9 +8,10 @@ that reads it is one call.
 
 from __future__ import annotations
 
+import inspect
 import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pcx.backbones import attention
+from pcx.backbones.probing import BlockSpec, TensorLike
 from pcx.backbones.residual import Wrapper
 from pcx.ops.add_layer_norm import add_layer_norm
 
@@ -34,24 +36,58 @@ class Straight(Wrapper):
 
     Args:
         block: the block, whose modules and parameters the calls use.
-        source: Python of a function `forward(self, x, ...)`, where `self` is the block.
+        source: Python of a function `forward(self, x, ...)`, where `self` is the block; or, with
+            `given`, this module, and the dots are the given tensors.
         names: what the source refers to besides.
+        given: arguments besides x with which the block was captured, by name: a `TensorLike`, or
+            the value itself. Calls with others run the block as it is.
     """
 
     holds = "block"
     block: Any
     _run: Callable[..., Tensor]
 
-    def __init__(self, block: nn.Module, source: str, names: dict[str, Any]):
+    def __init__(
+        self,
+        block: nn.Module,
+        source: str,
+        names: dict[str, Any],
+        given: dict[str, Any] | None = None,
+    ):
         super().__init__(block)
-        self._source, self._names = source, names
+        self._source, self._names, self._given = source, names, given
+        self._positional = tuple(inspect.signature(type(block).forward).parameters)[2:]
         self._read()
         setattr(self, attention.ROUTED, True)
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the block gives."""
-        return self._run(self.block, *args, **kwargs)
+        if self._given is None:
+            return self._run(self.block, *args, **kwargs)
+        tensors = self._as_given(self._given, args, kwargs)
+        if tensors is not None:
+            return self._run(self, *tensors)
+        if torch.compiler.is_compiling():
+            return self.block(*args, **kwargs)
+        with attention.unrouted():
+            return self.block(*args, **kwargs)
+
+    def _as_given(self, given: dict[str, Any], args: tuple, kwargs: dict) -> list[Tensor] | None:
+        """x and the tensors of a call whose arguments are as those of the capture, else None."""
+        passed = {**dict(zip(self._positional, args[1:], strict=False)), **kwargs}
+        if not args or passed.keys() != given.keys():
+            return None
+        tensors = [args[0]]
+        for name, expected in given.items():
+            value = passed[name]
+            if isinstance(value, Tensor) != isinstance(expected, TensorLike):
+                return None
+            if isinstance(value, Tensor):
+                tensors.append(value)
+            elif value != expected:
+                return None
+        return tensors
 
     def _read(self) -> None:
         names = {"torch": torch, **self._names}
@@ -67,34 +103,77 @@ class Straight(Wrapper):
 
 
 @torch.no_grad()
-def straightened(block: nn.Module, expected: int, dim: int) -> Straight | None:
+def straightened(block: nn.Module, spec: BlockSpec) -> Straight | None:
     """The same block as a straight line of calls, or None where it cannot be captured.
 
-    It is proven on a few made-up tokens of two sizes that both make the same attention calls and
-    compute the same.
+    It is captured for any arguments; or, where its forward asks what they are, for those that the
+    backbone passes to it. It is proven on made-up tokens that both make the same attention calls
+    and compute the same: on a few tokens of two sizes, or on the backbone's number of tokens where
+    it is given tensors that belong to them, such as rotations.
 
     Args:
         block: in eval mode; not changed.
-        expected: how many attention calls it makes.
-        dim: width of its tokens.
+        spec: what is known of it.
     """
     if any(module.training or is_watched(module) for module in block.modules()):
         return None
+    few = attention.made_up_tokens(block, spec.dim)
+    two_sizes = [few, torch.cat([few, few.flip(1)], 1).expand(2, -1, -1)]
+    captured = _captured(block, block, None)
+    if captured is not None and _is_proven(block, captured, spec.calls, two_sizes, {}):
+        return captured
+    given = dict(zip(spec.arguments, spec.values, strict=True))
+    simple = all(v is None or isinstance(v, TensorLike | bool | int | str) for v in given.values())
+    if not given or not simple or len(spec.stream) != 3:
+        return None
+    captured = _captured(block, _caller(block, given), given)
+    if captured is None:
+        return None
+    passed = {n: _made_up(v, few) if isinstance(v, TensorLike) else v for n, v in given.items()}
+    if any(isinstance(value, Tensor) for value in passed.values()):
+        whole = _made_up(TensorLike(spec.stream, few.dtype), few)
+        two_sizes = [whole, torch.cat([whole, whole.flip(1)])]
+    return captured if _is_proven(block, captured, spec.calls, two_sizes, passed) else None
+
+
+def _made_up(like: TensorLike, beside: Tensor) -> Tensor:
+    count = torch.Size(like.shape).numel()
+    ramp = torch.arange(count, device=beside.device, dtype=torch.float32)
+    return torch.sin(ramp * 1.7).reshape(like.shape).to(like.dtype)
+
+
+def _caller(block: nn.Module, given: dict[str, Any]) -> nn.Module:
+    """A module that holds the block and calls it with the given values and tensors of its own."""
+    tensors = [name for name, value in given.items() if isinstance(value, TensorLike)]
+    values = {name: value for name, value in given.items() if name not in tensors}
+    passed = ", ".join(f"{name}={name}" for name in tensors)
+    source = (
+        f"def forward({', '.join(['self', 'x', *tensors])}):\n"
+        f"    return self.block(x, {passed}{', ' if passed else ''}**values)\n"
+    )
+    names: dict[str, Any] = {"values": values}
+    exec(source, names)
+    made = type("Caller", (nn.Module,), {"forward": names["forward"]})()
+    made.block = block
+    return made.eval()
+
+
+def _captured(block: nn.Module, root: nn.Module, given: dict[str, Any] | None) -> Straight | None:
+    """A capture of the forward of `root`, which is the block or calls it."""
     try:
         with _TRACING:
-            graph = _Tracer().trace(block)
+            graph = _Tracer().trace(root)
     except Exception:  # whatever a forward does that depends on values
         return None
     _hand_over(graph)
-    _fuse_norms(block, graph)
+    _fuse_norms(root, graph)
     for node in graph.nodes:
         node.type = None  # annotations would be among the names
     _drop_unread(graph)
     code = graph.python_code("self")
     # Modules cannot be pickled; the one that is needed is torch, which `Straight` knows.
     names = {n: v for n, v in code.globals.items() if not isinstance(v, ModuleType)}
-    captured = Straight(block, code.src, names)
-    return captured if _is_proven(block, captured, expected, dim) else None
+    return Straight(block, code.src, names, given)
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -162,7 +241,10 @@ def _fuse_norms(block: nn.Module, graph: fx.Graph) -> None:
             continue
         x, weight, bias, eps = norm
         added = x.op == "call_function" and x.target in (operator.add, torch.add) and not x.kwargs
-        added = added and all(isinstance(term, fx.Node) for term in x.args)
+        # A sum with a parameter may spread it over tokens, which the one call does not.
+        added = added and all(
+            isinstance(term, fx.Node) and term.op != "get_attr" for term in x.args
+        )
         with graph.inserting_before(node):
             weight, bias = (t if t is None else graph.get_attr(t) for t in (weight, bias))
             terms = x.args if added else (x, None)
@@ -218,11 +300,16 @@ def _reads_narrow(block: nn.Module, node: fx.Node) -> bool:
     return type(block.get_submodule(str(node.target))) is nn.Linear
 
 
-def _is_proven(block: nn.Module, captured: nn.Module, expected: int, dim: int) -> bool:
-    tokens = attention.made_up_tokens(block, dim)
+def _is_proven(
+    block: nn.Module,
+    captured: nn.Module,
+    expected: int,
+    trials: Sequence[Tensor],
+    passed: dict[str, Any],
+) -> bool:
     try:
-        for x in (tokens, torch.cat([tokens, tokens.flip(1)], 1).expand(2, -1, -1)):
-            runs = [_run(each, expected, x) for each in (block, captured)]
+        for x in trials:
+            runs = [_run(each, expected, x, passed) for each in (block, captured)]
             (found, calls), (again, captured_calls) = runs
             if not _is_close(found, again) or len(calls) != len(captured_calls):
                 return False
@@ -234,14 +321,16 @@ def _is_proven(block: nn.Module, captured: nn.Module, expected: int, dim: int) -
     return True
 
 
-def _run(block: nn.Module, expected: int, x: Tensor) -> tuple[Tensor, list[attention.Call]]:
+def _run(
+    block: nn.Module, expected: int, x: Tensor, passed: dict[str, Any]
+) -> tuple[Tensor, list[attention.Call]]:
     calls: list[attention.Call] = []
 
     def attend(_: int, call: attention.Call) -> Tensor:
         calls.append(call)
         return call.v if call.v.shape == call.q.shape else call.empty_output()
 
-    return attention.run(block, expected, attend, x), calls
+    return attention.run(block, expected, attend, x, **passed), calls
 
 
 def _is_close(a: Tensor, b: Tensor) -> bool:

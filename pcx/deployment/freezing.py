@@ -178,7 +178,7 @@ def _straighten(backbone: nn.Module, spec: BackboneSpec, stand_ins: Sequence[Sta
         name, module = block.name, backbone.get_submodule(block.name)
         while isinstance(module, Wrapper):
             name, module = f"{name}.{module.holds}", getattr(module, module.holds)
-        straight = straightened(module, block.calls, block.dim)
+        straight = straightened(module, block)
         if straight is None:
             continue
         backbone.set_submodule(name, straight)

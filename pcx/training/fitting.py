@@ -194,7 +194,7 @@ class _Run:
         self.optimizer = accelerator.prepare(plain)
         self.from_tokens: FromTokens | None = None
         if cache is not None:
-            self.from_tokens, loader = cached_tokens(self.model.train(), loader, accelerator)
+            self.from_tokens, loader = cached_tokens(self.model, loader, accelerator)
         self.loader = divided(accelerator, loader)
         self.val_loader = None if val_loader is None else divided(accelerator, val_loader)
         self.together = Together(accelerator.num_processes, model, self.parameters.values())
@@ -210,6 +210,8 @@ class _Run:
         self.updates = 0
 
     def __enter__(self) -> _Run:
+        if self.from_tokens is not None:
+            self.from_tokens.attach()
         return self
 
     def __exit__(self, *error: Any) -> None:

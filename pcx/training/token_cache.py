@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,23 +10,32 @@ import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    SubsetRandomSampler,
+)
 
 from pcx.backbones.outputs import logits_of
 from pcx.models.base import TunedModel
 from pcx.models.peft_model import known_by
-from pcx.training.batches import images_and_labels
+from pcx.training.batches import LabelCheck, images_and_labels
 from pcx.training.loaders import is_augmented, rebuilt
 
 CACHES = (None, "tokens")
-ADVICE = "use cache=None, and pcx.tasks.cached where decoding takes the time"
+ADVICE = "train without cache='tokens' (--cache-tokens)"
+TRIED = 8  # samples that are read several times before all are read once
+SHARE = 0.8  # of the free memory that tokens may fill
 
 
 class FromTokens(nn.Module):
     """Runs a model from its first block's input on.
 
     What comes before that block is run on one image, whatever the batch, and its tokens are
-    replaced by the given ones.
+    replaced by the given ones, while it is attached to the model.
 
     Args:
         model: a tuned model.
@@ -37,8 +46,16 @@ class FromTokens(nn.Module):
         super().__init__()
         self.model, self._image = model, image
         self._given: Tensor | None = None
-        (first, *_) = model.spec.blocks_in(model.plain_backbone())
-        self._hook = first.register_forward_pre_hook(self._replace, prepend=True)
+        self._hook: Any = None
+
+    def attach(self) -> None:
+        """Prepares the model to be given tokens."""
+        self._hook = _first_block(self.model).register_forward_pre_hook(self._replace, prepend=True)
+
+    def remove(self) -> None:
+        """Leaves the model as it was."""
+        if self._hook is not None:
+            self._hook.remove()
 
     def forward(self, tokens: Tensor) -> Any:
         """Maps tokens [B, N, D] to what the model gives for their images."""
@@ -51,15 +68,15 @@ class FromTokens(nn.Module):
     def _replace(self, first: nn.Module, given: tuple) -> tuple | None:
         return None if self._given is None else (self._given, *given[1:])
 
-    def remove(self) -> None:
-        """Leaves the model as it was."""
-        self._hook.remove()
-
 
 class _Arrived(Exception):
     def __init__(self, tokens: Tensor):
         super().__init__()
         self.tokens = tokens
+
+
+def _first_block(model: TunedModel) -> nn.Module:
+    return model.spec.blocks_in(model.plain_backbone())[0]
 
 
 def tokens_of(model: TunedModel, images: Tensor) -> Tensor:
@@ -70,8 +87,7 @@ def tokens_of(model: TunedModel, images: Tensor) -> Tensor:
             raise ValueError(f"cache: {type(first).__name__} takes no tokens; {ADVICE}")
         raise _Arrived(given[0])
 
-    (first, *_) = model.spec.blocks_in(model.plain_backbone())
-    hook = first.register_forward_pre_hook(arrive, prepend=True)
+    hook = _first_block(model).register_forward_pre_hook(arrive, prepend=True)
     try:
         model(images)
     except _Arrived as arrived:
@@ -82,26 +98,30 @@ def tokens_of(model: TunedModel, images: Tensor) -> Tensor:
 
 
 class TokenSet(Dataset):
-    """Tokens and labels of all samples of a data set, given out a batch at a time.
+    """Tokens and labels of samples of a data set, given out a batch at a time.
 
     Args:
         tokens: [n, N, D].
         labels: [n, ...].
+        places: of the samples in the data set; None where these are all.
     """
 
-    def __init__(self, tokens: Tensor, labels: Tensor):
+    def __init__(self, tokens: Tensor, labels: Tensor, places: Sequence[int] | None = None):
         self.tokens, self.labels = tokens, labels
+        self._rows = None if places is None else {place: i for i, place in enumerate(places)}
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, places: list[int]) -> tuple[Tensor, Tensor]:
         """A whole batch, which needs no collation."""
-        at = torch.as_tensor(places)
+        rows = places if self._rows is None else [self._rows[place] for place in places]
+        at = torch.as_tensor(rows)
         return self.tokens[at.to(self.tokens.device)], self.labels[at]
 
     def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
-        return self.tokens[place], self.labels[place]
+        tokens, labels = self.__getitems__([place])
+        return tokens[0], labels[0]
 
 
 def cached_tokens(
@@ -113,141 +133,225 @@ def cached_tokens(
     memory. Every process keeps all of them.
 
     Args:
-        model: in the mode of training, on the accelerator's device.
+        model: on the accelerator's device; left in the modes in which it was.
         loader: a `DataLoader` over a map-style data set, whose samples are the same on each read.
         accelerator: of the training.
 
     Returns:
-        A module that takes tokens in the place of images, and a loader of tokens in the place of
-        that of images, in the same order.
+        A module that takes tokens in the place of images, to be attached; and a loader of tokens in
+        the place of that of images, in the same order.
 
     Raises:
         ValueError: the model is not a tuned one, or what comes before its first block is trained,
-            random or not each image's own; the loader or its samples do not fit; or there is not
-            enough memory.
+            random or not each image's own; the loader or its samples do not fit, as far as a few of
+            them show; or there is not enough memory.
     """
     tuned = known_by(model)
     if tuned is None or not tuned.spec.blocks:
         raise ValueError(f"cache: 'tokens' needs a tuned model with blocks; {ADVICE}")
-    dataset = _checked_data(loader)
-    images, _ = images_and_labels(loader.collate_fn([dataset[i] for i in _first(dataset)]))
-    if not isinstance(images, Tensor):
-        raise ValueError(f"cache: images are a {type(images).__name__}, expected a tensor")
-    images = images.to(accelerator.device)
-    _check_model(tuned, images, accelerator)
-    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", 64)
-    plain = rebuilt(loader, dataset, batch_size=size)
-    kept = TokenSet(*_all_tokens(tuned, plain, len(dataset), accelerator))
+    places = _checked_places(loader)
+    images = _checked_batch(loader, places).to(accelerator.device)
+    with _as_it_was(tuned):
+        tuned.train()
+        _check_tokens(tuned, images, accelerator)
+        tuned.eval()
+        _check_gradients(tuned, images, accelerator)
+        tuned.train()
+        kept = TokenSet(*_all_tokens(tuned, loader, places, images, accelerator), places)
     return FromTokens(tuned, images[:1]), _in_the_order_of(loader, kept)
 
 
-def _first(dataset: Any) -> range:
-    return range(min(8, len(dataset)))
+def _checked_places(loader: Any) -> Sequence[int]:
+    """The places in the data set of the samples that a loader draws from.
 
-
-def _checked_data(loader: Any) -> Any:
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    Raises:
+        ValueError: it is no plain `DataLoader` over a map-style data set without random transforms.
+    """
+    if type(loader) is not DataLoader or isinstance(loader.dataset, IterableDataset):
         raise ValueError(
-            "cache: 'tokens' needs a DataLoader over a map-style data set, whose samples can be "
-            f"told apart; {ADVICE}"
+            "cache: 'tokens' needs a torch.utils.data.DataLoader over a map-style data set, whose "
+            f"samples can be told apart, got a {type(loader).__name__}; {ADVICE}"
         )
+    if loader.batch_sampler is None:
+        raise ValueError("loader: it yields single samples; give it a batch_size")
     dataset: Any = loader.dataset
     if is_augmented(dataset):
         raise ValueError(
             "cache: 'tokens' are the same in every epoch, but the data set's transform has random "
-            "parts; give it one without, such as its eval_transform, or use cache=None"
+            f"parts; give it one without, such as its eval_transform, or {ADVICE}"
         )
-    for i in _first(dataset):
-        if not _same(dataset[i], dataset[i]):
+    sampler = getattr(loader.batch_sampler, "sampler", None)
+    if isinstance(sampler, SubsetRandomSampler):
+        places: Sequence[int] = sorted({int(i) for i in sampler.indices})
+    else:
+        places = range(len(dataset))
+    if not places:
+        raise ValueError("loader: it yielded no sample")
+    return places
+
+
+def _checked_batch(loader: DataLoader, places: Sequence[int]) -> Tensor:
+    """The images of a few samples from all over the data set.
+
+    Raises:
+        ValueError: their batch is not the same on each read, or mixes samples.
+    """
+    count = min(TRIED, len(places))
+    tried = [places[i * (len(places) - 1) // max(count - 1, 1)] for i in range(count)]
+
+    def read(some: list[int]) -> tuple[Tensor, Tensor]:
+        images, labels = images_and_labels(loader.collate_fn([loader.dataset[i] for i in some]))
+        LabelCheck.check_rows(labels)
+        if not isinstance(images, Tensor):
             raise ValueError(
-                f"cache: 'tokens' are the same in every epoch, but dataset[{i}] gave two different "
-                "samples; take random parts out of the data set, or use cache=None"
+                f"cache: images are a {type(images).__name__}, expected a tensor; {ADVICE}"
             )
-    return dataset
+        return images, labels
+
+    images, labels = read(tried)
+    if not (_same(images, (again := read(tried))[0]) and _same(labels, again[1])):
+        raise ValueError(
+            "cache: 'tokens' are the same in every epoch, but two reads of the same samples "
+            f"differ; take random parts out of the data set and the collate_fn, or {ADVICE}"
+        )
+    for row, place in enumerate(tried):
+        image, label = read([place])
+        if not (_same(image, images[row : row + 1]) and _same(label, labels[row : row + 1])):
+            raise ValueError(
+                "cache: 'tokens' are each image's own, but the loader's collate_fn gives a sample "
+                f"otherwise in another batch; use one that does not mix samples, or {ADVICE}"
+            )
+    return images
 
 
-def _same(a: Any, b: Any) -> bool:
-    leaves = [torch.utils._pytree.tree_leaves(x) for x in (a, b)]
-    return len(leaves[0]) == len(leaves[1]) and all(
-        torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in zip(*leaves, strict=True)
-    )
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def _check_model(model: TunedModel, images: Tensor, accelerator: Accelerator) -> None:
-    """Raises a ValueError where training from tokens would not be training from images."""
+def _check_tokens(model: TunedModel, images: Tensor, accelerator: Accelerator) -> None:
+    """Raises a ValueError where the tokens of an image are not the same in every step."""
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.enable_grad(), accelerator.autocast():
         tokens = tokens_of(model, images)
     if tokens.requires_grad:
         raise ValueError(
-            "cache: 'tokens' needs everything before the first block to be frozen; use cache=None"
+            "cache: 'tokens' needs everything before the first block to be frozen (gradient "
+            f"checkpointing of Hugging Face's models makes tokens differentiable); {ADVICE}"
         )
     if len(tokens) != len(images):
         raise ValueError(f"cache: the first block is not given a row for each image; {ADVICE}")
     with torch.no_grad(), accelerator.autocast():
-        if not torch.equal(tokens_of(model, images), tokens):
-            raise ValueError(
-                "cache: 'tokens' needs that nothing before the first block is random, such as a "
-                "patch or position dropout; switch it off, or use cache=None"
-            )
-    with _evaluating(model), torch.no_grad(), accelerator.autocast():
-        expected = logits_of(model(images)).float()
-        trial = FromTokens(model, images[:1])
-        try:
-            found = logits_of(trial(tokens_of(model, images))).float()
-        finally:
-            trial.remove()
-    rounding = 1e-3 if accelerator.mixed_precision == "no" else 2e-2
-    same = found.shape == expected.shape
-    if not same or (found - expected).norm() > rounding * expected.norm():
-        raise ValueError(f"cache: the model reads more than its first block's tokens; {ADVICE}")
+        again = tokens_of(model, images)
+        alone = torch.cat([tokens_of(model, image[None]) for image in images])
+    if not torch.equal(again, tokens):
+        raise ValueError(
+            "cache: 'tokens' needs that nothing before the first block is random, such as a patch "
+            f"or position dropout; switch it off, or {ADVICE}"
+        )
+    changed = [n for n, b in model.named_buffers() if not torch.equal(b, before[n])]
+    if changed or not _is_close(alone, tokens, accelerator):
+        why = f"{changed[0]} changes with each batch" if changed else "they depend on the batch"
+        raise ValueError(f"cache: 'tokens' must be each image's own, but {why}; {ADVICE}")
+
+
+def _check_gradients(model: TunedModel, images: Tensor, accelerator: Accelerator) -> None:
+    """Raises a ValueError where logits or gradients from tokens are not those from images."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    run = FromTokens(model, images[:1])
+
+    def outcome(call: nn.Module, x: Tensor) -> list[Tensor]:
+        with torch.enable_grad(), accelerator.autocast():
+            logits = logits_of(call(x)).float()
+        slopes = torch.sin(torch.arange(logits.numel(), device=x.device)).view_as(logits)
+        found = torch.autograd.grad(logits, trained, slopes.to(logits.dtype), allow_unused=True)
+        return [logits.detach(), *(x.new_zeros(()) if g is None else g for g in found)]
+
+    with torch.no_grad(), accelerator.autocast():
+        tokens = tokens_of(model, images)
+    expected = outcome(model, images)
+    run.attach()
+    try:
+        found = outcome(run, tokens)
+        same = all(_is_close(a, b, accelerator) for a, b in zip(found, expected, strict=True))
+    except (RuntimeError, ValueError):  # a shape or a recomputation that does not fit
+        same = False
+    finally:
+        run.remove()
+    if not same:
+        raise ValueError(
+            "cache: the model reads more than its first block's tokens, or computes that block "
+            f"again in its backward pass (gradient checkpointing); {ADVICE}"
+        )
+
+
+def _is_close(a: Tensor, b: Tensor, accelerator: Accelerator) -> bool:
+    rounding = 1e-3 if accelerator.mixed_precision == "no" else 5e-2
+    return a.shape == b.shape and bool((a - b).norm() <= rounding * b.norm())
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Puts modes and buffers back."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 @torch.no_grad()
 def _all_tokens(
-    model: TunedModel, loader: DataLoader, count: int, accelerator: Accelerator
+    model: TunedModel,
+    loader: DataLoader,
+    places: Sequence[int],
+    first: Tensor,
+    accelerator: Accelerator,
 ) -> tuple[Tensor, Tensor]:
-    kept: Tensor | None = None
+    """The tokens and labels of all samples, in the order of their places."""
+    some: Any = loader.dataset
+    if len(places) < len(some):
+        some = Subset(some, places)
+    size = getattr(loader.batch_sampler, "batch_size", None) or 64
+    with accelerator.autocast():
+        kept = _room(tokens_of(model, first[:1]), len(places), accelerator.num_processes)
     labels, done = [], 0
-    for batch in loader:
+    for batch in rebuilt(loader, some, batch_size=size):
         images, targets = images_and_labels(batch)
+        if images.shape[1:] != first.shape[1:]:
+            raise ValueError(
+                f"cache: images {tuple(images.shape[1:])} and {tuple(first.shape[1:])} in one data "
+                f"set; bring all to one size, or {ADVICE}"
+            )
         with accelerator.autocast():
             tokens = tokens_of(model, images.to(accelerator.device))
-        if kept is None:
-            kept = _room(tokens, count)
-        elif tokens.shape[1:] != kept.shape[1:]:
-            raise ValueError(
-                f"cache: images give tokens {tuple(tokens.shape[1:])} and "
-                f"{tuple(kept.shape[1:])}; bring all images to one size, or use cache=None"
-            )
-        kept[done : done + len(tokens)] = tokens
+        end = done + len(tokens)
+        if end <= len(kept):
+            kept[done:end] = tokens
         labels.append(targets)
-        done += len(tokens)
-    if kept is None or done != count:
-        raise ValueError(f"cache: the loader gave {done} of {count} samples; {ADVICE}")
+        done = end
+    if done != len(kept):
+        raise ValueError(
+            f"cache: the loader's collate_fn gave {done} of {len(kept)} samples; {ADVICE}"
+        )
     return kept, torch.cat(labels)
 
 
-def _room(tokens: Tensor, count: int) -> Tensor:
+def _room(tokens: Tensor, count: int, processes: int) -> Tensor:
     """Memory for the tokens of all samples: on their device, or else in main memory."""
     needed = tokens[0].numel() * tokens.element_size() * count
     if tokens.is_cuda and needed < torch.cuda.mem_get_info(tokens.device)[0] / 2:
         return tokens.new_empty(count, *tokens.shape[1:])
-    free = psutil.virtual_memory().available
+    free = SHARE * psutil.virtual_memory().available / processes
     if needed > free:
         raise ValueError(
             f"cache: 'tokens' of {count} images take {needed / 2**30:.1f} GiB, "
-            f"{free / 2**30:.1f} GiB are free; {ADVICE}"
+            f"{free / 2**30:.1f} GiB are free for them; {ADVICE}, and use pcx.tasks.cached where "
+            "decoding takes the time"
         )
     return torch.empty(count, *tokens.shape[1:], dtype=tokens.dtype)
 
@@ -258,12 +362,10 @@ def _in_the_order_of(loader: DataLoader, kept: TokenSet) -> DataLoader:
     order: dict[str, Any] = {"batch_sampler": batches}
     if type(batches) is BatchSampler:
         order = {
-            "batch_size": loader.batch_size,
-            "sampler": loader.sampler,
-            "drop_last": loader.drop_last,
+            "batch_size": batches.batch_size,
+            "sampler": batches.sampler,
+            "drop_last": batches.drop_last,
         }
-    elif batches is None:
-        raise ValueError(f"cache: 'tokens' needs a loader with a batch_size; {ADVICE}")
     pinned = loader.pin_memory and not kept.tokens.is_cuda
     return DataLoader(
         kept, collate_fn=_as_it_is, generator=loader.generator, pin_memory=pinned, **order

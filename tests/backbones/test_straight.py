@@ -1,6 +1,7 @@
 """Blocks as straight lines of calls, and patch embeddings as products, are what they stand for."""
 
 import copy
+import dataclasses
 import pickle
 import threading
 
@@ -13,10 +14,9 @@ from torch import nn
 import pcx
 from pcx.backbones import attention
 from pcx.backbones.patches import PatchProduct, find_patch_projection
+from pcx.backbones.probing import TensorLike
 from pcx.backbones.spec import find_spec
 from pcx.backbones.straight import Straight, straightened
-
-LEFT = ("eva02", "dinov3", "rope", "beit", "beitv2")  # blocks that ask whether they got a tensor
 
 
 def close(a, b):
@@ -29,7 +29,7 @@ def test_a_frozen_backbone_computes_the_same(family):
     frozen = pcx.freeze(backbone)
     close(frozen(x), pcx.Linear(backbone, head_init="keep").eval()(x))
     found = [m for m in frozen.modules() if isinstance(m, Straight)]
-    assert len(found) == (0 if family in LEFT else len(find_spec(backbone).blocks))
+    assert len(found) == len(find_spec(backbone).blocks)
     close(copy.deepcopy(frozen)(x), frozen(x))
     close(pickle.loads(pickle.dumps(frozen))(x), frozen(x))
     assert not any(isinstance(m, Straight | PatchProduct) for m in backbone.modules())
@@ -50,20 +50,20 @@ def block():
     backbone = build("vit")
     attention.fuse(backbone)
     spec = find_spec(backbone).blocks[0]
-    return backbone.get_submodule(spec.name), spec.calls, spec.dim
+    return backbone.get_submodule(spec.name), spec
 
 
 def test_a_block_is_left_where_a_capture_would_miss_something(block):
-    module, calls, dim = block
-    assert isinstance(straightened(module, calls, dim), Straight)
-    assert straightened(module, calls + 1, dim) is None
+    module, spec = block
+    assert isinstance(straightened(module, spec), Straight)
+    assert straightened(module, dataclasses.replace(spec, calls=2)) is None
     handle = module.attn.register_forward_hook(lambda m, args, out: None)
-    assert straightened(module, calls, dim) is None
+    assert straightened(module, spec) is None
     handle.remove()
     module.mlp.forward = lambda x: x
-    assert straightened(module, calls, dim) is None
+    assert straightened(module, spec) is None
     del module.mlp.forward
-    assert straightened(module.train(), calls, dim) is None
+    assert straightened(module.train(), spec) is None
 
 
 class Branches(nn.Module):
@@ -90,8 +90,56 @@ class Sized(nn.Module):
 
 @pytest.mark.parametrize("kind", [Branches, Sized])
 def test_a_forward_that_asks_for_values_is_not_captured(block, kind):
-    module, calls, dim = block
-    assert straightened(kind(module), calls, dim) is None
+    module, spec = block
+    assert straightened(kind(module), spec) is None
+
+
+@pytest.mark.parametrize("family", ["eva02", "dinov3", "rope", "beit", "naflexvit"])
+def test_a_block_that_is_called_otherwise_runs_as_it_is(family):
+    backbone = build(family)
+    attention.fuse(backbone)
+    spec = find_spec(backbone).blocks[1]
+    module = backbone.get_submodule(spec.name)
+    straight = straightened(module, spec)
+    assert isinstance(straight, Straight)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, spec.stream[1], spec.dim, generator=generator, dtype=torch.float64)
+    usual = {
+        name: torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        if isinstance(value, TensorLike)
+        else value
+        for name, value in zip(spec.arguments, spec.values, strict=True)
+    }
+    close(straight(x, **usual), module(x, **usual))
+    close(straight(x), module(x))
+    bias = "shared_rel_pos_bias" if family == "beit" else "attn_mask"
+    other = {**usual, bias: torch.randn(x.shape[1], x.shape[1], dtype=torch.float64)}
+    expected = module(x, **other)
+    assert (expected - module(x, **usual)).norm() > 1e-6
+    close(straight(x, **other), expected)
+    seen = []
+
+    def attend(_, call):
+        seen.append(call.bias)
+        return call.output()
+
+    close(attention.run(straight, 1, attend, x, **other), expected)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("family", ["eva02", "dinov3", "rope"])
+def test_rotations_of_other_image_sizes(family):
+    backbone = build(family, dynamic_img_size=True)
+    model, x = pcx.VPT(backbone, [2, 0, 3]).eval(), images(family)
+    model.path = "concat"
+    model(x)  # rotations begin behind the prompts now
+    frozen, plain = pcx.freeze(model), pcx.freeze(backbone)
+    side = backbone.patch_embed.patch_size[0]
+    for size in (4 * side, 6 * side, 3 * side):
+        y = torch.nn.functional.interpolate(x, size)
+        close(plain(y), backbone(y))
+        close(frozen(y), model(y))
+    assert len([m for m in frozen.modules() if isinstance(m, Straight)]) == 3
 
 
 class Gated(nn.Module):
@@ -107,11 +155,11 @@ class Gated(nn.Module):
 
 
 def test_what_is_computed_from_buffers_follows_them(block):
-    module, calls, dim = block
+    module, spec = block
     gated = Gated(module, drawn=False).eval()
-    straight = straightened(gated, calls, dim)
+    straight = straightened(gated, spec)
     assert isinstance(straight, Straight)
-    x = torch.randn(2, 9, dim, dtype=torch.float64)
+    x = torch.randn(2, 9, spec.dim, dtype=torch.float64)
     gated.gate.fill_(3)
     close(straight(x), gated(x))
     assert straight.float()(x.float()).dtype == torch.float32
@@ -119,10 +167,10 @@ def test_what_is_computed_from_buffers_follows_them(block):
 
 
 def test_a_tensor_that_is_made_anew_is_not_captured(block):
-    module, calls, dim = block
+    module, spec = block
     gated = Gated(module, drawn=True).eval()
     before = set(vars(gated))
-    assert straightened(gated, calls, dim) is None
+    assert straightened(gated, spec) is None
     assert set(vars(gated)) == before
 
 
@@ -150,15 +198,19 @@ def test_other_threads_run_models_while_one_is_captured(block):
 
 
 def test_a_sum_over_a_broadcast_tensor_is_not_fused(block):
-    module, calls, dim = block
-    module.place = nn.Parameter(torch.ones(1, 1, dim, dtype=torch.float64), requires_grad=False)
+    module, spec = block
+    module.place = nn.Parameter(
+        torch.ones(1, 1, spec.dim, dtype=torch.float64), requires_grad=False
+    )
     added = type("Added", (type(module),), {"forward": _with_place})
     module.__class__ = added
-    straight = straightened(module, calls, dim)
-    x = torch.randn(2, 9, dim, dtype=torch.float64)
-    if straight is not None:
-        close(straight(x), module(x))
-    assert straight is None or "place" not in straight._source.split("add_layer_norm(")[1]
+    straight = straightened(module, spec)
+    x = torch.randn(2, 9, spec.dim, dtype=torch.float64)
+    assert isinstance(straight, Straight)
+    close(straight(x), module(x))
+    first, second = straight._source.split("add_layer_norm(")[1:]
+    assert "place" not in first.split("\n")[0]  # the sum is an operation of its own
+    assert second
 
 
 def _with_place(self, x):

@@ -301,13 +301,13 @@ def test_few_tokens_take_the_prompts_among_them(backbone, x, monkeypatch, counts
             torch.testing.assert_close(model(x), expected)
         assert seen.pop() == (len(x), 5, 24)
         sizes = []
-        hook = model.layers[0].block.register_forward_hook(
-            lambda m, args, out: sizes.append(out.shape[1])
-        )
-        model(x)  # a user's hook sees the block's own tokens, whatever the batch
-        hook.remove()
+        block = model.layers[0].block
+        for part in (block, block.mlp):
+            hook = part.register_forward_hook(lambda m, args, out: sizes.append(out.shape[1]))
+            model(x)  # a user's hook sees the block's own tokens, whatever the batch
+            hook.remove()
     model(x)  # gradients are those of the folded form
-    assert sizes == [5]
+    assert sizes == [5, 5]
     assert not seen
 
 

@@ -88,6 +88,7 @@ class PromptedBlock(Wrapper):
             for module in block.modules()
             if hasattr(module, "num_prefix_tokens")
         )
+        self._inside: Any = tuple(block.modules())  # whose hooks see the block's tokens
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The block's output."""
@@ -131,6 +132,7 @@ class PromptedBlock(Wrapper):
         self.lengths = lengths
         self.constants = len(prefixes)
         self._owner = ()
+        self._place(0)
 
     def constants_of_prompts(self) -> list[tuple[Tensor, Tensor]]:
         """The keys and values of the prompts for each attention call, [H, m, d], in eval mode."""
@@ -175,14 +177,14 @@ class PromptedBlock(Wrapper):
             return False
         if self._positions:  # placing them is not for several threads at once
             return False
-        if self.block._forward_hooks or self.block._forward_pre_hooks:
-            return False  # a hook sees the block's tokens, whatever the batch
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         prompts = self._owner[0][self.index]
         added = 12 * x.shape[-1] ** 2 * x.shape[0] * prompts.shape[-2]
         if not 0 < added <= AMONG.get(x.device.type, 0):
             return False
+        if any(module._forward_hooks or module._forward_pre_hooks for module in self._inside):
+            return False  # a hook sees the block's tokens, whatever the batch
         return not (x.is_cuda and is_recorded())
 
     # Folded: prompts act through their keys and values alone, computed once for the batch.
