@@ -285,7 +285,7 @@ def _check_gradients(model: TunedModel, images: Tensor, accelerator: Accelerator
 
 
 def _is_close(a: Tensor, b: Tensor, accelerator: Accelerator) -> bool:
-    rounding = 1e-3 if accelerator.mixed_precision == "no" else 5e-2
+    rounding = 3e-3 if accelerator.mixed_precision == "no" else 5e-2  # TF32; bfloat16
     return a.shape == b.shape and bool((a - b).norm() <= rounding * b.norm())
 
 
