@@ -32,10 +32,6 @@ SEEDS = (0, 1, 2)
 OPTIMISER: dict[str, Any] = {"opt": "sgd", "clip_grad": 1.0, "progress": False}
 
 
-def copied(model: pcx.VPT) -> pcx.VPT:
-    return model.keep([range(count) for count in model.counts])
-
-
 def check_cut(model: pcx.VPT) -> None:
     whole = pcx.multiply_adds(model)
     pcx.zero_tprune(model, **SETTING)
@@ -73,9 +69,9 @@ def measure(seed: int):
     torch.manual_seed(seed)
     model = pcx.VPT(scenes_vit(task.num_classes), PROMPTS, head_init="keep")
     pcx.fit(model, task.loader("trainval", 32), epochs=EPOCHS, lr=RATE, seed=seed, **OPTIMISER)
-    check_cut(copied(model))
+    check_cut(model.copy())
     for name, train in trainings(task, seed).items():
-        trained = copied(model)
+        trained = model.copy()
         train(trained)
         row = {
             "seed": seed,

@@ -43,7 +43,7 @@ def main(epochs: int) -> None:
     model = pcx.VPT(backbone, num_prompts=20, num_classes=task.num_classes, head_init="keep")
     pcx.fit(model, train, epochs=epochs, lr=0.3, **settings)
     small = pcx.condense(model, train, 0.3, epochs=max(1, epochs // 4), **settings)
-    pruned = small.keep([range(count) for count in small.counts])  # a copy
+    pruned = small.copy()
     pcx.zero_tprune(pruned, layers=(2, 4), keep=0.7, iters=(5, 5), similar=2)
     pcx.fit(pruned, train, epochs=max(1, epochs // 4), lr=0.1, warmup_epochs=0, **settings)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from by_hand import PROMPTS, RESULTS, VITS, backbone_of, in_turns, inference_of
+from gpu_timing import table
 
 import pcx
 from pcx.backbones import scenes_vit
@@ -30,10 +31,6 @@ TASKS, SEEDS = ("digits", "sprites:ori"), (0, 1, 2)
 EPOCHS, MORE, RATE, MORE_RATE = 15, 6, 0.3, 0.1
 OPTIMISER: dict[str, Any] = {"opt": "sgd", "clip_grad": 1.0, "progress": False}
 PRUNING: dict[str, Any] = {"layers": (2, 4), "keep": 0.7, "iters": (5, 5), "similar": 2}
-
-
-def copied(model: pcx.VPT) -> pcx.VPT:
-    return model.keep([range(count) for count in model.counts])
 
 
 def steps(task: Any, seed: int) -> Iterator[tuple[str, pcx.TunedModel]]:
@@ -52,7 +49,7 @@ def steps(task: Any, seed: int) -> Iterator[tuple[str, pcx.TunedModel]]:
     yield "VPT", model.eval()
     small = pcx.condense(model, train, 0.3, **more)
     yield "30% of the prompts", small.eval()
-    pruned = copied(small)
+    pruned = small.copy()
     pcx.zero_tprune(pruned, **PRUNING)
     yield "30% of the prompts, pruned", pruned.eval()
     pcx.fit(pruned, train, warmup_epochs=0, **more)
@@ -84,7 +81,7 @@ def speed() -> None:
     torch.manual_seed(1)
     model = pcx.VPT(plain, PROMPTS, num_classes=100).cuda().eval()
     small = model.keep(pcx.select(pcx.score(model, [], method="random"), 0.3)).eval()
-    pruned = copied(small).eval()
+    pruned = small.copy().eval()
     pcx.zero_tprune(pruned, **VARIANTS["a"])
     made: dict[str, torch.nn.Module] = {"timm's plain model, eager": plain}
     for way, each in (
@@ -94,6 +91,7 @@ def speed() -> None:
         ("30% of the prompts, pruned", pruned),
     ):
         made[f"{way}, frozen"] = pcx.freeze(each, amp="bf16")
+    file, _ = table(RESULTS, "together")
     rows = []
     for batch in (1, 64, 256):
         x = torch.randn(batch, 3, 224, 224, device="cuda")
@@ -104,8 +102,7 @@ def speed() -> None:
         for way, ms in in_turns(ways, 10).items():
             rows.append([way, batch, f"{ms:.3f}", torch.cuda.get_device_name(), torch.__version__])
             print(*rows[-1], flush=True)
-    gpu = torch.cuda.get_device_name().removeprefix("NVIDIA ").lower().replace(" ", "_")
-    written(RESULTS / f"together_{gpu}.csv", ["way", "batch", "ms", "gpu", "torch"], rows)
+    written(file, ["way", "batch", "ms", "gpu", "torch"], rows)
 
 
 def written(file: Path, fields: list[str], rows: list[list]) -> None:

@@ -13,8 +13,9 @@ Nearly every attention module of timm, and the sdpa path of Hugging Face, ends i
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import FunctionType, SimpleNamespace
@@ -332,8 +333,13 @@ def probe(block: nn.Module, dim: int) -> list[Call]:
 def made_up_tokens(block: nn.Module, dim: int) -> Tensor:
     """Six tokens [1, 6, D] like the block's weights."""
     like = next(block.parameters())
-    ramp = torch.arange(6 * dim, device=like.device, dtype=torch.float32)
-    return torch.sin(ramp * 1.7).reshape(1, 6, dim).to(like.dtype)
+    return made_up((1, 6, dim), like.dtype, like.device)
+
+
+def made_up(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers in -1..1 that differ from place to place and are the same on each call."""
+    ramp = torch.arange(math.prod(shape), device=device, dtype=torch.float32)
+    return torch.sin(ramp * 1.7).reshape(tuple(shape)).to(dtype)
 
 
 def _without_attention(block: nn.Module, expected: int, tokens: Tensor) -> Tensor:

@@ -118,9 +118,9 @@ def straightened(block: nn.Module, spec: BlockSpec) -> Straight | None:
     if any(module.training or is_watched(module) for module in block.modules()):
         return None
     few = attention.made_up_tokens(block, spec.dim)
-    two_sizes = [few, torch.cat([few, few.flip(1)], 1).expand(2, -1, -1)]
+    trials = [few, torch.cat([few, few.flip(1)], 1).expand(2, -1, -1)]
     captured = _captured(block, block, None)
-    if captured is not None and _is_proven(block, captured, spec.calls, two_sizes, {}):
+    if captured is not None and _is_proven(block, captured, spec.calls, trials, {}):
         return captured
     given = dict(zip(spec.arguments, spec.values, strict=True))
     simple = all(v is None or isinstance(v, TensorLike | bool | int | str) for v in given.values())
@@ -129,17 +129,16 @@ def straightened(block: nn.Module, spec: BlockSpec) -> Straight | None:
     captured = _captured(block, _caller(block, given), given)
     if captured is None:
         return None
-    passed = {n: _made_up(v, few) if isinstance(v, TensorLike) else v for n, v in given.items()}
+    passed = {
+        name: attention.made_up(value.shape, value.dtype, few.device)
+        if isinstance(value, TensorLike)
+        else value
+        for name, value in given.items()
+    }
     if any(isinstance(value, Tensor) for value in passed.values()):
-        whole = _made_up(TensorLike(spec.stream, few.dtype), few)
-        two_sizes = [whole, torch.cat([whole, whole.flip(1)])]
-    return captured if _is_proven(block, captured, spec.calls, two_sizes, passed) else None
-
-
-def _made_up(like: TensorLike, beside: Tensor) -> Tensor:
-    count = torch.Size(like.shape).numel()
-    ramp = torch.arange(count, device=beside.device, dtype=torch.float32)
-    return torch.sin(ramp * 1.7).reshape(like.shape).to(like.dtype)
+        whole = attention.made_up(spec.stream, few.dtype, few.device)
+        trials = [whole, torch.cat([whole, whole.flip(1)])]
+    return captured if _is_proven(block, captured, spec.calls, trials, passed) else None
 
 
 def _caller(block: nn.Module, given: dict[str, Any]) -> nn.Module:

@@ -324,6 +324,17 @@ def copy_state(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> No
             tensor.copy_(source[name])
 
 
+@contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Puts every module back into the mode, training or eval, in which it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:
     """Raises a ValueError where a value is none of the choices."""
     if value not in choices:

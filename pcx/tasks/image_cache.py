@@ -74,11 +74,11 @@ class CachedImages(Dataset):
     @transform.setter
     def transform(self, transform: Any) -> None:
         self._transform = transform
-        self._source = copy.copy(self._source)
         found = preparation_of(transform)
         self._file: PixelFile | None = None
         self._preparation: Preparation | None = None
         if isinstance(found, str):
+            self._source = copy.copy(self._source)
             self.reason, self._source.transform = found, transform
             return
         self.reason, self._preparation = None, found

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, SequentialSampler, Subset
 
 from pcx.backbones.inputs import data_config
 from pcx.backbones.outputs import logits_of
+from pcx.models.base import keeping_modes
 from pcx.models.block_forward import found_on
 from pcx.token_pruning.budget_space import Space
 from pcx.token_pruning.dropping import zero_tprune
@@ -313,20 +314,16 @@ class _Evaluation:
 
         Random rankings and partitions draw from that generator. All is restored afterwards.
         """
-        modes = [(module, module.training) for module in self.model.modules()]
         on_cuda = self.device.type == "cuda"
         generator = torch.default_generator
         if on_cuda:
             generator = torch.cuda.default_generators[self.device.index]
         autocast = torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
-        try:
-            with torch.random.fork_rng([self.device] if on_cuda else []), autocast:
-                generator.manual_seed(self.seed)
-                self.model.eval()
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
+        drawn = torch.random.fork_rng([self.device] if on_cuda else [])
+        with keeping_modes(self.model), drawn, autocast:
+            generator.manual_seed(self.seed)
+            self.model.eval()
+            yield
 
 
 def _drawn_samples(loader: Any, model: nn.Module, images: int, seed: int) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pcx.backbones.outputs import logits_of
+from pcx.models.base import keeping_modes
 from pcx.training.batches import LabelCheck, placed
 from pcx.training.execution import compiled, prepared
 from pcx.training.objectives import Criterion, Objective, objective_for
@@ -109,19 +110,15 @@ class Evaluation:
     @torch.no_grad()
     def of(self, loader: Any) -> dict:
         """The metrics, the mean loss and the samples of a loader that `divided` gave."""
-        modes = [(module, module.training) for module in self.model.modules()]
         metrics, loss, samples = self.objective.metrics(), torch.zeros((), dtype=torch.float64), 0
         loss = loss.to(self.accelerator.device)
-        self.model.eval()
-        try:
+        with keeping_modes(self.model):
+            self.model.eval()
             for images, labels in placed(loader, self.accelerator.device, self.check):
                 losses, *seen = gathered(self.accelerator, *self._run(images, labels))
                 loss += losses.double().sum()
                 metrics.update(*seen)
                 samples += len(losses)
-        finally:
-            for module, training in modes:
-                module.training = training
         if not samples:
             raise ValueError("loader: it yielded no sample")
         return {**metrics.compute(), "loss": float(loss) / samples, "samples": samples}

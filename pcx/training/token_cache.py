@@ -20,7 +20,7 @@ from torch.utils.data import (
 )
 
 from pcx.backbones.outputs import logits_of
-from pcx.models.base import TunedModel
+from pcx.models.base import TunedModel, keeping_modes
 from pcx.models.peft_model import known_by
 from pcx.training.batches import LabelCheck, images_and_labels
 from pcx.training.loaders import is_augmented, rebuilt
@@ -292,13 +292,11 @@ def _is_close(a: Tensor, b: Tensor, accelerator: Accelerator) -> bool:
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
     """Puts modes and buffers back."""
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        yield
+        with keeping_modes(model):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)

@@ -44,6 +44,11 @@ def trained(make, loader, **arguments):
     return model, history
 
 
+def assert_same_weights(found, expected, tolerance=1e-9):
+    for a, b in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
 def lora(backbone):
     import peft
 
@@ -71,8 +76,7 @@ def test_the_weights_are_those_of_training_from_images(backbone, dataset, make):
 
     plain, rows = trained(lambda: make(backbone), loader(dataset))
     again, kept_rows = trained(lambda: make(backbone), loader(counted), cache="tokens")
-    for a, b in zip(plain.parameters(), again.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert_same_weights(again, plain)
     for a, b in zip(rows, kept_rows, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-9)
         assert a["samples"] == b["samples"] == 10
@@ -93,8 +97,7 @@ def test_compiled_and_validated(backbone, dataset, loader):
         execution="compile",
     )
     assert kept[-1]["val_loss"] == pytest.approx(rows[-1]["val_loss"], rel=1e-6)
-    for a, b in zip(plain.parameters(), again.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert_same_weights(again, plain, 1e-6)
 
 
 def test_a_resumed_run_goes_on_with_or_without_it(backbone, dataset, tmp_path):
@@ -112,8 +115,7 @@ def test_a_resumed_run_goes_on_with_or_without_it(backbone, dataset, tmp_path):
 
     whole = run(tmp_path / "a", None)
     parts = run(tmp_path / "b", None, "tokens")
-    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert_same_weights(parts, whole)
 
 
 class Stopping:
@@ -147,8 +149,7 @@ def test_batch_samplers_of_ones_own_and_labels_of_several_numbers(backbone, data
     plain, rows = trained(lambda: pcx.VPT(backbone, 3), loader(), **arguments)
     again, kept = trained(lambda: pcx.VPT(backbone, 3), loader(), cache="tokens", **arguments)
     assert rows[-1]["samples"] == kept[-1]["samples"] == 4
-    for a, b in zip(plain.parameters(), again.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert_same_weights(again, plain)
 
 
 def test_tokens_are_what_the_first_block_reads(backbone, dataset):
@@ -166,10 +167,8 @@ def test_tokens_are_what_the_first_block_reads(backbone, dataset):
 
 
 class Drawn(Dataset):
-    def __init__(self, dataset, transform=None, names=("transform",)):
-        self.dataset = dataset
-        for name in names:
-            setattr(self, name, transform)
+    def __init__(self, dataset, transform=None):
+        self.dataset, self.transform = dataset, transform
 
     def __len__(self):
         return len(self.dataset)
@@ -284,8 +283,7 @@ def test_prompted_blocks_that_are_computed_again(backbone, dataset):
 
     plain, _ = trained(prompted, DataLoader(dataset, 4))
     again, _ = trained(prompted, DataLoader(dataset, 4), cache="tokens")
-    for a, b in zip(plain.parameters(), again.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert_same_weights(again, plain)
 
 
 def test_images_of_several_sizes_are_refused(dataset):
@@ -318,8 +316,7 @@ def test_other_loaders(backbone, dataset, way):
     plain, _ = trained(lambda: pcx.VPT(backbone, 3), loader())
     counted.reads[:] = [0] * 10
     again, _ = trained(lambda: pcx.VPT(backbone, 3), loader(), cache="tokens")
-    for a, b in zip(plain.parameters(), again.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert_same_weights(again, plain)
     if way == "subset":
         assert [i for i, reads in enumerate(counted.reads) if reads] == [2, 8, 9]
 
