@@ -48,7 +48,8 @@ class HandWrittenVPT(nn.Module):
 
 def backbone_of(name: str, classes: int = CLASSES, **arguments) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(name, num_classes=classes, **arguments).cuda().eval()
+    with torch.device("cuda"):  # drawing a large model's weights on the CPU takes seconds
+        return timm.create_model(name, num_classes=classes, **arguments).cuda().eval()
 
 
 def per_call(call: Callable[[], object], calls: int, repeats: int = 15) -> float:
@@ -75,11 +76,11 @@ def in_turns(
     return {way: statistics.median(found) for way, found in times.items()}
 
 
-def step_of(model: nn.Module, batch: int) -> Callable[[], Tensor]:
+def step_of(model: nn.Module, batch: int, size: int = 224) -> Callable[[], Tensor]:
     """A training step as users write it, on images that lie on the GPU."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.01, momentum=0.9, weight_decay=1e-3, fused=True)
-    images = torch.randn(batch, 3, 224, 224, device="cuda")
+    images = torch.randn(batch, 3, size, size, device="cuda")
     labels = torch.randint(CLASSES, (batch,), device="cuda")
     model.train()
 
@@ -108,16 +109,17 @@ def inference_of(model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
 
 
 class Rows:
-    """The rows of this GPU's table of users' calls, written after each.
+    """The rows of this GPU's table, written after each.
 
     A row takes the place of an older one of the same work, model, way and batch; others stay.
 
     Args:
         folder: of the table.
+        stem: the table is `<stem>_<gpu>.csv`.
     """
 
-    def __init__(self, folder: Path):
-        self.file, self.rows = table(folder, "user_calls")
+    def __init__(self, folder: Path, stem: str = "user_calls"):
+        self.file, self.rows = table(folder, stem)
         self.machine = [torch.cuda.get_device_name(), torch.__version__, timm.__version__]
 
     def add(self, work: str, model: str, way: str, batch: int, ms: float, peak: float) -> None:

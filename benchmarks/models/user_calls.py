@@ -43,7 +43,7 @@ from by_hand import (
     per_call,
     step_of,
 )
-from gpu_timing import rows_of
+from gpu_timing import graph_of, rows_of
 
 import pcx
 from pcx.token_pruning.dropping import VARIANTS
@@ -89,18 +89,6 @@ def fit_step(model: torch.nn.Module, execution: str, steps: int, batch: int = BA
     return 1000 * statistics.median(row["seconds"] for row in history[2:]) / steps
 
 
-def recording(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        graph.kept = call()  # type: ignore[attr-defined]
-    return graph
-
-
 def lora_of(name: str) -> torch.nn.Module:
     import peft
 
@@ -111,7 +99,7 @@ def lora_of(name: str) -> torch.nn.Module:
 def looped(model: torch.nn.Module, batch: int, recorded: bool = False) -> float:
     """Milliseconds a step of a loop as users write it, or of its step recorded by hand."""
     step = step_of(model, batch)
-    return per_call(recording(step).replay if recorded else step, 10)
+    return per_call(graph_of([step]).replay if recorded else step, 10)
 
 
 def train(add: Add, steps: int) -> None:
@@ -200,7 +188,7 @@ def prune(add: Add, steps: int) -> None:
             assert torch.equal(found, ways[f"{way} frozen eager"]().float()), way
         expected, found = ways["plain"]().float(), ways["plain frozen auto"]().float()
         assert (found - expected).norm() < 2e-2 * expected.norm()
-        ways["plain bare graph"] = recording(ways["plain"]).replay
+        ways["plain bare graph"] = graph_of([ways["plain"]]).replay
         timed_in_turns(add, "DeiT-S", ways, batch)
 
 
@@ -220,7 +208,7 @@ def score(add: Add, steps: int) -> None:
     def scored(execution: str, batches: Ready) -> object:
         return pcx.score(vpt, batches, amp="bf16", execution=execution, progress=False)
 
-    ms = per_call(recording(both).replay, 10)
+    ms = per_call(graph_of([both]).replay, 10)
     add(model, "forward and backward, bare graph", BATCH, ms, peak_of(both))
     vpt.zero_grad()
     for way, execution, batches in (

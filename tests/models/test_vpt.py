@@ -297,7 +297,7 @@ def test_few_tokens_take_the_prompts_among_them(backbone, x, monkeypatch, counts
         added = 12 * 24**2 * 3 * len(x)  # multiply-adds of three prompts in one block
         for among in (added - 1, added):
             assert not seen
-            monkeypatch.setattr("pcx.models.vpt.block.AMONG", {"cpu": among})
+            monkeypatch.setattr("pcx.models.vpt.block.AMONG", {("cpu", False): among})
             torch.testing.assert_close(model(x), expected)
         assert seen.pop() == (len(x), 5, 24)
         sizes = []
@@ -306,9 +306,25 @@ def test_few_tokens_take_the_prompts_among_them(backbone, x, monkeypatch, counts
             hook = part.register_forward_hook(lambda m, args, out: sizes.append(out.shape[1]))
             model(x)  # a user's hook sees the block's own tokens, whatever the batch
             hook.remove()
-    model(x)  # gradients are those of the folded form
+    model(x)  # with gradients the rule is another
     assert sizes == [5, 5]
     assert not seen
+
+
+def test_small_steps_take_the_prompts_among_the_tokens(backbone, x, monkeypatch):
+    """Gradients are those of the folded form, and two steps of the same batch the same."""
+    model = pcx.VPT(backbone, 3, dropout=0.3).train()
+    seen, found = concatenated(model.layers[0], monkeypatch), []
+    for among in ({}, {("cpu", False): 1e12}, {("cpu", True): 1e12}):
+        monkeypatch.setattr("pcx.models.vpt.block.AMONG", among)
+        torch.manual_seed(0)
+        assert not seen
+        loss = model(x).square().sum()
+        found.append((loss, *torch.autograd.grad(loss, list(model.prompts))))
+    assert seen == [(len(x), 5, 24)]
+    for other in found[1:]:
+        for got, expected in zip(other, found[0], strict=True):
+            torch.testing.assert_close(got, expected)
 
 
 def concatenated(layer, monkeypatch):
@@ -321,7 +337,7 @@ def concatenated(layer, monkeypatch):
 def test_blocks_that_count_tokens_keep_prompts_apart(monkeypatch):
     """Threads may share such a model: nothing in it changes from call to call."""
     model, x = pcx.VPT(build("dinov3"), 3).eval(), images("dinov3")
-    monkeypatch.setattr("pcx.models.vpt.block.AMONG", {"cpu": 1e12})
+    monkeypatch.setattr("pcx.models.vpt.block.AMONG", {("cpu", False): 1e12})
     seen = concatenated(model.layers[0], monkeypatch)
     with torch.no_grad():
         model(x)

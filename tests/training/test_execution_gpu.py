@@ -362,7 +362,7 @@ def test_training_from_kept_tokens_is_training_from_images(loader, execution, li
 
 def test_what_warms_up_takes_the_forms_that_are_recorded(loader, monkeypatch):
     """A small batch of a folded VPT runs in another form outside of recordings."""
-    monkeypatch.setattr("pcx.models.vpt.block.AMONG", {"cuda": 1e12})
+    monkeypatch.setattr("pcx.models.vpt.block.AMONG", {("cuda", False): 1e12})
     model, forms = model_of().eval(), []
     concat = model.layers[0]._concat
     model.layers[0]._concat = lambda *args: (forms.append("concat"), concat(*args))[1]
