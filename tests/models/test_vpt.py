@@ -330,7 +330,9 @@ def test_small_steps_take_the_prompts_among_the_tokens(backbone, x, monkeypatch)
 def concatenated(layer, monkeypatch):
     """The shapes of tokens that a layer computes with prompts among them."""
     seen, form = [], layer._concat
-    monkeypatch.setattr(layer, "_concat", lambda x: (seen.append(tuple(x.shape)), form(x))[1])
+    monkeypatch.setattr(
+        layer, "_concat", lambda at, x: (seen.append(tuple(x.shape)), form(at, x))[1]
+    )
     return seen
 
 

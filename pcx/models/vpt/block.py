@@ -89,13 +89,18 @@ class PromptedBlock(Wrapper):
             for module in block.modules()
             if hasattr(module, "num_prefix_tokens")
         )
-        self._inside: Any = tuple(block.modules())  # whose hooks see the block's tokens
+        # Of all modules inside, whose hooks see the block's tokens; torch fills and empties them.
+        self._hooks_inside: Any = tuple(
+            hooks
+            for module in block.modules()
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        )
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The block's output."""
         if self.path == "folded" and not self.checkpoint:
-            if self._is_small(x):
-                return self._concat(x, *args, **kwargs)
+            if self._is_small(x):  # prompts behind the tokens are cut off without a copy
+                return self._concat(x.shape[1], x, *args, **kwargs)
             return self._folded(None, x, *args, **kwargs)
         return self.run_watched(None, x, *args, **kwargs)
 
@@ -105,7 +110,9 @@ class PromptedBlock(Wrapper):
         Raises:
             RuntimeError: there is a `watch`, and prompts are among the tokens.
         """
-        form: Any = self._concat if self.path == "concat" else partial(self._folded, watch)
+        form: Any = partial(self._folded, watch)
+        if self.path == "concat":
+            form = partial(self._concat, self.prefix_tokens)
         if watch is not None and self.path == "concat":
             raise RuntimeError("model: path 'concat' has prompts among the tokens; fold them")
         if self.checkpoint and torch.is_grad_enabled():
@@ -174,18 +181,17 @@ class PromptedBlock(Wrapper):
 
     def _is_small(self, x: Tensor) -> bool:
         """Whether the concatenated form computes this folded block in less time."""
-        if self.kind != "deep" or self.constants or self.probe is not None:
+        if self.constants or self.probe is not None or self.kind != "deep":
             return False
         if self._positions:  # placing them is not for several threads at once
             return False
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         trained = torch.is_grad_enabled()
-        prompts = self._owner[0][self.index]
-        added = 12 * x.shape[-1] ** 2 * x.shape[0] * prompts.shape[-2]
-        if not 0 < added <= AMONG.get((x.device.type, trained), 0):
+        most, each = AMONG.get((x.device.type, trained), 0), 12 * x.shape[0] * x.shape[-1] ** 2
+        if each > most or not 0 < each * self._owner[0][self.index].shape[-2] <= most:
             return False
-        if any(module._forward_hooks or module._forward_pre_hooks for module in self._inside):
+        if any(map(len, self._hooks_inside)):
             return False  # a hook sees the block's tokens, whatever the batch
         return trained or not (x.is_cuda and is_recorded())
 
@@ -269,16 +275,17 @@ class PromptedBlock(Wrapper):
             return found
         return self.probe.see_prefix(call, key, value, *found)
 
-    # Concatenated: the published form, prompts as tokens between [CLS] and the patches.
+    # Concatenated: prompts as tokens at `start`; the published form has them behind [CLS].
 
-    def _concat(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def _concat(self, start: int, x: Tensor, *args, **kwargs) -> Tensor:
         first = self.index == 0
         prompts = self.prompt_sets(x.shape[0]) if first or self.kind == "deep" else None
-        start = self.prefix_tokens
         if prompts is not None:
             sets = self._sets(prompts, x.shape[0])
             tokens = per_sample(prompts, sets, (x.shape[0], *prompts.shape[-2:]))
-            x = torch.cat([x[:, :start], tokens.to(x.dtype), x[:, start:]], 1)
+            tokens = tokens.to(x.dtype)
+            last = start == x.shape[1]
+            x = torch.cat([x, tokens] if last else [x[:, :start], tokens, x[:, start:]], 1)
         width = self._owner[0][0 if self.kind == "shallow" else self.index].shape[-2]
 
         self._place(width)
@@ -288,7 +295,9 @@ class PromptedBlock(Wrapper):
 
         x = attention.run(self.block, self.calls, attend, x, *args, **kwargs)
         if self.kind == "deep" or self.last:
-            x = torch.cat([x[:, :start], x[:, start + width :]], 1)
+            behind = start + width
+            found = x[:, :start]
+            x = found if behind == x.shape[1] else torch.cat([found, x[:, behind:]], 1)
         return x
 
     def _attend_among(self, call: attention.Call, start: int, width: int) -> Tensor:
