@@ -104,7 +104,7 @@ def looped(model: torch.nn.Module, batch: int, recorded: bool = False) -> float:
 
 def train(add: Add, steps: int) -> None:
     for model, name in VITS.items():
-        x = torch.randn(16, 3, 224, 224, device="cuda")  # with gradients, fewer are not folded
+        x = torch.randn(16, 3, 224, 224, device="cuda")  # fewer might not fold
         folded, concat = (vpt_of(name, path).eval()(x).detach() for path in ("folded", "concat"))
         torch.testing.assert_close(folded, concat, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(by_hand(name)(x).detach(), concat, rtol=1e-3, atol=1e-3)

@@ -14,7 +14,7 @@ RUNTIME = ["N", "S", "m", "B1", "rows_per_chunk"]
 
 Tiles = tuple[int, int, int, int]  # queries, keys, warps, stages
 
-# Tuned on an H200. In 16 bits no kernel spills there at d = 64 and 80. float32 without TF32 runs on
+# Tuned on an H200. In 16 bits no kernel spills there at d = 64. float32 without TF32 runs on
 # plain multiply-adds and spills. With head dims of two parts (d = 40 and 96) Triton 3.6 gave wrong
 # gradients at 8 warps and in 64x64 tiles, so these use only tiles that passed the GPU tests.
 _TILES: dict[str, dict[str, Tiles]] = {
@@ -24,13 +24,13 @@ _TILES: dict[str, dict[str, Tiles]] = {
         "own": (64, 64, 4, 3),
         "prefix": (16, 128, 4, 3),
     },
-    "16 bits, two parts or d > 64": {
+    "16 bits, other head dims": {
         "forward": (64, 32, 4, 2),
         "query": (64, 32, 4, 2),
         "own": (32, 64, 4, 2),
         "prefix": (32, 64, 4, 2),
     },
-    "16 bits, 64 and 16": {  # d = 72 and 80; tuned on an H100
+    "16 bits, 64 and 16": {  # parts of the head dim, such as 72 and 80; tuned on an H100
         "forward": (64, 32, 4, 3),
         "query": (64, 32, 4, 3),
         "own": (32, 64, 4, 3),
@@ -50,11 +50,12 @@ _BY_WARPS = {("16 bits", "own"): (32, 64, 4, 3)}
 def configuration(kernel: str, q: Tensor, keys: int) -> Tiles:
     """The tiles of a kernel: "forward", "query", "own" or "prefix"."""
     dim = q.shape[-1]
-    group = "16 bits" if dim in (16, 32, 64) else "16 bits, two parts or d > 64"
-    if 64 < dim <= 80:
-        group = "16 bits, 64 and 16"
     if q.dtype == torch.float32:
         group = "float32"
+    elif dim in (16, 32, 64):
+        group = "16 bits"
+    else:
+        group = "16 bits, 64 and 16" if 64 < dim <= 80 else "16 bits, other head dims"
     bm, bn, warps, stages = _TILES[group][kernel]
     if (group, kernel) in _BY_WARPS and products_of_warps(q):
         bm, bn, warps, stages = _BY_WARPS[group, kernel]

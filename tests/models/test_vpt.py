@@ -295,6 +295,7 @@ def test_few_tokens_take_the_prompts_among_them(backbone, x, monkeypatch, counts
     with torch.no_grad():
         expected = model(x)
         added = 12 * 24**2 * 3 * len(x)  # multiply-adds of three prompts in one block
+        added += 30 * x.shape[0] * 5 * 24  # and what copying five tokens takes
         for among in (added - 1, added):
             assert not seen
             monkeypatch.setattr("pcx.models.vpt.block.AMONG", {("cpu", False): among})
@@ -311,8 +312,11 @@ def test_few_tokens_take_the_prompts_among_them(backbone, x, monkeypatch, counts
     assert not seen
 
 
+SMALL = {("cpu", False): 1e12, ("cpu", True): 1e12}
+
+
 def test_small_steps_take_the_prompts_among_the_tokens(backbone, x, monkeypatch):
-    """Gradients are those of the folded form, and two steps of the same batch the same."""
+    """Gradients are those of the folded form, with the same prompts dropped."""
     model = pcx.VPT(backbone, 3, dropout=0.3).train()
     seen, found = concatenated(model.layers[0], monkeypatch), []
     for among in ({}, {("cpu", False): 1e12}, {("cpu", True): 1e12}):
@@ -320,11 +324,40 @@ def test_small_steps_take_the_prompts_among_the_tokens(backbone, x, monkeypatch)
         torch.manual_seed(0)
         assert not seen
         loss = model(x).square().sum()
-        found.append((loss, *torch.autograd.grad(loss, list(model.prompts))))
+        found.append(
+            (loss, *torch.autograd.grad(loss, [*model.prompts, *model.heads[0].parameters()]))
+        )
     assert seen == [(len(x), 5, 24)]
     for other in found[1:]:
         for got, expected in zip(other, found[0], strict=True):
             torch.testing.assert_close(got, expected)
+
+
+def test_gradients_that_a_hook_sees_are_those_of_the_tokens(backbone, x, monkeypatch):
+    model, sizes = pcx.VPT(backbone, 3), []
+    monkeypatch.setattr("pcx.models.vpt.block.AMONG", SMALL)
+    mlp = model.layers[0].block.mlp
+    mlp.register_full_backward_hook(lambda m, into, out: sizes.append(out[0].shape[1]))
+    model(x).sum().backward()
+    assert sizes == [5]
+
+
+def test_a_hook_of_a_small_layer_sees_rows_in_one_piece(backbone, x, monkeypatch):
+    model, seen = pcx.VPT(backbone, 3).eval(), []
+    monkeypatch.setattr("pcx.models.vpt.block.AMONG", SMALL)
+    model.layers[0].register_forward_hook(lambda m, args, out: seen.append(out.view(-1, 24)))
+    with torch.no_grad():
+        model(x)
+    assert seen[0].shape == (5 * len(x), 24)
+
+
+def test_small_batches_leave_tokens_out_of_the_last_block(backbone, x, monkeypatch):
+    model = pcx.VPT(backbone, 3).eval()
+    monkeypatch.setattr("pcx.models.vpt.block.AMONG", SMALL)
+    first, last = (concatenated(layer, monkeypatch) for layer in model.layers)
+    model(x)
+    assert first
+    assert not last
 
 
 def concatenated(layer, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -24,10 +25,17 @@ PATHS = ("folded", "concat")
 # values of all tokens then take a pass of their own, whose Python and launches take longer below.
 WORTH = {"cpu": 1e7, "cuda": 1.5e10}
 # Multiply-adds of a block that prompts among the tokens may add where they still take less time
-# than prompts of their own, which go through the block's norm and projection in calls of their own:
-# by device, and whether gradients are taken. Without gradients it counts outside of recorded graphs
-# alone, and never in compiled ones. The step of a ViT-B/16 stays below for one and two images.
+# than prompts of their own, which go through the block's norm and projection in calls of their own.
+# The keys are the device and whether grad mode is on. Without gradients the rule holds for calls
+# outside of CUDA graphs. Compiled blocks always fold.
 AMONG = {("cpu", False): 3e6, ("cuda", False): 2e10, ("cuda", True): 2e9}
+# Multiply-adds by device that take as long as copying one element of the tokens, which putting
+# prompts among them does. So few prompts and a large batch fold.
+COPIED = {"cpu": 30, "cuda": 1000}
+# What a module's hooks lie in.
+_HOOKS = itemgetter(
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+)
 
 
 class PromptedBlock(Wrapper):
@@ -89,18 +97,14 @@ class PromptedBlock(Wrapper):
             for module in block.modules()
             if hasattr(module, "num_prefix_tokens")
         )
-        # Of all modules inside, whose hooks see the block's tokens; torch fills and empties them.
-        self._hooks_inside: Any = tuple(
-            hooks
-            for module in block.modules()
-            for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        )
+        self._inside: Any = tuple(block.modules())  # whose hooks see the block's tokens
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The block's output."""
         if self.path == "folded" and not self.checkpoint:
             if self._is_small(x):  # prompts behind the tokens are cut off without a copy
-                return self._concat(x.shape[1], x, *args, **kwargs)
+                found = self._concat(x.shape[1], x, *args, **kwargs)
+                return found.contiguous() if self._forward_hooks else found
             return self._folded(None, x, *args, **kwargs)
         return self.run_watched(None, x, *args, **kwargs)
 
@@ -187,11 +191,18 @@ class PromptedBlock(Wrapper):
             return False
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
-        trained = torch.is_grad_enabled()
-        most, each = AMONG.get((x.device.type, trained), 0), 12 * x.shape[0] * x.shape[-1] ** 2
-        if each > most or not 0 < each * self._owner[0][self.index].shape[-2] <= most:
+        trained, device = torch.is_grad_enabled(), x.device.type
+        most = AMONG.get((device, trained), 0)
+        batch, tokens, dim = x.shape
+        copied = COPIED.get(device, 0) * batch * tokens * dim
+        if copied >= most:
             return False
-        if any(map(len, self._hooks_inside)):
+        prompts = self._owner[0][self.index].shape[-2]
+        if not prompts or copied + 12 * dim**2 * batch * prompts > most:
+            return False
+        if self._leaves_out(x):
+            return False
+        if any(map(any, map(_HOOKS, map(vars, self._inside)))):
             return False  # a hook sees the block's tokens, whatever the batch
         return trained or not (x.is_cuda and is_recorded())
 
