@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from by_hand import PROMPTS, RESULTS, Rows, backbone_of, inference_of, peak_of, per_call, step_of
+from by_hand import RESULTS, Rows, backbone_of, inference_of, peak_of, per_call, step_of
 from gpu_timing import graph_of
+from user_calls import vpt_of
 
 import pcx
 
@@ -48,17 +49,12 @@ FORMS = {"folded": "folded", "concatenating": "concat"}
 Add = Callable[[str, int, float, float], None]  # way, batch, ms, peak MiB
 
 
-def vpt_of(size: Size, path: str) -> pcx.VPT:
-    torch.manual_seed(1)
-    return pcx.VPT(backbone_of(size.name), PROMPTS, path=path)
-
-
 def checked(size: Size) -> None:
     """Compares the logits and the gradients of the first layer's prompts in float32."""
     images = torch.randn(8, 3, size.side, size.side, device="cuda")  # one or two might not fold
     found = []
     for path in FORMS.values():
-        vpt = vpt_of(size, path).eval()
+        vpt = vpt_of(size.name, path).eval()
         logits = vpt(images)
         found.append(torch.autograd.grad(logits.square().sum(), vpt.prompts[0])[0])
         found.append(logits.detach())
@@ -71,7 +67,7 @@ def train(add: Add, size: Size) -> None:
         for form, path in FORMS.items():
             gc.collect()
             torch.cuda.empty_cache()
-            step = step_of(vpt_of(size, path), batch, size.side)
+            step = step_of(vpt_of(size.name, path), batch, size.side)
             peak = peak_of(step)
             add(form, batch, per_call(graph_of([step]).replay, 5, 7), peak)
             del step
@@ -79,7 +75,7 @@ def train(add: Add, size: Size) -> None:
 
 def infer(add: Add, size: Size) -> None:
     plain = backbone_of(size.name)
-    folded, concatenating = (vpt_of(size, path).eval() for path in FORMS.values())
+    folded, concatenating = (vpt_of(size.name, path).eval() for path in FORMS.values())
     nothing = float("nan")  # three models are on the GPU, so that a peak says little
     for batch in size.batches:
         images = torch.randn(batch, 3, size.side, size.side, device="cuda")

@@ -54,8 +54,10 @@ def configuration(kernel: str, q: Tensor, keys: int) -> Tiles:
         group = "float32"
     elif dim in (16, 32, 64):
         group = "16 bits"
+    elif 64 < dim <= 80:
+        group = "16 bits, 64 and 16"
     else:
-        group = "16 bits, 64 and 16" if 64 < dim <= 80 else "16 bits, other head dims"
+        group = "16 bits, other head dims"
     bm, bn, warps, stages = _TILES[group][kernel]
     if (group, kernel) in _BY_WARPS and products_of_warps(q):
         bm, bn, warps, stages = _BY_WARPS[group, kernel]

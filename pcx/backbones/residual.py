@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from pcx.backbones.probing import BlockSpec
 
+# What the hooks of a module's calls lie in.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 class Wrapper(nn.Module):
     """Holds a module of the backbone and stands in its place.

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from pcx.backbones import attention
 from pcx.backbones.probing import BlockSpec, TensorLike
-from pcx.backbones.residual import Wrapper
+from pcx.backbones.residual import HOOKS, Wrapper
 from pcx.ops.add_layer_norm import add_layer_norm
 
 # torch.fx exchanges methods of nn.Module while it traces, so that one thread traces at a time.
@@ -177,8 +177,7 @@ def _captured(block: nn.Module, root: nn.Module, given: dict[str, Any] | None) -
 
 def is_watched(module: nn.Module) -> bool:
     """Whether a module has hooks, or a forward of its own instance, which a capture would miss."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(module, name, None) for name in hooks):
+    if any(getattr(module, name, None) for name in HOOKS):
         return True
     forward = vars(module).get("forward")
     return forward is not None and not isinstance(forward, attention.Routed)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcx.backbones import attention
-from pcx.backbones.residual import Wrapper
+from pcx.backbones.residual import HOOKS, Wrapper
 from pcx.models.vpt.probes import Probe
 from pcx.models.vpt.prompts import dropped, neighbours, per_sample
 from pcx.ops.prefix_attention import cpu_cannot, prefix_attention
@@ -32,10 +32,7 @@ AMONG = {("cpu", False): 3e6, ("cuda", False): 2e10, ("cuda", True): 2e9}
 # Multiply-adds by device that take as long as copying one element of the tokens, which putting
 # prompts among them does. So few prompts and a large batch fold.
 COPIED = {"cpu": 30, "cuda": 1000}
-# What a module's hooks lie in.
-_HOOKS = itemgetter(
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-)
+_hooks_of = itemgetter(*HOOKS)
 
 
 class PromptedBlock(Wrapper):
@@ -116,9 +113,9 @@ class PromptedBlock(Wrapper):
         """
         form: Any = partial(self._folded, watch)
         if self.path == "concat":
+            if watch is not None:
+                raise RuntimeError("model: path 'concat' has prompts among the tokens; fold them")
             form = partial(self._concat, self.prefix_tokens)
-        if watch is not None and self.path == "concat":
-            raise RuntimeError("model: path 'concat' has prompts among the tokens; fold them")
         if self.checkpoint and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(form, x, *args, use_reentrant=False, **kwargs)
         return form(x, *args, **kwargs)
@@ -195,14 +192,14 @@ class PromptedBlock(Wrapper):
         most = AMONG.get((device, trained), 0)
         batch, tokens, dim = x.shape
         copied = COPIED.get(device, 0) * batch * tokens * dim
-        if copied >= most:
+        if copied >= most:  # whatever the prompts, which take a while to look up
             return False
         prompts = self._owner[0][self.index].shape[-2]
         if not prompts or copied + 12 * dim**2 * batch * prompts > most:
             return False
         if self._leaves_out(x):
             return False
-        if any(map(any, map(_HOOKS, map(vars, self._inside)))):
+        if any(map(any, map(_hooks_of, map(vars, self._inside)))):
             return False  # a hook sees the block's tokens, whatever the batch
         return trained or not (x.is_cuda and is_recorded())
 
@@ -295,8 +292,8 @@ class PromptedBlock(Wrapper):
             sets = self._sets(prompts, x.shape[0])
             tokens = per_sample(prompts, sets, (x.shape[0], *prompts.shape[-2:]))
             tokens = tokens.to(x.dtype)
-            last = start == x.shape[1]
-            x = torch.cat([x, tokens] if last else [x[:, :start], tokens, x[:, start:]], 1)
+            at_end = start == x.shape[1]
+            x = torch.cat([x, tokens] if at_end else [x[:, :start], tokens, x[:, start:]], 1)
         width = self._owner[0][0 if self.kind == "shallow" else self.index].shape[-2]
 
         self._place(width)
