@@ -39,6 +39,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
+    "ViT-S/16": Size("vit_small_patch16_224", 224, (1, 8, 64)),
     "ViT-B/16": Size("vit_base_patch16_224", 224, (1, 2, 4, 8, 64)),
     "ViT-B/16, 384 px": Size("vit_base_patch16_384", 384, (1, 64)),
     "ViT-L/16": Size("vit_large_patch16_224", 224, (1, 64)),

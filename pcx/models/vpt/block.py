@@ -28,10 +28,11 @@ WORTH = {"cpu": 1e7, "cuda": 1.5e10}
 # than prompts of their own, which go through the block's norm and projection in calls of their own.
 # The keys are the device and whether grad mode is on. Without gradients the rule holds for calls
 # outside of CUDA graphs. Compiled blocks always fold.
-AMONG = {("cpu", False): 3e6, ("cuda", False): 2e10, ("cuda", True): 2e9}
-# Multiply-adds by device that take as long as copying one element of the tokens, which putting
-# prompts among them does. So few prompts and a large batch fold.
-COPIED = {"cpu": 30, "cuda": 1000}
+AMONG = {("cpu", False): 3e6, ("cuda", False): 2e10, ("cuda", True): 3.1e9}
+# Multiply-adds, by the same keys, that take as long as copying one element of the tokens, which
+# putting prompts among them does: once forward, and more often backward. So few prompts and a
+# large batch fold.
+COPIED = {("cpu", False): 30, ("cuda", False): 1000, ("cuda", True): 3000}
 _hooks_of = itemgetter(*HOOKS)
 
 
@@ -191,7 +192,7 @@ class PromptedBlock(Wrapper):
         trained, device = torch.is_grad_enabled(), x.device.type
         most = AMONG.get((device, trained), 0)
         batch, tokens, dim = x.shape
-        copied = COPIED.get(device, 0) * batch * tokens * dim
+        copied = COPIED.get((device, trained), 0) * batch * tokens * dim
         if copied >= most:  # whatever the prompts, which take a while to look up
             return False
         prompts = self._owner[0][self.index].shape[-2]
