@@ -9,6 +9,7 @@ import timm
 from torch import nn
 
 from pcx.backbones import NAME, scenes_vit
+from pcx.backbones.weights_file import with_weights
 
 
 def build_backbone(
@@ -25,12 +26,13 @@ def build_backbone(
         name: the embedded backbone's, one of `timm.list_models()` with or without a tag, or a
             checkpoint of Hugging Face for image classification ("org/name", or a folder).
         pretrained: whether weights are loaded, timm's from its hub.
-        weights: a file of the backbone's weights, in place of timm's download.
+        weights: a file of a timm model's weights, in place of timm's download; it is read as data
+            alone.
         num_classes: size of the head; 0 for none. Hugging Face's checkpoints keep their own.
         arguments: of the model's constructor, such as img_size.
 
     Raises:
-        ValueError: no such name, or `weights` do not go with it.
+        ValueError: no such name, or `weights` do not go with it, or do not fill the backbone.
         FileNotFoundError: there is no file of weights.
     """
     if name == NAME:
@@ -38,17 +40,10 @@ def build_backbone(
             raise ValueError(f"weights: {NAME} has its own; name another backbone")
         return scenes_vit(num_classes, pretrained=pretrained)
     if timm.is_model(name):
-        overlay = None
         if weights is not None:
-            if not Path(weights).is_file():
-                raise FileNotFoundError(f"weights: no file {weights}")
-            overlay = {"file": str(weights)}
+            return with_weights(name, Path(weights), num_classes=num_classes, **arguments)
         return timm.create_model(
-            name,
-            pretrained=pretrained,
-            pretrained_cfg_overlay=overlay,
-            num_classes=num_classes,
-            **arguments,
+            name, pretrained=pretrained, num_classes=num_classes, **arguments
         )
     if "/" in name and weights is None:
         return _hugging_face(name)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from pcx.backbones.positions import grid_of
 from pcx.backbones.spec import BackboneSpec
 
 
@@ -74,7 +74,10 @@ def feature_maps(
             intermediates_only=True,
             **inputs,
         )
-    return [_as_map(tokens, _grid(backbone, spec, x)) for tokens in found] if flat else list(found)
+    if not flat:
+        return list(found)
+    grid = grid_of(backbone, spec, tuple(x.shape[-2:]))
+    return [_as_map(tokens, grid) for tokens in found]
 
 
 def _behind_blocks(
@@ -103,16 +106,6 @@ def _behind_blocks(
     if norm and spec.norm is not None:
         tokens = [backbone.get_submodule(spec.norm)(each) for each in tokens]
     return tokens
-
-
-def _grid(backbone: Any, spec: BackboneSpec, x: Tensor) -> tuple[int, int]:
-    """Rows and columns of patches of the images."""
-    size = tuple(x.shape[-2:])
-    embed: Any = getattr(backbone, "patch_embed", None)
-    if hasattr(embed, "dynamic_feat_size"):
-        return embed.dynamic_feat_size(size)
-    side = math.isqrt((spec.patch_elements or 3) // 3)
-    return size[0] // side, size[1] // side
 
 
 def _as_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:

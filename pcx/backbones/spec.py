@@ -148,6 +148,11 @@ def _blocks(
     )
 
 
+def pools_by_token(backbone: Any) -> bool:
+    """Whether the head reads tokens at the front; a timm model may be given another pooling."""
+    return getattr(backbone, "global_pool", "token") == "token"
+
+
 def check_promptable(backbone: nn.Module, spec: BackboneSpec) -> None:
     """Proves that prompts can be folded into the attention of every block.
 

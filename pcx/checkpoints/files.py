@@ -2,19 +2,88 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import platform
+import re
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+DAY = 24 * 3600.0  # seconds after which a part file is old, whoever wrote it
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EROFS)  # of file systems that know no fsync
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a file beside `path` to write; it takes the place of `path` if the block ends well."""
+    """Gives a file beside `path` to write; it takes the place of `path` if the block ends well.
+
+    What was written is on the disk before it takes that place, so that a power cut leaves the old
+    file or the new one. Of a symbolic link, the file that it names is replaced. Part files of
+    `path` that killed processes have left go away.
+    """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    _sweep(path)
+    part = path.with_name(
+        f"{path.name}.{_machine()}.{os.getpid()}-{threading.get_native_id()}.part"
+    )
     try:
         yield part
+        _to_disk(part)
         os.replace(part, path)
+        if os.name != "nt":  # folders cannot be opened there
+            _to_disk(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk.
+
+    Raises:
+        OSError: the disk is full, or failed.
+    """
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(opened)
+
+
+def _sweep(path: Path) -> None:
+    """Removes part files of `path` whose process has ended, or that are older than a day.
+
+    Of processes of other machines that share the folder nothing is known before that day is over.
+    """
+    of_path = re.compile(re.escape(path.name) + r"\.(.+)\.(\d+)-\d+\.part")
+    for part in path.parent.iterdir():
+        found = of_path.fullmatch(part.name)
+        if found is None:
+            continue
+        ended = found[1] == _machine() and not _runs(int(found[2]))
+        with suppress(OSError):  # another process may sweep as well
+            if ended or time.time() - part.stat().st_mtime > DAY:
+                part.unlink()
+
+
+def _machine() -> str:
+    return re.sub(r"\W", "_", platform.node())
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of that number runs on this machine; Windows is not asked."""
+    if os.name == "nt":  # os.kill would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from pcx.backbones.positions import are_positions
 from pcx.models.base import TunedModel
 
 
@@ -26,10 +27,20 @@ def checksum(tensor: Tensor) -> str:
     return fingerprint([("", tensor)])[:16]
 
 
-def backbone_fingerprint(model: TunedModel) -> str:
-    """The fingerprint of the frozen weights, by the names that the plain backbone gives them."""
+def text_checksum(text: str) -> str:
+    """The first 16 digits of the SHA-256 over a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def backbone_fingerprint(model: TunedModel, *, positions: bool = True) -> str:
+    """The fingerprint of the frozen weights, by the names that the plain backbone gives them.
+
+    Without `positions` it leaves out position embeddings, and is the same for any image size.
+    """
     weights = {n: t for n, t in model.frozen_state().items() if isinstance(t, nn.Parameter)}
-    return fingerprint((f"backbone.{n}", t) for n, t in weights.items())
+    return fingerprint(
+        (f"backbone.{n}", t) for n, t in weights.items() if positions or not are_positions(n)
+    )
 
 
 def buffers_fingerprint(model: TunedModel) -> str | None:

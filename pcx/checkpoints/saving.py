@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from pcx.backbones.architecture import architecture_of, differences
 from pcx.backbones.building import arguments_of, build_backbone
-from pcx.backbones.inputs import data_config
+from pcx.backbones.inputs import data_config, input_size
+from pcx.backbones.positions import grid_of, resampled
 from pcx.checkpoints.files import written_whole
 from pcx.checkpoints.fingerprint import (
     backbone_fingerprint,
@@ -21,6 +22,7 @@ from pcx.checkpoints.fingerprint import (
     buffers_fingerprint,
     checksum,
     fingerprint,
+    text_checksum,
 )
 from pcx.checkpoints.format1 import read_format1
 from pcx.models import METHODS
@@ -30,6 +32,7 @@ from pcx.models.peft_model import tuned
 from pcx.models.record import Record
 
 FORMAT = "2"
+METADATA = {"pcx", "config", "checksum"}
 OF_FILE = ("method", "settings", "backbone", "token_reduction", "checksums")
 
 
@@ -50,7 +53,8 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
     tensors = _apart({n: t.detach().cpu().contiguous() for n, t in model.own_state().items()})
     described = json.dumps(_description(model, tensors), sort_keys=True)
     with written_whole(path) as part:
-        save_file(tensors, part, metadata={"pcx": FORMAT, "config": described})
+        metadata = {"pcx": FORMAT, "config": described, "checksum": text_checksum(described)}
+        save_file(tensors, part, metadata=metadata)
         _sort_metadata(part)
 
 
@@ -60,6 +64,7 @@ def load(path: str | os.PathLike, backbone: nn.Module | None = None) -> Any:
     Args:
         path: the file.
         backbone: the backbone it was trained on, with any head; convert dtype or device afterwards.
+            It may take images of another size, for which timm resampled its position embeddings.
             None builds the one that the file names.
 
     Returns:
@@ -92,14 +97,28 @@ def load(path: str | os.PathLike, backbone: nn.Module | None = None) -> Any:
     model.own(keep=lambda name: f"backbone.{name}" in tensors)  # what a user had set to be trained
     _check_backbone(path, saved, model)
     own = model.own_state()
+    if _is_resized(saved, model):
+        grid = grid_of(model.plain_backbone(), model.spec, input_size(model.plain_backbone())[1:])
+        tensors = {n: resampled(n, t, own.get(n, t), grid) for n, t in tensors.items()}
     if _shapes(own) != _shapes(tensors):
         raise ValueError(f"backbone: it does not fit {path}: {_differ(own, tensors)}")
     copy_state(tensors, own)
-    model.record = Record.from_json({k: v for k, v in described.items() if k not in OF_FILE})
+    model.record = _record(path, described)
+    if _is_resized(saved, model) and model.record.transform is not None:
+        model.record.transform |= {"input_size": list(input_size(model.plain_backbone()))}
     model.record.backbone = {"name": saved["name"], "arguments": saved.get("arguments") or {}}
     if described.get("token_reduction") is not None:
         reduce_again(model, described["token_reduction"])
     return model.eval()
+
+
+def _record(path: Path, described: dict[str, Any]) -> Record:
+    try:
+        return Record.from_json({k: v for k, v in described.items() if k not in OF_FILE})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"path: {path} has no whole record ({type(error).__name__}: {error}); save it anew"
+        ) from error
 
 
 def backbone_in(path: str | os.PathLike) -> dict[str, Any]:
@@ -125,6 +144,7 @@ def _description(model: TunedModel, tensors: dict[str, Tensor]) -> dict[str, Any
         "backbone": {
             **known,
             "fingerprint": backbone_fingerprint(model),
+            "fingerprint_of_any_size": backbone_fingerprint(model, positions=False),
             "buffers": buffers_fingerprint(model),
             "architecture": architecture_of(plain, model.spec),
         },
@@ -198,6 +218,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"path: {path} was not written by pcx.save of this version (format {written}, expected "
             f"1 or {FORMAT}){hint}"
         )
+    if set(metadata) - METADATA or metadata.get("checksum") not in (
+        None,  # of older files
+        text_checksum(metadata.get("config", "")),
+    ):
+        raise ValueError(
+            f"path: {path} is damaged: its configuration is not what was saved; copy it anew"
+        )
     try:
         described = json.loads(metadata["config"])
         described = read_format1(described, tensors) if written == "1" else described
@@ -218,10 +245,20 @@ def _check_tensors(path: Path, checksums: dict[str, str], tensors: dict[str, Ten
             )
 
 
+def _is_resized(saved: dict[str, Any], model: TunedModel) -> bool:
+    """Whether a file's backbone takes images of another size than the model's."""
+    size = saved["architecture"].get("image_size")
+    known = "fingerprint_of_any_size" in saved and size is not None
+    return known and tuple(size) != input_size(model.plain_backbone())
+
+
 def _check_backbone(path: Path, saved: dict[str, Any], model: TunedModel) -> None:
     plain = model.plain_backbone()
     found = backbone_fingerprint(model)
-    if found != saved["fingerprint"]:
+    if found != saved["fingerprint"] and not (
+        _is_resized(saved, model)
+        and saved["fingerprint_of_any_size"] == backbone_fingerprint(model, positions=False)
+    ):
         raise ValueError(
             f"backbone: {path} was trained on {saved['name']} with weights "
             f"{saved['fingerprint'][:12]}, got {backbone_name(plain)} with weights "

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pcx.checkpoints.files import written_whole
 from pcx.checkpoints.fingerprint import fingerprint
+from pcx.checkpoints.torch_file import read_torch, write_torch
 from pcx.condensation.reading import Reader, Scores
 from pcx.condensation.score_methods import ByRemoval
 from pcx.models.block_forward import Replay
@@ -51,7 +51,7 @@ class Sums:
 
     def _load(self, file: Path, device: torch.device) -> None:
         try:
-            state = torch.load(file, map_location=device, weights_only=True)
+            state = read_torch(file, device)
             other = [key for key in self.run if state["run"][key] != self.run[key]]
             totals, self.batches, self.samples = (
                 state[key] for key in ("totals", "batches", "samples")
@@ -76,8 +76,7 @@ class Sums:
             "batches": batches,
             "samples": samples,
         }
-        with written_whole(self.file) as part:
-            torch.save(state, part)
+        write_torch(state, self.file)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from pcx.backbones.spec import BackboneSpec, find_spec
 from pcx.backbones.straight import Straight, is_watched, straightened
 from pcx.models.base import TunedModel, check_choice
 from pcx.models.block_forward import StandIn, without_stand_ins
+from pcx.models.head_reads import run_for_head
 from pcx.models.memory import over_same_memory
 from pcx.models.peft_model import is_peft, tuned
 from pcx.training.execution import EXECUTIONS, compiled, prepared
@@ -96,9 +97,9 @@ class Frozen(nn.Module):
 
 def _logits(backbone: nn.Module, amp: torch.dtype | None, x: Tensor, **inputs: Any) -> Tensor:
     if amp is None:
-        return logits_of(backbone(x, **inputs))
+        return logits_of(run_for_head(backbone, x, **inputs))
     with torch.autocast(x.device.type, amp):
-        return logits_of(backbone(x, **inputs))
+        return logits_of(run_for_head(backbone, x, **inputs))
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from pcx.backbones.outputs import feature_maps, logits_of
 from pcx.backbones.residual import Wrapper, plain_names
 from pcx.backbones.spec import BackboneSpec, check_unwrapped, find_spec, library_facts
 from pcx.models.block_forward import found_on
+from pcx.models.head_reads import run_for_head
 from pcx.models.heads import HEAD_INITS, draw_published, head_size, place_heads, set_head_size
 from pcx.models.memory import over_same_memory
 from pcx.models.record import Record
@@ -220,7 +221,7 @@ class TunedModel(nn.Module):
 
         Further keyword arguments go to the backbone: masks, `interpolate_pos_encoding`, ...
         """
-        return logits_of(self.backbone(x, **inputs))
+        return logits_of(run_for_head(self.backbone, x, **inputs))
 
     def features(
         self,
@@ -252,13 +253,7 @@ class TunedModel(nn.Module):
                 "model: its tokens are dropped or merged on the way, which leaves no maps; call "
                 "remove() of what set that up first"
             )
-        with self._whole():
-            return feature_maps(self.backbone, self.spec, x, layers, norm, **inputs)
-
-    @contextmanager
-    def _whole(self) -> Iterator[None]:
-        """Inside it every block computes all image tokens."""
-        yield
+        return feature_maps(self.backbone, self.spec, x, layers, norm, **inputs)
 
     def train(self, mode: bool = True) -> Any:
         """Sets the mode of what the method adds and of the heads; the backbone has its own."""

@@ -17,13 +17,20 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from pcx.backbones.outputs import logits_of
-from pcx.checkpoints.files import written_whole
 from pcx.checkpoints.fingerprint import fingerprint
+from pcx.checkpoints.torch_file import write_torch
 from pcx.models.base import TunedModel, check_choice, copy_state, state_of
 from pcx.models.peft_model import known_by
 from pcx.training.batches import LabelCheck, LoaderWait, placed
 from pcx.training.callbacks import bar_of, note_of, say_facts
 from pcx.training.evaluation import Evaluation, accelerator_for, divided, gathered
+from pcx.training.checkpoint import (
+    LAST,
+    VERSION,
+    check_same_run,
+    description_of,
+    read_checkpoint,
+)
 from pcx.training.execution import check_execution, compiled, prepared
 from pcx.training.losses import Losses, NonFiniteLoss
 from pcx.training.objectives import Criterion, Objective, objective_for
@@ -37,9 +44,6 @@ from pcx.training.recipe import (
 )
 from pcx.training.run_folder import RunFolder, facts_of
 from pcx.training.token_cache import CACHES, FromTokens, cached_tokens
-
-LAST = "last.pt"
-VERSION = 2  # of that file
 
 
 def fit(
@@ -312,6 +316,7 @@ class _Run:
         state = {
             "pcx_fit": VERSION,
             "recipe": asdict(self.recipe),
+            "model": description_of(self.model),
             "parameters": {k: v.detach().cpu() for k, v in self.parameters.items()},
             "buffers": {k: v.detach().cpu() for k, v in self._buffers().items()},
             "optimizer": plain_state(self.optimizer),
@@ -319,33 +324,11 @@ class _Run:
             "updates": self.updates,
             "generators": [g.get_state() for g in self.generators],
         }
-        with written_whole(file) as part:
-            torch.save(state, part)
+        write_torch(state, file)
 
     def restore(self, file: Path) -> None:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            fits = state["pcx_fit"] in (1, VERSION)  # 1 had no buffers
-        except Exception as error:
-            raise ValueError(
-                f"checkpoint_dir: {file} is not a checkpoint of pcx.fit ({error})"
-            ) from error
-        mine, theirs = asdict(self.recipe), state["recipe"]
-        differ = [k for k in mine if mine[k] != theirs.get(k)]
-        shapes = {k: tuple(v.shape) for k, v in self.parameters.items()}
-        if (
-            differ
-            or not fits
-            or shapes != {k: tuple(v.shape) for k, v in state["parameters"].items()}
-        ):
-            what = (
-                ", ".join(f"{k} {theirs.get(k)} (now {mine[k]})" for k in differ)
-                or "its parameters"
-            )
-            raise ValueError(
-                f"resume: {file} is of another run: {what}. Use the same arguments and model, or "
-                "another checkpoint_dir"
-            )
+        state = read_checkpoint(file)
+        check_same_run(file, state, asdict(self.recipe), self.model, self.parameters)
         copy_state(state["parameters"], self.parameters)
         copy_state(state.get("buffers", {}), self._buffers())
         load_plain(self.optimizer, state["optimizer"])

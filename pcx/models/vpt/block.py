@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pcx.backbones import attention
 from pcx.backbones.residual import HOOKS, Wrapper
+from pcx.models.head_reads import head_alone
 from pcx.models.vpt.probes import Probe
 from pcx.models.vpt.prompts import dropped, neighbours, per_sample
 from pcx.ops.prefix_attention import cpu_cannot, prefix_attention
@@ -50,7 +51,8 @@ class PromptedBlock(Wrapper):
         calls: attention calls the block makes.
         head_dims: (H, d, dv) of them.
         prefix_tokens: tokens before the prompts.
-        read_tokens: of the last block, the tokens to compute where that saves time, None for all.
+        read_tokens: of the last block, the tokens to compute where that saves time and nothing but
+            the head's output is taken, None for all.
         last: whether this is the last block.
     """
 
@@ -96,6 +98,7 @@ class PromptedBlock(Wrapper):
             if hasattr(module, "num_prefix_tokens")
         )
         self._inside: Any = tuple(block.modules())  # whose hooks see the block's tokens
+        self.seen_by: Any = ()  # modules around and behind the last block, whose hooks see them too
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """The block's output."""
@@ -235,10 +238,12 @@ class PromptedBlock(Wrapper):
 
     def _leaves_out(self, x: Tensor) -> bool:
         """Whether the tokens that the head does not read are left out: where it saves time."""
-        if self.read_tokens is None or not self.last:
+        if self.read_tokens is None or not self.last or not head_alone():
             return False
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # whatever the batch will be
             return True
+        if any(map(any, map(_hooks_of, map(vars, self.seen_by)))):
+            return False
         batch, tokens, dim = x.shape
         saved = 9 * dim**2 * (tokens - self.read_tokens) * batch  # projection and MLP
         return saved >= WORTH.get(x.device.type, 0)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from pcx.backbones import attention
 from pcx.backbones.probing import without_hooks
 from pcx.backbones.spec import BackboneSpec, check_promptable
 from pcx.models.base import TunedModel, check_choice
-from pcx.models.block_forward import set_read_tokens
 from pcx.models.record import Condensation
 from pcx.models.vpt.block import PATHS, PromptedBlock
 from pcx.models.vpt.prompts import counts_per_layer, draw_prompts, prompt_parameter
@@ -232,15 +230,6 @@ class VPT(TunedModel):
                 f"{name}: the prompts of kind='shallow' do not fold: their outputs travel on"
             )
 
-    @contextmanager
-    def _whole(self) -> Iterator[None]:
-        before = [set_read_tokens(layer, None) for layer in self.layers]
-        try:
-            yield
-        finally:
-            for layer, count in zip(self.layers, before, strict=True):
-                set_read_tokens(layer, count)
-
     def _wrap_blocks(self) -> None:
         for i, spec in enumerate(self.spec.blocks):
             block: Any = self.backbone.get_submodule(spec.name)
@@ -264,3 +253,13 @@ class VPT(TunedModel):
             )
             wrapped.checkpoint = checkpoint
             self.backbone.set_submodule(spec.name, wrapped)
+        if self.spec.blocks:
+            last = self.layers[-1]
+            last.seen_by = (last, *last.block.modules(), *self._seeing_the_last())
+
+    def _seeing_the_last(self) -> list[nn.Module]:
+        """The modules, but for the backbone itself, that the last block's tokens go through."""
+        parts = self.spec.blocks[-1].name.split(".")
+        around = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+        behind = [] if self.spec.norm is None else [self.spec.norm]
+        return [self.backbone.get_submodule(name) for name in (*around, *behind)]
