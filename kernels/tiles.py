@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LEAST = tl.constexpr(-3.4028234663852886e38)  # the least finite float32
 
 
 @triton.jit
@@ -60,7 +61,9 @@ def biased(scores, bias, rows, columns, stride_n, stride_s, N, S, BOOLEAN: tl.co
         attends = tl.load(pointers, mask=inside, other=1)
         scores = tl.where(attends != 0, scores, float("-inf"))
     else:
-        scores += tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+        added = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        # The least finite number, by which some mask, stays finite in units of log2.
+        scores += tl.where(added > float("-inf"), tl.maximum(added * LOG2_E, LEAST), added)
     return scores
 
 

@@ -187,5 +187,6 @@ def weighted_pagerank(
             # A prefix takes a part of the scores, and so do rows that a bias leaves no key. In all
             # other calls the sum is 1 up to rounding.
             if step == iters or m or bias is not None:
-                scores = scores / scores.sum(-1, keepdim=True)
+                total = scores.sum(-1, keepdim=True)
+                scores = torch.where(total == 0, 1 / n, scores / total)
     return scores

@@ -63,7 +63,7 @@ void run(const Tensor& q, const Tensor& k, const Tensor& init, const Tensor& bia
           for (int64_t j = 0; j < n; ++j) next[j] += a[r * n + j] * now[r];
         T total = 0;
         for (const T score : next) total += score;
-        for (T& score : next) score /= total;
+        for (T& score : next) score = total == 0 ? T(1) / n : score / total;
         now.swap(next);
       }
       std::copy(now.begin(), now.end(), scores.mutable_data_ptr<T>() + i * n);

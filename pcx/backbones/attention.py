@@ -36,11 +36,17 @@ class Call:
     v: Tensor  # [B, H, S, dv]
     bias: Tensor | None  # broadcastable to [B, H, N, S]
     scale: float | None
+    dropout: float = 0.0  # share of attention weights that the call drops
 
     def output(self) -> Tensor:
         """What the call returns, [B, H, N, dv]."""
         return F.scaled_dot_product_attention(
-            self.q, self.k, self.v, attn_mask=self.bias, scale=self.scale
+            self.q,
+            self.k,
+            self.v,
+            attn_mask=self.bias,
+            dropout_p=self.dropout,
+            scale=self.scale,
         )
 
     def empty_output(self) -> Tensor:
@@ -78,18 +84,15 @@ def _call(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Call:
-    if dropout_p:
-        raise ValueError(
-            f"dropout_p: {dropout_p} in a block's attention; prompts need it at 0 (eval mode)"
-        )
     if is_causal:
         raise ValueError(
-            "is_causal: prompts have no place in a causal order; use bidirectional attention"
+            "is_causal: a block's attention is causal, where prompts and dropped tokens have no "
+            "place; use bidirectional attention"
         )
     if enable_gqa:
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-    return Call(query, key, value, attn_mask, scale)
+    return Call(query, key, value, attn_mask, scale, dropout_p)
 
 
 class _Active(threading.local):

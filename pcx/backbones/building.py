@@ -42,9 +42,7 @@ def build_backbone(
     if timm.is_model(name):
         if weights is not None:
             return with_weights(name, Path(weights), num_classes=num_classes, **arguments)
-        return timm.create_model(
-            name, pretrained=pretrained, num_classes=num_classes, **arguments
-        )
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
     if "/" in name and weights is None:
         return _hugging_face(name)
     raise ValueError(

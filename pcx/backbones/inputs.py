@@ -13,13 +13,14 @@ from torch import nn
 def input_size(model: nn.Module) -> tuple[int, int, int]:
     """(C, H, W) of the images a backbone was made for."""
     backbone: Any = getattr(model, "backbone", model)
-    if not hasattr(backbone, "pretrained_cfg"):
+    embed: Any = getattr(backbone, "patch_embed", None)
+    if hasattr(backbone, "pretrained_cfg"):
+        trained_on = timm.data.resolve_model_data_config(backbone)["input_size"]
+    else:  # Hugging Face's, or one that was built from its class
         config = getattr(backbone, "config", None)
         size = getattr(config, "image_size", 224)
         size = size if isinstance(size, tuple | list) else (size, size)
-        return (getattr(config, "num_channels", 3), *size)
-    trained_on = timm.data.resolve_model_data_config(backbone)["input_size"]
-    embed: Any = getattr(backbone, "patch_embed", None)
+        trained_on = (getattr(config, "num_channels", 3), *size)
     parts = embed.modules() if isinstance(embed, nn.Module) else ()
     channels = (m.in_channels for m in parts if isinstance(m, nn.Conv2d))
     return (next(channels, trained_on[0]), *(getattr(embed, "img_size", None) or trained_on[1:]))

@@ -76,7 +76,7 @@ def feature_maps(
         )
     if not flat:
         return list(found)
-    grid = grid_of(backbone, spec, tuple(x.shape[-2:]))
+    grid = grid_of(backbone, spec, (x.shape[-2], x.shape[-1]))
     return [_as_map(tokens, grid) for tokens in found]
 
 

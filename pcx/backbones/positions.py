@@ -32,9 +32,9 @@ def resampled(name: str, saved: Tensor, wanted: Tensor, grid: tuple[int, int]) -
     side = math.isqrt(max(0, saved.shape[1] - prefix))
     if prefix < 0 or side * side + prefix != saved.shape[1] or saved.shape[2] != wanted.shape[2]:
         return saved
-    return resample_abs_pos_embed(
-        saved, list(grid), [side, side], num_prefix_tokens=prefix
-    ).to(saved.dtype)
+    return resample_abs_pos_embed(saved, list(grid), [side, side], num_prefix_tokens=prefix).to(
+        saved.dtype
+    )
 
 
 def grid_of(backbone: Any, spec: Any, size: tuple[int, int]) -> tuple[int, int]:

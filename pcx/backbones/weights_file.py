@@ -43,7 +43,7 @@ def with_weights(name: str, weights: Path, **arguments: Any) -> nn.Module:
         overlay = {"state_dict": dict(given)}
     try:
         with _Copies() as copies:
-            model = timm.create_model(
+            model: Any = timm.create_model(
                 name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments
             )
     except Exception as error:  # each family has its own way of reading foreign names

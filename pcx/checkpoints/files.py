@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 DAY = 24 * 3600.0  # seconds after which a part file is old, whoever wrote it
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EROFS)  # of file systems that know no fsync
 
@@ -36,8 +38,20 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(part, path)
         if os.name != "nt":  # folders cannot be opened there
             _to_disk(path.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        code = getattr(error, "errno", None) or errno.EIO
+        said = f"{error}; make room on its disk, or choose another" if _is_full(error) else error
+        raise OSError(code, f"{path} cannot be written, and is as it was ({said})") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a disk, a quota or a limit of the process is used up, as far as the error says."""
+    used_up = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    words = [os.strerror(code) for code in used_up]
+    return getattr(error, "errno", None) in used_up or any(word in str(error) for word in words)
 
 
 def _to_disk(path: Path) -> None:

@@ -12,7 +12,7 @@ from pcx.checkpoints.files import written_whole
 
 
 def write_torch(content: Any, path: Path) -> None:
-    """Writes tensors, numbers, text and containers of these by `torch.save`, whole or not at all."""
+    """Writes tensors, numbers, text and containers of these, whole or not at all."""
     with written_whole(path) as part:
         torch.save(content, part)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from typing import Any, NamedTuple
+import threading
+from typing import Any, NamedTuple, NoReturn
 
 import typer
 from rich.console import Console
@@ -75,10 +77,49 @@ def _group() -> None:
     """Makes typer treat the application as a group, although no command is registered with it."""
 
 
+# Exit codes, besides 0; a process that a signal ends has 128 and the signal's number.
+FAILED, WRONG_INPUT, DIVERGED = 1, 2, 3
+_OF_PATHS = (
+    FileNotFoundError,
+    FileExistsError,
+    NotADirectoryError,
+    IsADirectoryError,
+    PermissionError,
+)
+_Usage: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
 def main() -> None:
-    """Runs the command line; a wrong argument or file ends in one line, not in a traceback."""
+    """Runs the command line; an error ends in one line, not in a traceback.
+
+    The exit code is 2 for wrong input, 3 where training diverged, 1 where the system failed.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end)
     try:
-        app()
-    except (ValueError, OSError, FloatingPointError) as error:
-        Console(stderr=True).print(f"pcx: {error}", style="red", markup=False, soft_wrap=True)
-        sys.exit(1)
+        sys.exit(app(standalone_mode=False) or 0)
+    except _Usage as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help
+            app(["--help"], standalone_mode=False)
+            sys.exit(WRONG_INPUT)
+        _stop(error.format_message(), WRONG_INPUT)
+    except FloatingPointError as error:
+        _stop(error, WRONG_INPUT if str(error).startswith("loader:") else DIVERGED)
+    except (ValueError, *_OF_PATHS) as error:
+        _stop(error, WRONG_INPUT)
+    except OSError as error:
+        _stop(error, FAILED)
+    except KeyboardInterrupt:
+        _stop("interrupted", 128 + signal.SIGINT)
+
+
+def _stop(said: Any, code: int) -> NoReturn:
+    """Ends the process with one line on the standard error."""
+    line = " ".join(str(said).split())
+    Console(stderr=True).print(f"pcx: {line}", style="red", markup=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _end(number: int, frame: Any) -> NoReturn:
+    """Ends the process on SIGTERM as an exception does, so that part files go away."""
+    sys.exit(128 + number)

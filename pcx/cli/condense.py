@@ -37,6 +37,7 @@ def condense(
     workers: o.Workers = 0,
     cache: o.Cache = None,
     resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
     config: o.Config = None,
 ) -> None:
     """Scores, selects and fine-tunes prompts (Prompt Condensation, Algorithm 1)."""
@@ -45,6 +46,7 @@ def condense(
     from pcx.condensation.condensing import condense as condense_model
     from pcx.tasks import load_task
 
+    o.check_out(out, replaced=overwrite or resume)
     if keep == "auto" and split != "train":
         raise ValueError(
             f"--split: {split!r} holds the images of val, by which --keep auto chooses; use train"
@@ -67,6 +69,7 @@ def condense(
         seed=seed,
         checkpoint_dir=o.run_folder_of(out),
         resume=resume,
+        overwrite=overwrite,
     )
     save(small, out)
     o.say(f"kept {small.counts} of {whole.counts}; wrote {out}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from pcx.tasks import Task
 
 EMBEDDED = "pcx_scenes_vit"  # equals pcx.backbones.NAME; importing that would import torch
+WORSE = 10.0  # times the loss of guessing, from which on a training has diverged
 BACKBONE, DATA, OPTIMISATION, RUN = "Backbone", "Data", "Optimisation", "Run"
 
 
@@ -56,6 +59,7 @@ Seed = Annotated[int, option("seed of all random numbers", OPTIMISATION)]
 
 # Run
 Resume = Annotated[bool, option("continue from the run's checkpoint", RUN)]
+Overwrite = Annotated[bool, option("replace an existing file and its run's checkpoint", RUN)]
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -119,6 +123,51 @@ def loaded_model(file: Path, backbone: str | None, weights: Path | None) -> Any:
         return load(file)
     named = backbone_in(file)["name"] if backbone is None else backbone
     return load(file, new_backbone(named, 0, weights))
+
+
+def check_out(out: Path, *, replaced: bool) -> None:
+    """Checks before anything is computed that a file can be written.
+
+    Args:
+        out: the file.
+        replaced: whether it may exist already.
+
+    Raises:
+        ValueError: it exists, a folder is in its place, or its own folder cannot be written to.
+    """
+    from pcx.training.checkpoint import LAST
+    from pcx.training.run_folder import writable_folder
+
+    if out.is_dir():
+        raise ValueError(f"--out: {out} is a folder, expected a file, such as model.safetensors")
+    if out.exists() and not replaced:
+        raise ValueError(
+            f"--out: {out} exists; give --overwrite to replace it, or another name (--resume "
+            "continues its run)"
+        )
+    run = run_folder_of(out)
+    if (run / LAST).exists() and not replaced:
+        raise ValueError(
+            f"--out: {run} holds the checkpoint of a run that has not written {out.name}; give "
+            "--resume to continue it, --overwrite to replace it, or another name"
+        )
+    try:
+        writable_folder(out.parent)
+    except ValueError as error:
+        raise ValueError(str(error).replace("checkpoint_dir", "--out", 1)) from None
+
+
+def check_converged(history: Sequence[dict], classes: int, lr: float) -> None:
+    """Raises a NonFiniteLoss where a training ended far worse than guessing."""
+    from pcx.training.losses import NonFiniteLoss
+
+    guessing = math.log(max(classes, 2))
+    if history and history[-1]["loss"] > WORSE * guessing:
+        raise NonFiniteLoss(
+            f"--lr: training diverged: its loss ended at {history[-1]['loss']:.4g}, where guessing "
+            f"has {guessing:.3g}; lower the learning rate (now {lr:g}; try {lr / 10:g}), or give "
+            "--clip-grad 1. No file was written"
+        )
 
 
 def run_folder_of(out: Path) -> Path:

@@ -50,6 +50,7 @@ def train(
         o.option("compute patch tokens once for each image; no random transforms", o.DATA),
     ] = False,
     resume: o.Resume = False,
+    overwrite: o.Overwrite = False,
     config: o.Config = None,
 ) -> None:
     """Trains a method on a task: the parameters that it adds to the backbone, and the head."""
@@ -59,6 +60,7 @@ def train(
     from pcx.tasks import load_task
     from pcx.training.fitting import fit
 
+    o.check_out(out, replaced=overwrite or resume)
     METHODS.get_checked(method)
     data = load_task(task, o.backbone_data_config(backbone, weights), root=root, cache=cache)
     if split not in ("train", "trainval"):
@@ -72,7 +74,7 @@ def train(
     )
     model.record.task = task
     val = data.loader("val", batch_size, num_workers=workers) if split == "train" else None
-    fit(
+    history = fit(
         model,
         data.loader(split, batch_size, num_workers=workers),
         epochs=epochs,
@@ -87,7 +89,9 @@ def train(
         seed=seed,
         checkpoint_dir=o.run_folder_of(out),
         resume=resume,
+        overwrite=overwrite,
     )
+    o.check_converged(history, data.num_classes, model.record.trained_lr)
     save(model, out)
     o.say(f"wrote {out}")
     o.say_accuracy(model, data, batch_size, amp, "test", workers)

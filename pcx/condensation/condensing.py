@@ -12,11 +12,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from pcx.arguments import real_number, whole_number
 from pcx.condensation.scores_file import write_scores
 from pcx.condensation.scoring import check_prompted, score
-from pcx.condensation.selection import select
+from pcx.condensation.selection import checked_scores, select
 from pcx.models.record import Condensation
 from pcx.models.vpt.model import VPT
+from pcx.training.batches import check_loader
+from pcx.training.checkpoint import check_free
 from pcx.training.evaluation import evaluate, standard_error
 from pcx.training.fitting import fit
 from pcx.training.objectives import Criterion, Objective, objective_for
@@ -47,6 +50,7 @@ def condense(
     seed: int = 0,
     checkpoint_dir: str | os.PathLike | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> VPT:
     """Prompt Condensation (Algorithm 1): keeps the prompts that matter and fine-tunes them.
@@ -69,6 +73,7 @@ def condense(
         checkpoint_dir: folder for `scores.json` (scores and kept indices) and for what `pcx.fit`
             writes of the fine-tuning. "auto" has a folder in it for each keep, such as keep_0.3.
         resume: continue the fine-tuning from that folder. The scores are computed again.
+        overwrite: replace what the folder has; without either, a fine-tuning in it is an error.
 
     Returns:
         A new VPT whose `.condensation` tells how it came about.
@@ -77,21 +82,26 @@ def condense(
         ValueError: an argument does not fit, no learning rate is known, "auto" lacks validation
             data, or the folder is of another condensation.
     """
-    lr = _checked_rate(model, keep, scope, epochs, lr, val_loader)
+    check_loader(loader)
+    lr = _checked_rate(model, keep, scope, epochs, lr, val_loader, max_drop, seed)
     if resume and checkpoint_dir is None:
         raise ValueError("resume: needs checkpoint_dir")
     folder = None if checkpoint_dir is None else writable_folder(checkpoint_dir)
+    if folder is not None and not (resume or overwrite):
+        for place in (folder, *(folder / f"keep_{fraction}" for fraction in GRID)):
+            check_free(place)
     chosen = objective_for(objective, criterion)
     shared: dict[str, Any] = {"objective": chosen, "amp": amp, "execution": execution}
     shared |= {"seed": seed, "progress": progress}
     if scores is None:
         scores = score(model, loader, method=method, **shared)
     else:
-        method = "given"
+        method, scores = "given", checked_scores(scores)
     if [len(s) for s in scores] != list(model.counts):
         raise ValueError(f"scores: {[len(s) for s in scores]} per layer, expected {model.counts}")
     options = {"opt": opt, "weight_decay": weight_decay, "clip_grad": clip_grad, "lr": lr}
     options |= {"epochs": epochs, "val_loader": val_loader, "resume": resume, **shared}
+    options["overwrite"] = overwrite
     tuning = _Tuning(model, loader, method, scope, list(scores), folder, options)
     if not isinstance(keep, str):
         return tuning.at(keep, folder)
@@ -101,15 +111,16 @@ def condense(
     return best
 
 
-def _checked_rate(model: Any, keep, scope, epochs, lr, val_loader) -> float | None:
+def _checked_rate(model: Any, keep, scope, epochs, lr, val_loader, max_drop, seed) -> float | None:
     """The learning rate of the fine-tuning, None where there is none; before anything is computed.
 
     Raises:
         ValueError: an argument of `condense` does not fit.
     """
     check_prompted(model)
-    if epochs < 0:
-        raise ValueError(f"epochs: {epochs}, expected 0 or more")
+    epochs = whole_number("epochs", epochs)
+    real_number("max_drop", max_drop, least=0)
+    whole_number("seed", seed)
     if epochs and lr is None:
         if model.trained_lr is None:
             raise ValueError(

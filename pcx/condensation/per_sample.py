@@ -15,6 +15,7 @@ from pcx.condensation.score_methods import PerSample, Seen
 from pcx.models.vpt.probes import Probe, probing
 from pcx.ops.prompt_score import prompt_score
 from pcx.training.execution import prepared
+from pcx.training.losses import seen_losses
 
 AddScores = Callable[[int, Tensor], None]  # of a layer, [2, B, m] as prompt_score gives them
 
@@ -76,7 +77,7 @@ class _GradientPass:
             raise RuntimeError("model: some prompts have no influence on the loss")
         seen = self._seen(list(probes.values()), arrived, scale)
         rows: list[Any] = [method.reduce(seen) for method in self.methods]
-        return losses.detach(), torch.stack(rows)
+        return seen_losses(losses, images), torch.stack(rows)
 
     def _probes(self, batch: int) -> dict[int, Probe]:
         """A probe for each watched layer, with a gate for each sample and prompt where needed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from torch.func import functional_call
 from torch.utils.data import DistributedSampler, IterableDataset
 
 from pcx.models.vpt.model import VPT
-from pcx.training.batches import LabelCheck, images_and_labels, placed
+from pcx.training.batches import BatchCheck, images_and_labels, placed
+from pcx.training.class_names import agreed_names
 from pcx.training.loaders import rebuilt
-from pcx.training.losses import Losses
+from pcx.training.losses import OF_INPUT, Losses
 from pcx.training.objectives import Objective
 
 FLOAT16_LOSS_SCALE = 1024.0  # of the sum over a batch; gradients would vanish without
@@ -44,7 +46,7 @@ class Reader:
         self.loader = _share(loader, self.rank, self.processes)
         self.samples = self.number = 0  # samples read here in this pass, and batches
         self.total = 0  # read by all processes
-        self.labels = LabelCheck(objective)
+        self.labels = BatchCheck(objective, model, agreed_names(model, loader))
         self.bar = Progress(disable=not progress or self.rank > 0, transient=True)
 
     def batches(
@@ -69,7 +71,7 @@ class Reader:
         for batch in self.loader:
             self.number += 1
             images, labels = images_and_labels(batch)
-            self.labels.check_rows(labels)
+            labels = self.labels.as_rows(labels)
             if self.number > done[0] and len(labels):
                 yield images, labels
             self.samples += len(labels)
@@ -99,10 +101,8 @@ class Reader:
     ) -> Tensor:
         """The loss of each sample with some prompts swapped for others, [B], to be checked."""
         with nullcontext() if precise else self.autocast():
-            if prompts:
-                logits = functional_call(self.model, prompts, (images,))
-            else:
-                logits = self.model(images)
+            run = partial(_run_with, self.model, prompts) if prompts else self.model
+            logits = self.labels.logits(run, images)
         return self.labels.losses(logits, labels)
 
     def check(self, losses: Tensor) -> Tensor:
@@ -138,11 +138,16 @@ class CheckedLosses(Losses):
         super().__init__(of)
         self.before = before  # samples that this process read earlier
 
-    def error(self, value: float, step: int, sample: int) -> Exception:
+    def error(self, value: float, step: int, row: int, sample: int) -> Exception:
         """Names the sample in the order in which this process reads them."""
+        what = "image" if value == OF_INPUT else "loss"
         return ValueError(
-            f"loader: the loss of sample {self.before + sample}{self.where} is not finite"
+            f"loader: the {what} of sample {self.before + sample}{self.where} is not finite"
         )
+
+
+def _run_with(model: VPT, prompts: dict[str, Tensor], images: Any) -> Any:
+    return functional_call(model, prompts, (images,))
 
 
 def _processes() -> tuple[int, int]:

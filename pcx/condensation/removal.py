@@ -56,6 +56,8 @@ class Sums:
             totals, self.batches, self.samples = (
                 state[key] for key in ("totals", "batches", "samples")
             )
+            if not all(total.isfinite().all() for total in totals):
+                raise ValueError("its sums are not finite")
         except Exception as error:
             raise ValueError(
                 f"checkpoint_dir: {file} is no file of pcx.score ({error!r})"

@@ -19,6 +19,7 @@ from pcx.condensation.reading import Reader, Scores
 from pcx.condensation.removal import Sums, score_by_removal
 from pcx.condensation.score_methods import ByRemoval, FromPrompts, PerSample
 from pcx.models.vpt.model import VPT
+from pcx.training.batches import check_loader
 from pcx.training.execution import check_execution
 from pcx.training.loaders import plain_loader
 from pcx.training.objectives import Criterion, Objective, objective_for
@@ -116,6 +117,7 @@ def score(
             finite (names the sample), float16 that overflows, a checkpoint of other scores, or an
             execution that is not possible.
     """
+    check_loader(loader)
     names = (method,) if isinstance(method, str) else tuple(method)
     _check(model, names, amp, execution, checkpoint_dir, resume)
     methods = {name: SCORES[name] for name in names}

@@ -89,9 +89,7 @@ class Frozen(nn.Module):
         return self.backbone.pretrained_cfg
 
     def train(self, mode: bool = True) -> Frozen:
-        """Raises a ValueError for training."""
-        if mode:
-            raise ValueError("mode: this model is for inference; train the model it came from")
+        """Stays in eval mode, as a teacher within a module that is trained does too."""
         return self
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pcx.checkpoints.fingerprint import backbone_fingerprint
 from pcx.deployment.freezing import Frozen
+from pcx.models.block_forward import reduction_of
 from pcx.models.vpt.model import VPT
 
 
@@ -110,6 +111,12 @@ def _check_alike(models: Sequence[VPT]) -> None:
                 f"models[{i}]: it trained {other[0]!r} of the backbone, which models[0] has with "
                 "other values; an ensemble runs one backbone for all, so give models that train "
                 "prompts and heads alone"
+            )
+        if reduction_of(model) != reduction_of(first):
+            raise ValueError(
+                f"models[{i}]: its tokens are reduced by {reduction_of(model)}, and those of "
+                f"models[0] by {reduction_of(first)}; an ensemble runs one backbone for all, so "
+                "set the same up on each, or none"
             )
         if (model.read_only, sizes[i]) != (first.read_only, sizes[0]):
             raise ValueError(

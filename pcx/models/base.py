@@ -11,6 +11,7 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
+from pcx.arguments import whole_number
 from pcx.backbones.inputs import data_config
 from pcx.backbones.outputs import feature_maps, logits_of
 from pcx.backbones.residual import Wrapper, plain_names
@@ -65,6 +66,9 @@ class TunedModel(nn.Module):
     ):
         super().__init__()
         check_choice("head_init", head_init, HEAD_INITS)
+        check_module("backbone", backbone, "such as timm.create_model gives")
+        if num_classes is not None:
+            num_classes = whole_number("num_classes", num_classes)
         check_unwrapped(backbone)
         if isinstance(backbone, TunedModel):
             raise ValueError(
@@ -328,6 +332,13 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def check_module(name: str, value: Any, example: str = "such as pcx.VPT(...) gives") -> None:
+    """Raises a ValueError where a value is no model."""
+    if not isinstance(value, nn.Module):
+        said = repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
+        raise ValueError(f"{name}: got {said}, expected a model, {example}")
 
 
 def check_choice(name: str, value: str | None, choices: Sequence[str | None]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # Limits of the Triton kernels of attention and PageRank: dtypes, the largest head dim, and the
 # largest offset between elements, which is kept in 32 bits.
@@ -43,6 +44,17 @@ def broadcasts(tensor: Tensor, shape: tuple[int, ...]) -> bool:
 def values_known(x: Tensor) -> bool:
     """Whether a check may read a tensor's values.
 
-    It may on the CPU, outside of torch.compile. On a GPU a check would wait for the device.
+    It may on the CPU, outside of torch.compile and of torch.func's transforms. On a GPU a check
+    would wait for the device.
     """
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
+
+
+def transformed() -> bool:
+    """Whether a call is under torch.func's transforms or in forward mode.
+
+    Kernels have no rules for these, so that ops compute such calls by torch's own functions.
+    """
+    if torch.compiler.is_compiling():  # which refuses what it cannot trace
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -118,14 +118,18 @@ class Dispatch:
             return f"it needs {kind} tensors, {self.argument} is on {first.device.type}"
         return _missing(row) or row.can_run(first, *arguments)
 
+    def check_name(self, name: str) -> None:
+        """Raises a ValueError where there is no backend of that name."""
+        if name not in ("auto", *self.rows):
+            raise ValueError(f"backend: got {name!r}, expected one of {('auto', *self.rows)}")
+
     def check(self, name: str, *arguments) -> None:
         """Checks that a backend of that name exists and can run on the arguments.
 
         Raises:
             ValueError: it does not exist, or cannot run.
         """
-        if name not in self.rows:
-            raise ValueError(f"backend: got {name!r}, expected one of {('auto', *self.rows)}")
+        self.check_name(name)
         reason = self.cannot(name, *arguments)
         if reason:
             others = tuple(other for other in ("auto", *self.rows) if other != name)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pcx.arguments import real_number
 from pcx.ops import hardware
-from pcx.ops.checks import triton_cannot_attend
+from pcx.ops.checks import broadcasts, transformed, triton_cannot_attend
 from pcx.ops.dispatch import Backend, Dispatch, exporting
 from pcx.ops.library import EXTENSION, LIBRARY, autocast_dtype, token_major, wide
 from pcx.ops.prefix_attention_checks import check_prefix_attention
@@ -51,7 +52,8 @@ def prefix_attention(
         prefix_lengths: [G] int64, the valid length of each set, 0 to m; m by default.
         bias: as SDPA's attn_mask, additive or boolean (True attends), broadcastable to [B, H, N,
             S]. The prefix has no bias. A row that attends to nothing gives zeros.
-        scale: factor on the logits, 1 / sqrt(d) by default.
+        scale: factor on the logits, 1 / sqrt(d) by default; a number, or a tensor that broadcasts
+            to q, which keeps its gradient.
         return_lse: whether to return the log-sum-exp of the logits too, [B, H, N] in float32
             (float64 for float64), differentiable.
         backend: "cuda", "triton", "cpu" (C++), "reference" (torch, by concatenation) or "auto".
@@ -59,7 +61,8 @@ def prefix_attention(
             prefix sets that samples share. "triton" runs every other call on CUDA. On CUDA "auto"
             is the first that can run, and "cuda" only where it is faster. Elsewhere "auto" is
             "reference", which is faster there unless the LSE is asked for. All but "reference"
-            give the same bits on every run and have no second derivative.
+            give the same bits on every run and have no second derivative. Under torch.func's
+            transforms and in forward mode torch's own functions compute every call.
 
     Returns:
         [B, H, N, dv], and the LSE as a second item if `return_lse`.
@@ -71,7 +74,7 @@ def prefix_attention(
     """
     q, k, v, prefix_k, prefix_v, bias = _autocast(q, k, v, prefix_k, prefix_v, bias)
     check_prefix_attention(q, k, v, prefix_k, prefix_v, prefix_index, prefix_lengths, bias)
-    scale = scale_of(q, scale)
+    q, scale = scaled(q, scale)
     lead = q.shape[:-3]
     if bias is not None:
         bias = _five_dimensions(bias, lead)
@@ -80,6 +83,10 @@ def prefix_attention(
     if len(lead) != 1:
         q, k, v = q.flatten(0, -4), k.flatten(0, -4), v.flatten(0, -4)
     tensors = (q, k, v, prefix_k, prefix_v)
+    if transformed():
+        DISPATCH.check_name(backend)
+        out, lse = _by_reference(tensors, prefix_index, prefix_lengths, bias, scale, True)
+        return _unflattened(out, lse if return_lse else None, lead)
     own = DISPATCH.own_run(backend, *tensors, bias, scale)
     if backend == "auto":
         backend = automatic(q, k, v, scale)
@@ -93,14 +100,35 @@ def prefix_attention(
         out, lse = torch.ops.pcx.prefix_attention.default(
             *tensors, prefix_index, prefix_lengths, bias, scale, backend
         )
+    return _unflattened(out, lse if return_lse else None, lead)
+
+
+def _unflattened(out: Tensor, lse: Tensor | None, lead: torch.Size) -> Any:
+    """What the call returns: the output in the form of q, and the LSE where it is asked for."""
     if len(lead) != 1:
         out, lse = out.unflatten(0, lead), None if lse is None else lse.unflatten(0, lead)
-    return (out, lse) if return_lse else out
+    return out if lse is None else (out, lse)
 
 
-def scale_of(q: Tensor, scale: Any) -> float:
-    """The factor on the logits, 1 / sqrt(d) by default."""
-    return 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+def scaled(q: Tensor, scale: Any) -> tuple[Tensor, float]:
+    """Queries and the number to multiply the logits by, 1 / sqrt(d) by default.
+
+    A tensor, such as a learned temperature, goes into the queries, so that it keeps its gradient.
+
+    Raises:
+        TypeError: the scale is neither a number nor a tensor.
+        ValueError: the scale is no number, or does not broadcast to the queries.
+    """
+    if scale is None:
+        return q, 1 / math.sqrt(q.shape[-1])
+    if isinstance(scale, Tensor):
+        if not broadcasts(scale, tuple(q.shape)):
+            raise ValueError(
+                f"scale: shape {tuple(scale.shape)}, expected one that broadcasts to q's "
+                f"{tuple(q.shape)}, such as () or [H, 1, 1]"
+            )
+        return q * scale.to(q), 1.0
+    return q, real_number("scale", scale)
 
 
 def automatic(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str:

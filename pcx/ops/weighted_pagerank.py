@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from pcx.arguments import whole_number
 from pcx.ops import hardware
 from pcx.ops.checks import MOST_DIM, MOST_OFFSET, TRITON_TYPES, broadcasts, values_known
 from pcx.ops.dispatch import Backend, Dispatch, exporting
@@ -30,7 +31,7 @@ def weighted_pagerank(
     """Importance of tokens: s <- A^T s with A = softmax(q k^T scale) (Zero-TPrune, Algorithm 1).
 
     A token is important if important tokens attend to it. The scores of a head sum to 1 before and
-    after every iteration.
+    after every iteration. Where no score flows to any token, all tokens get the same.
 
     Args:
         q, k: [B, H, N, d], of the same N tokens.
@@ -56,7 +57,8 @@ def weighted_pagerank(
         ValueError: a shape or value does not fit, or the backend asked for cannot run; the message
             names the argument.
     """
-    _check(q, k, iters, init, bias, prefix_k, among)
+    iters = whole_number("iters", iters)
+    _check(q, k, init, bias, prefix_k, among)
     batch, heads, n, dim = q.shape
     n = n if among is None else among.shape[1]
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -76,7 +78,7 @@ def weighted_pagerank(
         return run(*arguments)
 
 
-def _check(q, k, iters, init, bias, prefix_k, among) -> None:
+def _check(q, k, init, bias, prefix_k, among) -> None:
     if not (q.is_floating_point() and k.is_floating_point()):
         raise TypeError(f"q, k: {q.dtype} and {k.dtype}, expected floating point")
     if q.dim() != 4:
@@ -93,8 +95,6 @@ def _check(q, k, iters, init, bias, prefix_k, among) -> None:
     if among is not None:
         _check_among(among, batch, n)
         n = among.shape[1]
-    if isinstance(iters, bool) or not isinstance(iters, int) or iters < 0:
-        raise ValueError(f"iters: {iters!r}, expected a whole number, 0 or more")
     if init is not None:
         if not broadcasts(init, (batch, heads, n)):
             raise ValueError(

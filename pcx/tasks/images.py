@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
@@ -104,10 +105,39 @@ class ReaderImages(Dataset):
 def _opened(file: Any, name: Any) -> Image.Image:
     try:
         with Image.open(file) as image:
-            return image.convert("RGB")
+            return _as_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{name}: listed in the split, but there is no file; add it, or take it off the list"
         ) from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name}: {error}; leave it out, or make it smaller") from None
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"{name}: not a whole image file ({error}); fetch it again") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    """An image as 8-bit RGB.
+
+    16 bits are scaled to 8. What is transparent shows white, not what lies under it.
+
+    Raises:
+        ValueError: its numbers have no range that is known.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError(
+                f"its pixels are of mode {image.mode!r}, {values.min()}..{values.max()}; convert "
+                "it to 8 or 16 bits"
+            )
+        eight = Image.fromarray((values / 257).round().astype(np.uint8))
+        return eight.convert("RGB")
+    if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        if np.asarray(layers)[..., 3].min() < 255:
+            white = Image.new("RGBA", layers.size, "white")
+            return Image.alpha_composite(white, layers).convert("RGB")
+    return image.convert("RGB")

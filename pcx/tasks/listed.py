@@ -79,7 +79,8 @@ def fgvc(name: str, root: Path, config: dict) -> tuple[dict[str, Any], int]:
                 f"{folder / split}.json: classes {unknown[:5]} are not in train.json; every class "
                 "needs training images"
             )
-        samples[split] = [(folder / path, classes[c]) for path, c in table.items()]
+        file = folder / f"{split}.json"
+        samples[split] = [(_within(folder, p, str(file)), classes[c]) for p, c in table.items()]
     samples["trainval"] = samples["train"] + samples["val"]
     augmented = _cropped(config)
     splits = {
@@ -198,7 +199,7 @@ def _existing(path: Path, what: str) -> Path:
 def _read_list(file: Path, folder: Path, classes: int) -> list[tuple[Path, int]]:
     _existing(file, "a list of lines `images/<split>/NNNNNN.jpg label`")
     samples = []
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(_text(file).splitlines(), 1):
         if not line.strip():
             continue
         path, _, label = line.strip().rpartition(" ")
@@ -207,7 +208,7 @@ def _read_list(file: Path, folder: Path, classes: int) -> list[tuple[Path, int]]
                 f"{file}, line {number}: {line!r}, expected `path label` with a label of "
                 f"0..{classes - 1}"
             )
-        samples.append((folder / path, int(label)))
+        samples.append((_within(folder, path, f"{file}, line {number}"), int(label)))
     if not samples:
         raise ValueError(f"{file}: no lines, expected `images/<split>/NNNNNN.jpg label`")
     return samples
@@ -216,9 +217,34 @@ def _read_list(file: Path, folder: Path, classes: int) -> list[tuple[Path, int]]
 def _read_table(file: Path) -> dict[str, str | int]:
     _existing(file, "a JSON object {relative path: class}")
     try:
-        table = json.loads(file.read_text())
+        table = json.loads(_text(file))
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}, line {error.lineno}: not JSON ({error.msg})") from error
     if not isinstance(table, dict) or not table:
         raise ValueError(f"{file}: expected a JSON object {{relative path: class}} with entries")
+    kinds = {type(name) for name in table.values()}
+    if kinds not in ({int}, {str}):
+        raise ValueError(
+            f"{file}: its classes are of types {sorted(kind.__name__ for kind in kinds)}, expected "
+            "whole numbers for all images, or text for all"
+        )
     return table
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = file.read_bytes().count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{file}, line {line}: not UTF-8; save it as UTF-8") from None
+
+
+def _within(folder: Path, path: str, where: str) -> Path:
+    """The place of a listed image.
+
+    Raises:
+        ValueError: the list leads out of its folder.
+    """
+    if Path(path).is_absolute() or ".." in Path(path).parts:
+        raise ValueError(f"{where}: {path!r} leads out of {folder}; list relative paths within it")
+    return folder / path

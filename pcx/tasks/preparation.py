@@ -19,6 +19,7 @@ from torch import nn
 from torchvision import transforms
 from torchvision.transforms import v2
 
+OPENED = 2  # goes up when files are read otherwise: 2 scales 16 bits, and shows white through
 RATIO = 4  # of the longest side to the shortest: longer images of a Resize(int) are not kept
 _RESIZES = (transforms.Resize, v2.Resize)
 _CROPS = (transforms.CenterCrop, v2.CenterCrop, CenterCropOrPad)
@@ -109,6 +110,7 @@ def preparation_of(transform: Any) -> Preparation | str:
         "fixed": [[type(part).__name__, *map(repr, _settings(part))] for part in fixed],
         "layout": "CHW" if as_tensor else "HWC",
         "limit": limit,
+        "opened": OPENED,
         "pillow": PIL.__version__,
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,

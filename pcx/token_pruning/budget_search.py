@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler, Subset
 
+from pcx.arguments import real_number, whole_number
 from pcx.backbones.inputs import data_config
 from pcx.backbones.outputs import logits_of
 from pcx.models.base import keeping_modes
@@ -25,7 +24,8 @@ from pcx.models.block_forward import found_on
 from pcx.token_pruning.budget_space import Space
 from pcx.token_pruning.dropping import zero_tprune
 from pcx.token_pruning.schedule import arguments_of
-from pcx.training.batches import images_and_labels
+from pcx.token_pruning.studies import ask, completed, open_study
+from pcx.training.batches import images_and_labels, rows_of
 from pcx.training.execution import check_execution, prepared
 from pcx.training.loaders import plain_loader, rebuilt
 from pcx.training.objectives import SingleLabel
@@ -76,7 +76,7 @@ class SearchResult:
 
     @property
     def _trial(self) -> optuna.trial.FrozenTrial:
-        return max(_completed(self.study), key=lambda trial: (trial.values[0], -trial.number))
+        return max(completed(self.study), key=lambda trial: (trial.values[0], -trial.number))
 
 
 def search(
@@ -121,9 +121,10 @@ def search(
             them, or they are a loader's first if its order is fixed.
         seed: of the images and the settings, 0 or more.
         fixed: further arguments of `pcx.zero_tprune` in all settings.
-        sampler: of Optuna's; by default trials are random, from the seed and their number.
+        sampler: of Optuna's; by default trials are random, from the seed and their place.
         storage: where Optuna keeps the study, such as "sqlite:///search.db". An existing one is
-            continued, and several processes may share it.
+            continued, and several processes may share it. Settings of trials that were killed come
+            again.
         study_name: its name in the storage.
         amp, execution: as `pcx.evaluate` takes them, without "compile".
         progress: show a bar.
@@ -145,16 +146,16 @@ def search(
     limit = space.limit(budget)
     arguments = {"budget": limit, "unpruned": space.whole, "images": images, "seed": seed}
     evaluation = _Evaluation(model, loader, images, seed, fixed, amp, execution)
-    study = _open_study(storage, study_name, sampler, {**arguments, "fixed": fixed, "amp": amp})
+    study = open_study(storage, study_name, sampler, {**arguments, "fixed": fixed, "amp": amp})
     unpruned = evaluation.accuracy(check=True)
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("searching", total=trials)
-        while (done := len(_completed(study))) < trials:
+        while (done := len(completed(study))) < trials:
             bar.update(task, completed=done)
             _try_one(study, space, limit, evaluation, seed if sampler is None else None)
     result = SearchResult(study, fixed, unpruned, evaluation.images)
     Console(quiet=not progress).print(
-        f"best of {len(_completed(study))} settings at {limit / space.whole:.3f} of "
+        f"best of {len(completed(study))} settings at {limit / space.whole:.3f} of "
         f"{space.whole / 1e9:.3g} G multiply-adds: {result.accuracy:.2f}% of {result.images} "
         f"images, unpruned {unpruned:.2f}%"
     )
@@ -165,14 +166,13 @@ def _check_arguments(
     model: nn.Module, budget: float, counts: dict[str, int], seed: int, fixed: dict, amp: str
 ) -> None:
     for name, value in {**counts, "seed": seed}.items():
-        least = int(name != "seed")
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}: {value!r}, expected a whole number, {least} or more")
-    if not isinstance(budget, float | int) or not 0 < budget < math.inf:
-        raise ValueError(
-            f"budget: {budget!r}, expected a share of the unpruned model's multiply-adds, in "
-            "(0, 1], or a number of them"
-        )
+        whole_number(name, value, int(name != "seed"))
+    real_number(
+        "budget",
+        budget,
+        above=0,
+        expected="a share of the unpruned model's multiply-adds, in (0, 1], or a number of them",
+    )
     allowed = set(inspect.signature(zero_tprune).parameters) - {"model", *SEARCHED}
     if not set(fixed) <= allowed:
         raise ValueError(f"fixed: got {sorted(fixed)}, expected some of {sorted(allowed)}")
@@ -182,42 +182,6 @@ def _check_arguments(
         raise ValueError(
             "model: it is pruned; call remove() of the handle that zero_tprune returned first"
         )
-
-
-def _open_study(
-    storage: Any, name: str, sampler: optuna.samplers.BaseSampler | None, arguments: dict[str, Any]
-) -> optuna.Study:
-    """The study of that name in the storage, or a new one that records the search's arguments.
-
-    Raises:
-        ValueError: the stored study was made with other arguments.
-    """
-    import optuna
-
-    study = optuna.create_study(
-        storage=storage,
-        study_name=name,
-        sampler=sampler or optuna.samplers.RandomSampler(),
-        direction="maximize",
-        load_if_exists=True,
-    )
-    arguments = json.loads(json.dumps(arguments))  # in the form in which they are read back
-    before = {key: study.user_attrs.get(key) for key in arguments}
-    if study.trials and before != arguments:
-        raise ValueError(
-            f"storage: its study {name!r} is of {before}, not of {arguments}; give another "
-            "study_name"
-        )
-    for key, value in arguments.items():
-        study.set_user_attr(key, value)
-    return study
-
-
-def _completed(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
-    """The trials that were evaluated to the end."""
-    from optuna.trial import TrialState
-
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 
 def _try_one(
@@ -230,9 +194,9 @@ def _try_one(
     """Draws one setting by the seed, or by the study's sampler if None, and evaluates it."""
     import optuna
 
-    trial = study.ask()
-    if seed is not None:  # mixed with the trial's number: a continued search draws new settings
-        mixed = np.random.SeedSequence((seed, trial.number)).generate_state(1)[0]
+    trial, place = ask(study)
+    if seed is not None:  # mixed with the trial's place: a continued search draws new settings
+        mixed = np.random.SeedSequence((seed, place)).generate_state(1)[0]
         study.sampler = optuna.samplers.RandomSampler(seed=int(mixed))
     try:
         steps = space.at_budget(space.draw(trial), limit)
@@ -272,8 +236,7 @@ class _Evaluation:
         self.images = 0
         for batch in _drawn_samples(loader, model, images, seed):
             x, labels = images_and_labels(batch)
-            if not isinstance(labels, Tensor) or not labels.dim():
-                raise ValueError("loader: it yields single samples; give it a batch_size")
+            labels = rows_of(labels)
             x, labels = x[: images - self.images], labels[: images - self.images]
             self.batches.append(send_to_device((x, labels), self.device))
             self.images += len(labels)

@@ -176,7 +176,7 @@ class _PrunedForward(StandIn):
         return pick(tokens, stays)
 
     def _choose(self, call: attention.Call) -> Tensor:
-        self.came = call.q.shape[2]
+        self.came = int(call.q.shape[2])  # tracing would make it a tensor
         keep = self.step.left(self.came - self.protected)
         if call.q.device.type == "meta":  # meta tensors have shapes alone, so any tokens do
             return call.q.new_empty(len(call.q), self.protected + keep, dtype=torch.int64)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pcx.backbones import attention
-from pcx.backbones.spec import BackboneSpec, check_promptable, find_spec
-from pcx.models.base import TunedModel
+from pcx.backbones.spec import BackboneSpec, check_promptable, find_spec, pools_by_token
+from pcx.models.base import TunedModel, keeping_modes
 from pcx.models.block_forward import StandIn, found_on, without_stand_ins
 from pcx.ops.reference.attention import additive
 
@@ -112,10 +112,11 @@ def spec_of(model: Any) -> BackboneSpec:
     if isinstance(model, TunedModel):
         attention.fuse(model.plain_backbone())
         return model.spec
-    with without_stand_ins(model):
+    with without_stand_ins(model), keeping_modes(model):
+        model.eval()  # the blocks run twice, and must compute the same
         spec = find_spec(model)
         attention.fuse(model)
-        check_promptable(model, spec)  # this runs the blocks
+        check_promptable(model, spec)
         return spec
 
 
@@ -126,7 +127,8 @@ def blocks_of(model: Any, spec: BackboneSpec) -> list[Any]:
         ValueError: attention depends on the tokens' positions, a block makes several attention
             calls, or prompts are among the tokens.
     """
-    if spec.family not in FAMILIES:
+    classes = {cls.__name__ for cls in type(backbone_of(model)).__mro__}
+    if not classes.intersection(FAMILIES):
         raise ValueError(
             f"model: {spec.family} turns or biases attention by the tokens' places, which "
             f"pruning would mix up; use a model of one of {FAMILIES}"
@@ -148,6 +150,26 @@ def blocks_of(model: Any, spec: BackboneSpec) -> list[Any]:
 def backbone_of(model: Any) -> Any:
     """A tuned model's backbone; any other model is one itself."""
     return model.plain_backbone() if isinstance(model, TunedModel) else model
+
+
+def listed(name: str, value: Any) -> list[Any] | None:
+    """The items of a sequence or of a NumPy array, None of a single value.
+
+    Raises:
+        ValueError: the value is text.
+    """
+    if isinstance(value, str | bytes):
+        raise ValueError(f"{name}: {value!r}, expected numbers")
+    return list(value) if isinstance(value, Iterable) else None
+
+
+def check_still_reads_cls(backbone: Any) -> None:
+    """Raises a RuntimeError where the head was given another pooling than by [CLS] later."""
+    if not pools_by_token(backbone):
+        raise RuntimeError(
+            f"model: its pooling was changed to {backbone.global_pool!r} after tokens were set up "
+            "to be dropped for a head that reads [CLS]; change it first, and set up again"
+        )
 
 
 def patches_of(model: Any) -> int | None:

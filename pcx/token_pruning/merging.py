@@ -9,13 +9,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pcx.arguments import whole_number
 from pcx.backbones import attention
-from pcx.backbones.spec import BackboneSpec
+from pcx.backbones.spec import BackboneSpec, pools_by_token
 from pcx.models.block_forward import Carried, StandIn
 from pcx.ops.dispatch import exporting
 from pcx.ops.reference.attention import without_autocast
 from pcx.ops.reference.token_choice import pick
-from pcx.token_pruning.handles import Handle, biased, blocks_of, clear, of_last_batch, spec_of
+from pcx.token_pruning.handles import (
+    Handle,
+    backbone_of,
+    biased,
+    blocks_of,
+    clear,
+    listed,
+    of_last_batch,
+    spec_of,
+)
 
 
 class Merged(NamedTuple):
@@ -95,6 +105,7 @@ def tome(model: nn.Module, *, r: int | Sequence[int]) -> Merging:
                 blocks[i],
                 pairs[i],
                 spec.prefix_tokens,
+                backbone_of(model),
                 last=i == len(blocks) - 1,
                 restores=spec.read_tokens is None,
             )
@@ -178,9 +189,19 @@ def size_bias(sizes: Tensor) -> Tensor:
 class _MergedForward(StandIn):
     """Stands in for a block's forward and merges tokens of its output."""
 
-    def __init__(self, block: nn.Module, r: int, protected: int, *, last: bool, restores: bool):
+    def __init__(
+        self,
+        block: nn.Module,
+        r: int,
+        protected: int,
+        backbone: nn.Module,
+        *,
+        last: bool,
+        restores: bool,
+    ):
         super().__init__(block)
         self.r, self.protected, self.last, self.restores = r, protected, last, restores
+        self.backbone = backbone  # whose head may be given another pooling later
         self.merged: Merged | None = None
 
     def before(self, call: attention.Call, known: Merged | None) -> attention.Call:
@@ -188,7 +209,8 @@ class _MergedForward(StandIn):
 
     def after(self, tokens: Tensor, call: attention.Call, known: Merged | None) -> Tensor | Carried:
         if self.last:
-            return pick(tokens, known.places) if known and self.restores else tokens
+            restores = self.restores or not pools_by_token(self.backbone)
+            return pick(tokens, known.places) if known and restores else tokens
         r = min(self.r, (tokens.shape[1] - self.protected) // 2)
         with torch.no_grad():
             places = self._places(call.k, r)
@@ -209,13 +231,11 @@ class _MergedForward(StandIn):
 
 
 def _pairs(r: Any, layers: int) -> list[int]:
-    many = isinstance(r, Sequence) and not isinstance(r, str)
-    pairs = list(r) if many else [r] * layers
+    each = listed("r", r)
+    pairs = [r] * layers if each is None else each
     if len(pairs) != layers:
         raise ValueError(
             f"r: {len(pairs)} values for {layers} layers; give one value, or one per layer"
         )
-    for pair in pairs:
-        if isinstance(pair, bool) or not isinstance(pair, int) or pair < 0:
-            raise ValueError(f"r: {pair!r}, expected a whole number, 0 or more")
-    return [*pairs[:-1], 0]
+    checked = [whole_number("r", pair) for pair in pairs]
+    return [*checked[:-1], 0]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pcx.arguments import whole_number
 from pcx.backbones import attention
 from pcx.backbones.spec import BackboneSpec
 from pcx.models.block_forward import Carried, StandIn
@@ -17,9 +18,12 @@ from pcx.ops.reference.attention import cls_logits
 from pcx.ops.reference.token_choice import pick
 from pcx.token_pruning.handles import (
     Handle,
+    backbone_of,
     biased,
     blocks_of,
+    check_still_reads_cls,
     clear,
+    listed,
     of_last_batch,
     patches_of,
     places_at_first_step,
@@ -127,6 +131,7 @@ def ats(model: nn.Module, *, layers: Sequence[int], tokens: int | Sequence[int])
                 blocks[layer - 1],
                 sizes.get(layer),
                 spec.prefix_tokens,
+                backbone_of(model),
                 last=layer == len(blocks),
             )
             for layer in after
@@ -206,8 +211,17 @@ class _SampledForward(StandIn):
     What travels with the tokens, `known`, is a mask [B, N]: True where a token is no repetition.
     """
 
-    def __init__(self, block: nn.Module, tokens: int | None, protected: int, *, last: bool):
+    def __init__(
+        self,
+        block: nn.Module,
+        tokens: int | None,
+        protected: int,
+        backbone: nn.Module,
+        *,
+        last: bool,
+    ):
         super().__init__(block)
+        self.backbone = backbone  # whose head may be given another pooling later
         self.tokens, self.protected, self.last = tokens, protected, last
         self.stays: Tensor | None = None  # [B, prefix tokens + K], places before this step
         self.alive: Tensor | None = None  # [B, prefix tokens + K], False for repetitions
@@ -217,6 +231,7 @@ class _SampledForward(StandIn):
 
     def after(self, tokens: Tensor, call: attention.Call, known: Tensor | None) -> Tensor | Carried:
         if self.last:
+            check_still_reads_cls(self.backbone)
             return tokens
         if self.tokens is None:
             return Carried(tokens, known)
@@ -235,37 +250,27 @@ class _SampledForward(StandIn):
         scores = significance(
             call.q, call.k, call.v, protected=self.protected, scale=call.scale, bias=call.bias
         )
-        prefix = torch.arange(self.protected, device=scores.device).expand(len(scores), -1)
+        prefix = torch.arange(self.protected, device=scores.device).expand(scores.shape[0], -1)
         return torch.cat([prefix, sample(scores, tokens) + self.protected], 1)
 
 
 def _steps(layers: Any, tokens: Any, depth: int, patches: int | None) -> list[SamplingStep]:
-    if not (
-        isinstance(layers, Sequence)
-        and layers
-        and all(isinstance(layer, int) and 1 <= layer < depth for layer in layers)
-        and list(layers) == sorted(set(layers))
-    ):
+    given, chosen = layers, listed("layers", layers) or [None]
+    if any(layer is None for layer in chosen) or len(chosen) != len(set(chosen)):
+        raise ValueError(f"layers: {given!r}, expected layers from 1 to {depth - 1}, none twice")
+    # The last layer cannot be one: nothing after it would take less time.
+    chosen = [whole_number("layers", layer, 1, depth - 1) for layer in chosen]
+    if chosen != sorted(chosen):
+        raise ValueError(f"layers: {given!r}, expected ascending ones")
+    each = listed("tokens", tokens)
+    counts = [tokens] * len(chosen) if each is None else each
+    if len(counts) != len(chosen):
         raise ValueError(
-            f"layers: {layers!r}, expected whole numbers from 1 to {depth - 1}, ascending: the "
-            "layers after which to sample, of which the last cannot be one"
-        )
-    counts = list(tokens) if isinstance(tokens, Sequence) else [tokens] * len(layers)
-    if len(counts) != len(layers):
-        raise ValueError(
-            f"tokens: {len(counts)} values for {len(layers)} layers; give one value, or one per "
+            f"tokens: {len(counts)} values for {len(chosen)} layers; give one value, or one per "
             "layer"
         )
-    steps = [SamplingStep(*each) for each in zip(layers, counts, strict=True)]
-    for step in steps:
-        whole = isinstance(step.tokens, int) and not isinstance(step.tokens, bool)
-        if not whole or step.tokens < 1 or (patches is not None and step.tokens > patches):
-            most = (
-                "the patches that come" if patches is None else f"{patches}, the patches that come"
-            )
-            raise ValueError(
-                f"tokens: {step.tokens!r} after layer {step.layer}, expected a whole number from "
-                f"1 to {most}"
-            )
-        patches = step.tokens
+    steps = []
+    for layer, count in zip(chosen, counts, strict=True):
+        steps.append(SamplingStep(layer, whole_number("tokens", count, 1, patches)))
+        patches = steps[-1].tokens  # the patches that come to the next
     return steps

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pcx.arguments import real_number, whole_number
 from pcx.backbones.spec import BackboneSpec
 from pcx.models.block_forward import read_tokens_of
 from pcx.token_pruning import stages
+from pcx.token_pruning.handles import listed
 
 
 @dataclass(frozen=True)
@@ -41,31 +43,29 @@ def steps_of(layers: Any, keep: Any, iters: Any, similar: Any) -> list[Step]:
     Raises:
         ValueError: lengths differ or a number is out of range.
     """
-    if not isinstance(layers, Sequence):
-        raise ValueError(f"layers: {layers!r}, expected a sequence of layers, counted from 1")
-    layers = list(layers)
+    layers = listed("layers", given := layers)
+    if layers is None:
+        raise ValueError(f"layers: {given!r}, expected a sequence of layers, counted from 1")
     if not layers:
         raise ValueError("layers: none; name the layers after which to prune, counted from 1")
     settings = {"keep": keep, "iters": iters, "similar": similar}
     for name, given in settings.items():
-        many = isinstance(given, Sequence)
-        settings[name] = list(given) if many else [given] * len(layers)
+        each = listed(name, given)
+        settings[name] = [given] * len(layers) if each is None else each
         if len(settings[name]) != len(layers):
             raise ValueError(
                 f"{name}: {len(settings[name])} values for {len(layers)} layers; give one value, "
                 "or one per layer"
             )
-    steps = [Step(*each) for each in zip(layers, *settings.values(), strict=True)]
-    for step in steps:
-        if not isinstance(step.keep, float | int) or not 0 < step.keep <= 1:
-            raise ValueError(f"keep: {step.keep} after layer {step.layer}, expected 0 < keep <= 1")
-        for name in ("layer", "iters", "similar"):
-            value = getattr(step, name)
-            least = int(name != "similar")
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                where = "layers" if name == "layer" else name
-                raise ValueError(f"{where}: {value!r}, expected a whole number, {least} or more")
-    return steps
+    return [_step(*each) for each in zip(layers, *settings.values(), strict=True)]
+
+
+def _step(layer: Any, keep: Any, iters: Any, similar: Any) -> Step:
+    layer = whole_number("layers", layer, 1)
+    share = real_number(
+        "keep", keep, above=0, most=1, expected=f"0 < keep <= 1 after layer {layer}"
+    )
+    return Step(layer, share, whole_number("iters", iters, 1), whole_number("similar", similar))
 
 
 def check_layers(blocks: list, spec: BackboneSpec, steps: list[Step], *, needs_cls: bool) -> None:

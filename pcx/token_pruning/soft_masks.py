@@ -29,8 +29,10 @@ from pcx.ops.reference.token_choice import within
 from pcx.token_pruning import stages
 from pcx.token_pruning.handles import (
     Handle,
+    backbone_of,
     biased,
     blocks_of,
+    check_still_reads_cls,
     clear,
     of_last_batch,
     patches_of,
@@ -91,7 +93,9 @@ def soft_prune(
         check_counts(steps, patches, "none")
     first, last = steps[0].layer, len(blocks)
     clear(model, blocks, range(first, last + 1))
-    settings = _MaskSettings(spec.prefix_tokens, temperature, cls_boost, variances)
+    settings = _MaskSettings(
+        spec.prefix_tokens, temperature, cls_boost, variances, backbone_of(model)
+    )
     step_of_layer = {step.layer: step for step in steps}
     soft = [
         _SoftForward(blocks[i - 1], step_of_layer.get(i), settings, last=i == last)
@@ -258,6 +262,7 @@ class _MaskSettings(NamedTuple):
     temperature: float
     cls_boost: bool
     variances: tuple[float, float]
+    backbone: nn.Module  # whose head may be given another pooling later
 
     def next_mask(
         self, step: Step, call: attention.Call, bias: Tensor | None, known: Faded
@@ -328,6 +333,7 @@ class _SoftForward(StandIn):
         self.own_bias = None
         if not self.last:
             return Carried(tokens, known)
+        check_still_reads_cls(self.settings.backbone)
         self.tokens = tokens
         return tokens
 

@@ -10,9 +10,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset, IterableDataset
 
+from pcx.backbones.inputs import input_size
+from pcx.backbones.outputs import logits_of
+from pcx.models.base import TunedModel
+from pcx.training.class_names import labels_of_text
 from pcx.training.objectives import Objective
 
 AHEAD = 2  # batches that are prepared while the GPU works on others
@@ -36,47 +41,151 @@ def images_and_labels(batch) -> tuple:
     return batch[0], batch[1]
 
 
-class LabelCheck:
-    """Looks at labels before they go to a GPU, where wrong ones would end the process.
+class BatchCheck:
+    """Looks at batches before they go to a GPU, where wrong labels would end the process.
+
+    Args:
+        objective: what labels should look like.
+        model: that the batches are for.
+        names: of the classes, for labels that are text.
+
+    Raises:
+        ValueError: the model has no head, and the objective's own loss needs one.
 
     Attributes:
         shape: of the logits of the last batch, None before one.
     """
 
-    def __init__(self, objective: Objective):
-        self.objective = objective
+    def __init__(self, objective: Objective, model: nn.Module, names: list[str] | None = None):
+        if objective.criterion is None and isinstance(model, TunedModel) and not model.num_classes:
+            raise ValueError(
+                "model: it has no head, so that it gives features and no logits; build it with "
+                "num_classes, or give a criterion that takes features"
+            )
+        self.objective, self.model, self.names = objective, model, names
         self.shape: torch.Size | None = None
+        self._checks = objective.criterion is None or objective.indexes_logits
         self._seen: Any = None
 
-    @staticmethod
-    def check_rows(labels: Any) -> None:
-        """Raises a ValueError where labels are no batch."""
-        if not isinstance(labels, Tensor) or not labels.dim():
-            if isinstance(labels, Tensor | int | float):
-                raise ValueError("loader: it yields single samples; give it a batch_size")
-            raise ValueError(
-                f"loader: its labels are a {type(labels).__name__}, expected a tensor with a row "
-                "per sample; let its collate_fn make one"
-            )
-
-    def before(self, labels: Any) -> None:
-        """Looks at the labels of a batch that is about to be computed.
+    def looked_at(self, batch: Any) -> tuple[Any, Tensor]:
+        """The images and labels of a batch that is about to be computed.
 
         Raises:
-            ValueError: the labels are no batch, or do not fit the logits.
+            ValueError: the batch has no images and labels, or they do not fit model or objective.
         """
-        self.check_rows(labels)
-        if self.objective.criterion is None:
+        images, labels = images_and_labels(batch)
+        _check_images(images)
+        labels = self.as_rows(labels)
+        if isinstance(images, Tensor) and images.dim() == 4 and len(images) != len(labels):
+            raise ValueError(
+                f"loader: a batch of {len(images)} images has labels of shape "
+                f"{tuple(labels.shape)}, expected a row for each image"
+            )
+        if self._checks:
             self._seen = self.objective.look_at(labels)
             if self.shape is not None:
                 self.objective.check_seen(self._seen, self.shape)
+        return images, labels
+
+    def as_rows(self, labels: Any) -> Tensor:
+        """Labels as a tensor with a row per sample; names of classes become their places.
+
+        Raises:
+            ValueError: labels are no batch.
+        """
+        if isinstance(labels, list | tuple) and labels and isinstance(labels[0], str):
+            return labels_of_text(labels, self.names)
+        if isinstance(labels, str):
+            raise ValueError("loader: it yields single samples; give it a batch_size")
+        return rows_of(labels)
+
+    def logits(self, run: Callable[[Any], Any], images: Any) -> Tensor:
+        """What a model gives for images.
+
+        Raises:
+            ValueError: it fails on images that are not what the backbone expects.
+        """
+        try:
+            return logits_of(run(images))
+        except Exception as error:  # of any layer
+            unlike = _unlike(self.model, images)
+            if unlike is None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"loader: the model cannot take its images ({str(error).strip().splitlines()[0]}): "
+                f"{unlike}"
+            ) from error
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The objective's loss of each sample, once labels are known to fit the logits."""
         self.shape = logits.shape
-        if self.objective.criterion is None:
+        if self._checks:
             self.objective.check_seen(self._seen, logits.shape)
         return self.objective.losses(logits, labels, check=False)
+
+
+def check_loader(loader: Any, name: str = "loader") -> None:
+    """Raises a ValueError where something else is given in the place of a loader of batches."""
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise ValueError(
+            f"{name}: a {type(loader).__name__}, which gives single samples; wrap it in "
+            "torch.utils.data.DataLoader(dataset, batch_size=64)"
+        )
+    batch = isinstance(loader, tuple) and len(loader) == 2 and isinstance(loader[0], Tensor)
+    if batch or isinstance(loader, Tensor | str | bytes) or not isinstance(loader, Iterable):
+        what = "a single batch" if batch else f"a {type(loader).__name__}"
+        raise ValueError(
+            f"{name}: {what}, expected a DataLoader, or another iterable of (images, labels)"
+        )
+
+
+def rows_of(labels: Any) -> Tensor:
+    """Labels that are a tensor with a row per sample.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if isinstance(labels, Tensor) and labels.dim():
+        return labels
+    if isinstance(labels, Tensor | int | float):
+        raise ValueError("loader: it yields single samples; give it a batch_size")
+    raise ValueError(
+        f"loader: its labels are a {type(labels).__name__}, expected a tensor with a row per "
+        "sample; let its collate_fn make one"
+    )
+
+
+def _check_images(images: Any) -> None:
+    tensors = [x for x in tree_leaves(images) if isinstance(x, Tensor)]
+    if not tensors:
+        first = images[0] if isinstance(images, list | tuple) and images else images
+        raise ValueError(
+            f"loader: its images are of type {type(first).__name__}, expected a tensor "
+            "[B, 3, H, W]; let its transform make tensors, as model.transform() does"
+        )
+    if isinstance(images, Tensor) and not images.is_floating_point():
+        raise ValueError(
+            f"loader: its images are {images.dtype}, expected floating point; scale and normalise "
+            "them as model.transform() does"
+        )
+
+
+def _unlike(model: nn.Module, images: Any) -> str | None:
+    """What images are and what a backbone expects, where that is known to differ."""
+    backbone = getattr(model, "backbone", model)
+    weight = next(model.parameters(), None)
+    known = hasattr(backbone, "pretrained_cfg") or hasattr(backbone, "config")
+    if not isinstance(images, Tensor) or weight is None or not known:
+        return None
+    size = input_size(model)
+    cast = torch.is_autocast_enabled(images.device.type) or images.dtype == weight.dtype
+    if tuple(images.shape[1:]) == tuple(size) and cast:
+        return None
+    return (
+        f"they are {str(images.dtype).removeprefix('torch.')} {list(images.shape)}, and the "
+        f"backbone expects {str(weight.dtype).removeprefix('torch.')} [B, "
+        f"{', '.join(map(str, size))}]; model.transform() makes such images"
+    )
 
 
 class LoaderWait:
@@ -108,9 +217,9 @@ class LoaderWait:
 
 
 def placed(
-    loader: Iterable, device: torch.device, check: LabelCheck, wait: LoaderWait | None = None
+    loader: Iterable, device: torch.device, check: BatchCheck, wait: LoaderWait | None = None
 ) -> Iterator[tuple]:
-    """Yields a loader's batches as (images, labels) on a device, with their labels checked.
+    """Yields a loader's batches as (images, labels) on a device, and checked.
 
     On CUDA the copies run beside the work on earlier batches, of which at most `AHEAD` wait.
     `wait` measures how long the loader keeps the device waiting; measuring stops the GPU once, at
@@ -118,16 +227,13 @@ def placed(
     """
     if device.type != "cuda":
         for batch in loader if wait is None else wait.timed(loader, lambda: 0.0):
-            images, labels = images_and_labels(batch)
-            check.before(labels)
-            yield send_to_device((images, labels), device)
+            yield send_to_device(check.looked_at(batch), device)
         return
     copies, done = _stream_of_copies(device), deque[torch.cuda.Event]()
     if wait is not None:
         loader = wait.timed(loader, _end_of_work(device, done))
     for batch in loader:
-        images, labels = images_and_labels(batch)
-        check.before(labels)
+        images, labels = check.looked_at(batch)
         current = torch.cuda.current_stream(device)
         with torch.cuda.stream(copies):
             sent = send_to_device((images, labels), device, non_blocking=True)

@@ -13,6 +13,7 @@ from pcx.checkpoints.torch_file import read_torch
 from pcx.models.base import TunedModel
 
 LAST = "last.pt"
+_ENTRIES = {"recipe", "parameters", "optimizer", "history", "updates", "generators"}
 VERSION = 3  # of that file; 1 had no buffers, 2 no description of the model
 
 
@@ -36,6 +37,9 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     try:
         state = read_torch(file)
         version = state["pcx_fit"]
+        missing = _ENTRIES - set(state)
+        if missing and version in range(1, VERSION + 1):
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"checkpoint_dir: {file} is not a checkpoint of pcx.fit, or it is damaged ({error}); "
@@ -47,6 +51,21 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
             "the pcx that wrote it"
         )
     return state
+
+
+def check_free(folder: Path) -> None:
+    """Raises a ValueError where a folder holds the checkpoint of a run, damaged or not."""
+    file = folder / LAST
+    if not file.exists():
+        return
+    try:
+        said = f"{len(read_checkpoint(file)['history'])} finished epochs"
+    except ValueError:
+        said = "a checkpoint that cannot be read"
+    raise ValueError(
+        f"checkpoint_dir: {file} holds {said}; give resume=True to continue, overwrite=True to "
+        "replace them, or another folder"
+    )
 
 
 def check_same_run(

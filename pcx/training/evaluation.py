@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,10 +15,11 @@ from accelerate.utils import DataLoaderConfiguration, parse_flag_from_env
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pcx.backbones.outputs import logits_of
-from pcx.models.base import keeping_modes
-from pcx.training.batches import LabelCheck, placed
+from pcx.models.base import check_module, keeping_modes
+from pcx.training.batches import BatchCheck, check_loader, placed
+from pcx.training.class_names import agreed_names
 from pcx.training.execution import compiled, prepared
+from pcx.training.losses import Losses, seen_losses
 from pcx.training.objectives import Criterion, Objective, objective_for
 
 
@@ -26,16 +28,31 @@ def accelerator_for(amp: str = "no", seed: int = 0) -> Iterator[Accelerator]:
     """Gives an Accelerator for one call, and puts the caller's own back afterwards."""
     if amp not in ("no", "bf16", "fp16"):
         raise ValueError(f"amp: got {amp!r}, expected 'no', 'bf16' or 'fp16'")
+    with _ONE_AT_A_TIME, _own_state():
+        yield _accelerator(amp, seed)
+
+
+_ONE_AT_A_TIME = threading.RLock()  # Accelerate's state is one for all threads
+
+
+@contextmanager
+def _own_state() -> Iterator[None]:
     before = dict(AcceleratorState._shared_state)
     AcceleratorState._reset_state(reset_partial_state=False)
-    # Processes must shuffle alike; one alone shuffles by the loader's or torch's own generator.
-    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes
-    loading = DataLoaderConfiguration(use_seedable_sampler=processes > 1, data_seed=seed)
     try:
-        yield Accelerator(mixed_precision=amp, dataloader_config=loading)
+        yield
     finally:
         AcceleratorState._shared_state.clear()
         AcceleratorState._shared_state.update(before)
+
+
+def _accelerator(amp: str, seed: int) -> Accelerator:
+    # Processes must shuffle alike; one alone shuffles by the loader's or torch's own generator.
+    processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes
+    loading = DataLoaderConfiguration(use_seedable_sampler=processes > 1, data_seed=seed)
+    if amp == "fp16" and PartialState().device.type == "cpu":
+        raise ValueError("amp: 'fp16' needs a GPU, and this runs on a CPU; use 'bf16' or 'no'")
+    return Accelerator(mixed_precision=amp, dataloader_config=loading)
 
 
 def gathered(accelerator: Accelerator, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -70,12 +87,17 @@ def evaluate(
         of the accuracy.
 
     Raises:
-        ValueError: the loader is empty, the criterion does not give one value per sample, or the
+        ValueError: the loader is empty, its batches do not fit the model or the objective, its
+            classes are not the model's, the criterion does not give one value per sample, or the
             execution is not possible.
+        NonFiniteLoss: a loss is NaN or infinite; the message names an image that is.
     """
+    check_module("model", model)
+    check_loader(loader)
     with accelerator_for(amp) as accelerator:
         model.to(accelerator.device)
-        evaluation = Evaluation(accelerator, model, objective_for(objective, criterion), execution)
+        chosen, names = objective_for(objective, criterion), agreed_names(model, loader)
+        evaluation = Evaluation(accelerator, model, chosen, execution, names)
         try:
             return evaluation.of(divided(accelerator, loader))
         finally:
@@ -97,31 +119,34 @@ class Evaluation:
         model: on the accelerator's device.
         objective: of the labels.
         execution: as `pcx.fit` takes it.
+        names: of the classes, for labels that are text.
     """
 
     def __init__(
-        self, accelerator: Accelerator, model: nn.Module, objective: Objective, execution: str
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        objective: Objective,
+        execution: str,
+        names: list[str] | None = None,
     ):
         self.accelerator, self.model, self.objective = accelerator, model, objective
-        self.check = LabelCheck(objective)
+        self.check = BatchCheck(objective, model, names)
         self._called = compiled(model, execution)
         self._run: Any = prepared(lambda: self._batch, accelerator.device, execution)
 
     @torch.no_grad()
     def of(self, loader: Any) -> dict:
         """The metrics, the mean loss and the samples of a loader that `divided` gave."""
-        metrics, loss, samples = self.objective.metrics(), torch.zeros((), dtype=torch.float64), 0
-        loss = loss.to(self.accelerator.device)
+        metrics, losses = self.objective.metrics(), Losses("the evaluation")
         with keeping_modes(self.model):
             self.model.eval()
             for images, labels in placed(loader, self.accelerator.device, self.check):
-                losses, *seen = gathered(self.accelerator, *self._run(images, labels))
-                loss += losses.double().sum()
+                found, *seen = gathered(self.accelerator, *self._run(images, labels))
+                losses.add(found)
                 metrics.update(*seen)
-                samples += len(losses)
-        if not samples:
-            raise ValueError("loader: it yielded no sample")
-        return {**metrics.compute(), "loss": float(loss) / samples, "samples": samples}
+            loss = losses.mean()
+        return {**metrics.compute(), "loss": loss, "samples": losses.samples}
 
     def release(self) -> None:
         """Gives back what a recording holds."""
@@ -129,9 +154,9 @@ class Evaluation:
 
     def _batch(self, images: Any, labels: Tensor) -> tuple[Tensor, ...]:
         with self.accelerator.autocast():
-            logits = logits_of(self._called(images))
+            logits = self.check.logits(self._called, images)
         losses = self.check.losses(logits, labels)
-        return losses, *self.objective.observed(logits, labels)
+        return seen_losses(losses, images), *self.objective.observed(logits, labels)
 
 
 def standard_error(found: dict) -> float:

@@ -16,23 +16,25 @@ from rich.console import Console
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from pcx.backbones.outputs import logits_of
 from pcx.checkpoints.fingerprint import fingerprint
 from pcx.checkpoints.torch_file import write_torch
-from pcx.models.base import TunedModel, check_choice, copy_state, state_of
+from pcx.models.base import TunedModel, check_choice, check_module, copy_state, state_of
 from pcx.models.peft_model import known_by
-from pcx.training.batches import LabelCheck, LoaderWait, placed
+from pcx.training.batches import BatchCheck, LoaderWait, check_loader, placed
 from pcx.training.callbacks import bar_of, note_of, say_facts
-from pcx.training.evaluation import Evaluation, accelerator_for, divided, gathered
 from pcx.training.checkpoint import (
     LAST,
     VERSION,
+    check_free,
     check_same_run,
     description_of,
     read_checkpoint,
 )
+from pcx.training.class_names import agreed_names, keep_names
+from pcx.training.evaluation import Evaluation, accelerator_for, divided, gathered
 from pcx.training.execution import check_execution, compiled, prepared
-from pcx.training.losses import Losses, NonFiniteLoss
+from pcx.training.loaders import start_workers_anew
+from pcx.training.losses import Losses, NonFiniteInput, NonFiniteLoss, seen_losses
 from pcx.training.objectives import Criterion, Objective, objective_for
 from pcx.training.optimizers import Rates, load_plain, make_recordable, plain_state
 from pcx.training.processes import Together
@@ -44,6 +46,8 @@ from pcx.training.recipe import (
 )
 from pcx.training.run_folder import RunFolder, facts_of
 from pcx.training.token_cache import CACHES, FromTokens, cached_tokens
+
+BACK = "The model is back at the start of the epoch"
 
 
 def fit(
@@ -67,6 +71,7 @@ def fit(
     seed: int = 0,
     checkpoint_dir: str | os.PathLike | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
 ) -> list[dict]:
     """Trains what a method adds to a backbone, as the VPT paper does (Appendix, Table 6).
@@ -77,7 +82,8 @@ def fit(
     Args:
         model: a tuned model, or any module some of whose parameters require gradients.
         loader: yields (images [B, 3, H, W], labels), or dicts of "pixel_values" and "labels", and
-            has a length; images fit the backbone. Resuming repeats no draws of persistent workers.
+            has a length; images fit the backbone. With a checkpoint_dir persistent workers start
+            anew with each epoch, so that a resumed run draws as an undisturbed one.
         epochs: passes over the loader.
         lr, base_lr: the learning rate itself, or one that is scaled by batch / 256 as in the paper.
         val_loader: evaluated after each epoch.
@@ -95,7 +101,9 @@ def fit(
         seed: of Python's, NumPy's and torch's generators, which each epoch seeds anew.
         checkpoint_dir: folder for `last.pt`, written whole or not at all after every epoch, and
             for the run's config.json, environment.json and history.csv.
-        resume, progress: continue from last.pt, where it exists; show a bar and the run's facts.
+        resume, overwrite: continue from last.pt, where it exists, or replace it; without either
+            an existing one is an error, so that no finished epoch is lost.
+        progress: show a bar and the run's facts.
 
     Returns:
         One dict per epoch: epoch, loss, accuracy (percent, or the objective's metrics), samples,
@@ -103,13 +111,18 @@ def fit(
         a val_loader val_loss, val_accuracy. The model stays in training mode.
 
     Raises:
-        ValueError: an argument, execution or cache is not possible, or another run's checkpoint.
+        ValueError: an argument, execution or cache is not possible, batches do not fit, or the
+            checkpoint is another run's.
         NonFiniteLoss: the loss became NaN or infinite; the model is back at the start of that epoch
-            and the last checkpoint stays.
+            and the last checkpoint stays. The message names an image that is not finite.
     """
+    check_module("model", model)
     known = known_by(model)
+    check_loader(loader)
+    if val_loader is not None:
+        check_loader(val_loader, "val_loader")
     names, chosen = _trainable(model), objective_for(objective, criterion)
-    _check(cache, resume, checkpoint_dir)
+    _check(cache, resume, checkpoint_dir, overwrite)
     given: Any = {"weight_decay": weight_decay, "momentum": momentum, "opt": opt, "amp": amp}
     given |= {"clip_grad": clip_grad, "seed": seed, "criterion": chosen.described}
     frozen = None if checkpoint_dir is None else _frozen(model, names)
@@ -125,14 +138,17 @@ def fit(
             history = _train(run, folder, resume, console)
     if known is not None:
         known.record.set_recipe(asdict(recipe))
+        keep_names(known, run.classes)
     return history
 
 
-def _check(cache: str | None, resume: bool, checkpoint_dir: Any) -> None:
+def _check(cache: str | None, resume: bool, checkpoint_dir: Any, overwrite: bool) -> None:
     """Raises a ValueError where arguments do not fit, before anything is moved or read."""
     check_choice("cache", cache, CACHES)
     if resume and checkpoint_dir is None:
         raise ValueError("resume: needs checkpoint_dir")
+    if checkpoint_dir is not None and not (resume or overwrite):
+        check_free(Path(checkpoint_dir))
 
 
 def _train(run: _Run, folder: RunFolder | None, resume: bool, console: Console) -> list[dict]:
@@ -178,6 +194,7 @@ class _Run:
         self.names = names
         self.recipe = recipe
         self.objective = objective
+        self.classes = agreed_names(model, loader, val_loader)
         self.facts = facts_of(model, names, loader, val_loader)
         self.generators = _generators(loader)
         parameters = dict(model.named_parameters())
@@ -202,14 +219,14 @@ class _Run:
         self.loader = divided(accelerator, loader)
         self.val_loader = None if val_loader is None else divided(accelerator, val_loader)
         self.together = Together(accelerator.num_processes, model, self.parameters.values())
-        self.check = LabelCheck(objective)
+        self.check = BatchCheck(objective, model, self.classes)
         self.called = compiled(self.from_tokens or self.model, execution)
         # What other processes or the optimiser do in between cannot be recorded.
         self.whole = self.recordable and accelerator.num_processes == 1
         self.step: Any = prepared(
             lambda: self._whole_step if self.whole else self._gradients, device, execution
         )
-        self.evaluation = Evaluation(accelerator, model, objective, execution)
+        self.evaluation = Evaluation(accelerator, model, objective, execution, self.classes)
         self.history: list[dict] = []
         self.updates = 0
 
@@ -230,6 +247,8 @@ class _Run:
         start, number = time.perf_counter(), len(self.history)
         good = {k: v.detach().clone() for k, v in state_of(self.model).items()}
         _seed_everything(self.recipe.seed, number, self.accelerator.process_index)
+        if self.recipe.frozen is not None:
+            start_workers_anew(self.loader)
         if hasattr(self.loader, "set_epoch"):
             self.loader.set_epoch(number)
         self.model.train()
@@ -256,10 +275,7 @@ class _Run:
 
     def _advice(self) -> str:
         lr = self.recipe.lr
-        return (
-            f"lower lr (now {lr:g}; try {lr / 10:g}), or set clip_grad=1.0. The model is back at "
-            "the start of the epoch"
-        )
+        return f"lower lr (now {lr:g}; try {lr / 10:g}), or set clip_grad=1.0. {BACK}"
 
     def _pass(self, number: int) -> dict:
         metrics, losses, rate = self.objective.metrics(), Losses(f"epoch {number + 1}"), 0.0
@@ -278,6 +294,8 @@ class _Run:
                 losses.add(found)
             loss = losses.mean()
         except NonFiniteLoss as error:
+            if isinstance(error, NonFiniteInput):
+                raise NonFiniteInput(f"{error}. {BACK}") from None
             raise NonFiniteLoss(f"loss: {error}: {self._advice()}") from None
         # The mean loss has waited for the device.
         share = {"loader_share": wait.seconds / (time.perf_counter() - start)}
@@ -292,12 +310,12 @@ class _Run:
     def _gradients(self, images: Any, labels: Tensor) -> tuple[Any, ...]:
         """Forward, loss, backward; gives the losses [B], what the metrics need, and gradients."""
         with self.accelerator.autocast():
-            logits = logits_of(self.called(images))
+            logits = self.check.logits(self.called, images)
         losses = self.check.losses(logits, labels)
         self.optimizer.zero_grad()
         self.accelerator.backward(losses.mean())
         gradients = [parameter.grad for parameter in self.parameters.values()]
-        return losses.detach(), *self.objective.observed(logits, labels), gradients
+        return seen_losses(losses, images), *self.objective.observed(logits, labels), gradients
 
     def _update(self, gradients: list[Tensor | None]) -> None:
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):

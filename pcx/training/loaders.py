@@ -79,6 +79,13 @@ def rebuilt(loader: DataLoader, dataset: Any, **order: Any) -> DataLoader:
     )
 
 
+def start_workers_anew(loader: Any) -> None:
+    """Ends the workers that a loader keeps between passes, whose generators went on with them."""
+    loader = getattr(loader, "base_dataloader", loader)  # of Accelerate's
+    if getattr(loader, "persistent_workers", False):
+        loader._iterator = None
+
+
 def _without_augmentation(dataset: Any, config: dict) -> tuple[Any, str]:
     if isinstance(dataset, Subset):
         inner, what = _without_augmentation(dataset.dataset, config)

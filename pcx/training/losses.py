@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 LOOK_EVERY = 10  # steps between looks at the losses
 
 
 class NonFiniteLoss(FloatingPointError):
     """The loss became NaN or infinite."""
+
+
+class NonFiniteInput(NonFiniteLoss):
+    """The loss is NaN or infinite because an image is."""
+
+
+OF_INPUT = -math.inf  # stands for the loss of a sample whose image is not finite
+
+
+def seen_losses(losses: Tensor, images: Any) -> Tensor:
+    """Losses [B] without gradients, with `OF_INPUT` for samples whose images are not finite.
+
+    It waits for no GPU, and can be recorded.
+    """
+    found = losses.detach()
+    for tensor in tree_leaves(images):
+        if not isinstance(tensor, Tensor) or tensor.shape[:1] != found.shape:
+            continue
+        if tensor.is_floating_point():
+            wide = torch.promote_types(tensor.dtype, torch.float32)
+            broken = ~tensor.flatten(1).sum(1, dtype=wide).isfinite()  # as one term is not
+            found = found.masked_fill(broken & ~found.isfinite(), OF_INPUT)
+    return found
 
 
 class _Look(NamedTuple):
@@ -81,8 +106,20 @@ class Losses:
             raise ValueError("loader: it yielded no sample")
         return self._sum / self.samples
 
-    def error(self, value: float, step: int, sample: int) -> Exception:
-        """The error for a loss that is not finite, by its step and sample in this pass."""
+    def error(self, value: float, step: int, row: int, sample: int) -> Exception:
+        """The error for a loss that is not finite, by its step and sample in this pass.
+
+        Args:
+            value: the loss, or `OF_INPUT`.
+            step: of the pass, from 0.
+            row: of the sample in the batch of that step.
+            sample: of the pass, from 0.
+        """
+        if value == OF_INPUT:
+            return NonFiniteInput(
+                f"loader: image {row} of the batch has values that are NaN or infinite, in "
+                f"{self.where}, step {step + 1} (sample {sample} as read); mend or leave it out"
+            )
         return NonFiniteLoss(f"{value} in {self.where}, step {step + 1}")
 
     def _send(self) -> None:
@@ -103,7 +140,10 @@ class Losses:
         bad = (~look.rows.isfinite()).nonzero()
         if len(bad):
             at = int(bad[0])
-            step = int((torch.tensor(look.sizes).cumsum(0) <= at).sum())
-            raise self.error(look.rows[at].item(), look.first + step, self._looked_at + at)
+            ends = torch.tensor(look.sizes).cumsum(0)
+            step = int((ends <= at).sum())
+            row = at - int(ends[step]) + look.sizes[step]
+            value, sample = look.rows[at].item(), self._looked_at + at
+            raise self.error(value, look.first + step, row, sample)
         self._sum += float(look.rows.sum())
         self._looked_at += len(look.rows)

@@ -35,11 +35,14 @@ class Objective:
         name: in `OBJECTIVES`.
         loss_name: of the objective's own loss, by which files tell runs apart.
         targets: what targets look like, for error messages.
+        indexes_logits: whether targets are places of logits. A GPU must not be given others, so
+            they are looked at whatever the criterion.
     """
 
     name: ClassVar[str]
     loss_name: ClassVar[str]
     targets: ClassVar[str]
+    indexes_logits: ClassVar[bool] = False
 
     def __init__(self, criterion: Criterion | None = None):
         self.criterion = criterion
@@ -59,6 +62,7 @@ class Objective:
             raise ValueError(
                 f"loader: labels of shape {tuple(targets.shape)} and {targets.dtype} for logits "
                 f"{tuple(logits.shape)}, expected {self.targets} (objective {self.name!r})"
+                f"{_others_that_fit(logits, targets)}"
             )
         wide = logits if logits.dtype == torch.float64 else logits.float()
         if self.criterion is None:
@@ -114,6 +118,7 @@ class SingleLabel(Objective):
     name = "single-label"
     loss_name = "cross-entropy"
     targets = "one class per image, integers [B]"
+    indexes_logits = True
 
     def fits(self, logits: Tensor, targets: Tensor) -> bool:
         """Integers [B]."""
@@ -137,6 +142,9 @@ class SingleLabel(Objective):
     def check_seen(self, seen: tuple[int, int] | None, shape: torch.Size) -> None:
         """Raises a ValueError where a label is none of the head's classes."""
         low, high = seen or (0, 0)
+        if self.criterion is not None:  # it may leave some out, or take one logit for two classes
+            low = 0
+            shape = shape if len(shape) == 2 and shape[-1] > 1 else torch.Size([0, high + 1])
         if len(shape) != 2:
             raise ValueError(
                 f"model: it gives {tuple(shape)}, expected logits [B, C]; give the model a head, "
@@ -150,7 +158,9 @@ class SingleLabel(Objective):
             )
 
     def observed(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """Whether the highest logit is the label's, [B]."""
+        """Whether the highest logit is the label's, [B]; one logit is above 0 for class 1."""
+        if logits.shape[-1] == 1:
+            return ((logits.detach()[:, 0] > 0) == targets,)
         return (logits.detach().argmax(-1) == targets,)
 
     def metrics(self) -> Metrics:
@@ -272,6 +282,7 @@ class Segmentation(Objective):
     name = "segmentation"
     loss_name = "cross-entropy of pixels"
     targets = "a class per pixel, integers [B, H, W] for logits [B, C, H, W]"
+    indexes_logits = True
     IGNORED: ClassVar[int] = 255
 
     def fits(self, logits: Tensor, targets: Tensor) -> bool:
@@ -295,6 +306,7 @@ class Segmentation(Objective):
     def check_seen(self, seen: tuple[int, int], shape: torch.Size) -> None:
         """Raises a ValueError where a pixel's class is none of the head's."""
         low, high = seen
+        low = low if self.criterion is None else 0  # it may leave some out
         if low < 0 or high >= shape[1]:
             raise ValueError(
                 f"loader: pixels of classes {low}..{high} for a head of {shape[1]} classes, "
@@ -312,6 +324,12 @@ class Segmentation(Objective):
     def metrics(self) -> Metrics:
         """The mean intersection over union."""
         return IntersectionOverUnion()
+
+
+def _others_that_fit(logits: Tensor, targets: Tensor) -> str:
+    """A hint at the objectives that take such targets."""
+    names = [name for name in OBJECTIVES if OBJECTIVES[name]().fits(logits, targets)]
+    return f"; objective={' or '.join(map(repr, names))} takes them" if names else ""
 
 
 def objective_for(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from dataclasses import dataclass
 from typing import Any
 
 from accelerate import Accelerator
+from timm.optim import list_optimizers
 from timm.scheduler import create_scheduler_v2
+
+from pcx.arguments import real_number, whole_number
 
 
 @dataclass(frozen=True)
@@ -42,9 +46,11 @@ def rates_of(
         ValueError: one of them does not fit, or the loader has no length.
     """
     return {
-        "epochs": positive_count("epochs", epochs),
+        "epochs": whole_number("epochs", epochs, 1),
         "lr": learning_rate_of(lr, base_lr, loader, accelerator),
-        "warmup_epochs": epochs / 10 if warmup_epochs is None else warmup_epochs,
+        "warmup_epochs": epochs / 10
+        if warmup_epochs is None
+        else real_number("warmup_epochs", warmup_epochs, least=0),
         "updates_per_epoch": updates_per_epoch_of(loader, accelerator),
     }
 
@@ -61,29 +67,28 @@ def learning_rate_of(lr, base_lr, loader, accelerator: Accelerator) -> float:
         batch = getattr(loader, "batch_size", None)
         if batch is None:
             raise ValueError("base_lr: the loader has no batch_size to scale it by; give lr")
-        lr = base_lr * batch * accelerator.num_processes / 256
-    if not (lr > 0 and math.isfinite(lr)):
-        raise ValueError(f"lr: {lr}, expected a positive number")
-    return float(lr)
+        rate = real_number("base_lr", base_lr, above=0, expected="a positive number")
+        return rate * batch * accelerator.num_processes / 256
+    return real_number("lr", lr, above=0, expected="a positive number")
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raises a ValueError where warm-up, weight decay or clipping are out of range."""
+    """Raises a ValueError where a setting is out of range, or there is no such optimiser."""
     if not 0 <= recipe.warmup_epochs < recipe.epochs:
         raise ValueError(
             f"warmup_epochs: {recipe.warmup_epochs}, expected 0 or more and under {recipe.epochs}"
         )
-    if recipe.weight_decay < 0:
-        raise ValueError(f"weight_decay: {recipe.weight_decay}, expected 0 or more")
-    if recipe.clip_grad is not None and recipe.clip_grad <= 0:
-        raise ValueError(f"clip_grad: {recipe.clip_grad}, expected a positive number or None")
-
-
-def positive_count(name: str, value: int) -> int:
-    """The value, a whole number of at least 1; a ValueError names the argument otherwise."""
-    if int(value) != value or value < 1:
-        raise ValueError(f"{name}: {value}, expected a whole number of at least 1")
-    return int(value)
+    real_number("weight_decay", recipe.weight_decay, least=0)
+    real_number("momentum", recipe.momentum, least=0, below=1)
+    whole_number("seed", recipe.seed)
+    if recipe.clip_grad is not None:
+        real_number("clip_grad", recipe.clip_grad, above=0, expected="a positive number or None")
+    if recipe.opt not in list_optimizers():
+        near = difflib.get_close_matches(str(recipe.opt), list_optimizers(), n=2)
+        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(
+            f"opt: {recipe.opt!r}, expected one of timm.optim.list_optimizers().{hint}"
+        )
 
 
 def updates_per_epoch_of(loader, accelerator: Accelerator) -> int:

@@ -22,7 +22,7 @@ from torch.utils.data import (
 from pcx.backbones.outputs import logits_of
 from pcx.models.base import TunedModel, keeping_modes
 from pcx.models.peft_model import known_by
-from pcx.training.batches import LabelCheck, images_and_labels
+from pcx.training.batches import images_and_labels, rows_of
 from pcx.training.loaders import is_augmented, rebuilt
 
 CACHES = (None, "tokens")
@@ -201,7 +201,7 @@ def _checked_batch(loader: DataLoader, places: Sequence[int]) -> Tensor:
 
     def read(some: list[int]) -> tuple[Tensor, Tensor]:
         images, labels = images_and_labels(loader.collate_fn([loader.dataset[i] for i in some]))
-        LabelCheck.check_rows(labels)
+        labels = rows_of(labels)
         if not isinstance(images, Tensor):
             raise ValueError(
                 f"cache: images are a {type(images).__name__}, expected a tensor; {ADVICE}"

@@ -87,7 +87,7 @@ def test_train_condense_and_eval(tmp_path):
     ],
 )
 def test_errors_are_one_line(tmp_path, arguments, message):
-    said = pcx_command(*arguments, cwd=tmp_path, code=1)
+    said = pcx_command(*arguments, cwd=tmp_path, code=2)
     assert said.startswith(message)
     assert "Traceback" not in said
 

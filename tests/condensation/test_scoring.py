@@ -351,7 +351,7 @@ def test_bad_input_is_named(backbone, dataset, loader):
         pcx.score(model, DataLoader(TensorDataset(images, labels + 5)), **QUIET)
     images = images.clone()
     images[7, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match="the loss of sample 7 is not finite"):
+    with pytest.raises(ValueError, match="the image of sample 7 is not finite"):
         pcx.score(model, DataLoader(TensorDataset(images, labels), batch_size=4), **QUIET)
 
 

@@ -232,7 +232,7 @@ def test_attention_that_is_written_out_is_an_error():
     [
         ({"temperature": 0.0}, "temperature: 0.0, expected a positive number"),
         ({"temperature": math.nan}, "temperature: nan"),
-        ({"keep": (0.8, 0.0)}, "keep: 0.0 after layer 2, expected 0 < keep <= 1"),
+        ({"keep": (0.8, 0.0)}, "keep: 0.0, expected 0 < keep <= 1 after layer 2"),
         ({"keep": (0.5,)}, "keep: 1 values for 2 layers"),
         ({"keep": 0.02}, "keep: 0.02 after layer 1 leaves none of 16 patches"),
         ({"iters": 0}, "iters: 0, expected a whole number, 1 or more"),

@@ -12,7 +12,7 @@ from torchvision import transforms
 import pcx
 from pcx.tasks import FileImages, Task, cached
 from pcx.tasks.images import MemoryImages
-from pcx.training.batches import LabelCheck, LoaderWait, placed
+from pcx.training.batches import BatchCheck, LoaderWait, placed
 from pcx.training.callbacks import note_of
 from pcx.training.fitting import _Run
 from pcx.training.objectives import objective_for
@@ -41,7 +41,7 @@ def test_the_loaders_time_is_that_between_batches(monkeypatch):
     batches = [(torch.zeros(2, 3, 4, 4), torch.tensor([0, 1]))] * 3
     wait = LoaderWait()
     loader = clock.slow(batches, start=2.0, each=1.0, end=0.5)
-    check = LabelCheck(objective_for("single-label", None))
+    check = BatchCheck(objective_for("single-label", None), torch.nn.Linear(1, 1))
     for _ in placed(loader, torch.device("cpu"), check, wait):
         clock.now += 10
     assert wait.seconds == 2 + 3 * 1 + 0.5

@@ -120,7 +120,9 @@ def test_resuming_another_run_is_an_error(backbone, loader, tmp_path):
     pcx.fit(new_model(backbone), loader, lr=0.1, **arguments)
     with pytest.raises(ValueError, match=r"of another run: lr 0.1 \(now 0.2\)"):
         pcx.fit(new_model(backbone), loader, lr=0.2, resume=True, **arguments)
-    with pytest.raises(ValueError, match=r"of another run: counts \[3, 3\] \(now \[2, 2\]\), prompts.0"):
+    with pytest.raises(
+        ValueError, match=r"another run: counts \[3, 3\] \(now \[2, 2\]\), prompts.0"
+    ):
         pcx.fit(pcx.VPT(backbone, 2), loader, lr=0.1, resume=True, **arguments)
     smooth = torch.nn.CrossEntropyLoss(reduction="none", label_smoothing=0.1)
     with pytest.raises(ValueError, match=r"criterion cross-entropy \(now CrossEntropyLoss"):
@@ -243,7 +245,7 @@ def test_bad_data_is_named(backbone, dataset):
     with pytest.raises(ValueError, match="yielded no sample"):
         pcx.evaluate(model, DataLoader(TensorDataset(images[:0], labels[:0])))
     with pytest.raises(ValueError, match="criterion: gave shape"):
-        pcx.evaluate(model, wrong, criterion=lambda logits, labels: logits.mean())
+        pcx.evaluate(model, [(images, labels)], criterion=lambda logits, labels: logits.mean())
 
 
 def test_the_output_says_what_is_trained_and_how_images_are_normalised(backbone, loader, capsys):

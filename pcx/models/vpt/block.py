@@ -98,6 +98,7 @@ class PromptedBlock(Wrapper):
             if hasattr(module, "num_prefix_tokens")
         )
         self._inside: Any = tuple(block.modules())  # whose hooks see the block's tokens
+        self._was_for_head = False
         self.seen_by: Any = ()  # modules around and behind the last block, whose hooks see them too
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
@@ -238,7 +239,7 @@ class PromptedBlock(Wrapper):
 
     def _leaves_out(self, x: Tensor) -> bool:
         """Whether the tokens that the head does not read are left out: where it saves time."""
-        if self.read_tokens is None or not self.last or not head_alone():
+        if self.read_tokens is None or not self.last or not self._is_for_head():
             return False
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # whatever the batch will be
             return True
@@ -247,6 +248,14 @@ class PromptedBlock(Wrapper):
         batch, tokens, dim = x.shape
         saved = 9 * dim**2 * (tokens - self.read_tokens) * batch  # projection and MLP
         return saved >= WORTH.get(x.device.type, 0)
+
+    def _is_for_head(self) -> bool:
+        """Whether the head's output alone is taken; computed again for a backward pass, as then."""
+        if torch.compiler.is_compiling():
+            return head_alone()
+        if torch._C._current_graph_task_id() == -1:  # outside of any backward pass
+            self._was_for_head = head_alone()
+        return self._was_for_head
 
     def prefixes(self, prompts: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the prompts for each attention call: [H, m, d] or [G, H, m, d]."""
@@ -267,6 +276,7 @@ class PromptedBlock(Wrapper):
     def _attend(
         self, call: attention.Call, key: Tensor, value: Tensor, sets: Tensor | None
     ) -> Tensor:
+        _check_call(call)
         if key.dtype != call.k.dtype or value.dtype != call.v.dtype:
             key, value = key.to(call.k.dtype), value.to(call.v.dtype)
         if self.probe is None and call.bias is None and sets is None and key.dim() == 3:
@@ -315,6 +325,7 @@ class PromptedBlock(Wrapper):
         return x
 
     def _attend_among(self, call: attention.Call, start: int, width: int) -> Tensor:
+        _check_call(call)
         bias = (
             call.bias if call.bias is None else _widened(call.bias, start, width, call.q.shape[-2])
         )
@@ -328,6 +339,14 @@ class PromptedBlock(Wrapper):
         if bias is not None and bias.is_floating_point():
             bias = bias.to(call.q.dtype)
         return attention.Call(call.q, call.k, call.v, bias, call.scale).output()
+
+
+def _check_call(call: attention.Call) -> None:
+    if call.dropout:
+        raise ValueError(
+            f"model: dropout of {call.dropout} in a block's attention, which prompts need at 0; "
+            "leave the backbone in eval mode"
+        )
 
 
 def _for_lse(call: attention.Call) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pcx.arguments import real_number, whole_number
 from pcx.backbones import attention
 from pcx.backbones.probing import without_hooks
 from pcx.backbones.spec import BackboneSpec, check_promptable
@@ -74,8 +75,8 @@ class VPT(TunedModel):
         read_only: bool = True,
     ):
         check_choice("kind", kind, KINDS)
-        if dropout_groups is not None and dropout_groups < 1:
-            raise ValueError(f"dropout_groups: {dropout_groups}, expected at least 1, or None")
+        if dropout_groups is not None:
+            dropout_groups = whole_number("dropout_groups", dropout_groups, 1)
         super().__init__(backbone, num_classes=num_classes, head_init=head_init)
         self.kind = kind
         self.dropout_groups = dropout_groups
@@ -163,9 +164,7 @@ class VPT(TunedModel):
 
     def set_dropout(self, dropout: float) -> None:
         """Changes the share of prompt elements dropped in training."""
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: {dropout}, expected 0 <= dropout < 1")
-        self.dropout = dropout
+        self.dropout = dropout = real_number("dropout", dropout, least=0, below=1)
         for layer in self.layers:
             layer.dropout = dropout
 
@@ -173,22 +172,23 @@ class VPT(TunedModel):
         """A new VPT with only some prompts, over the same backbone's memory.
 
         Args:
-            kept: per layer, the indices of the prompts to keep, ascending.
+            kept: per layer, the indices of the prompts to keep, ascending, none twice.
 
         Raises:
-            ValueError: the layers do not match, or an index is out of range.
+            ValueError: the layers do not match, or an index is out of range or no whole number.
         """
         if len(kept) != len(self.prompts):
             raise ValueError(f"kept: {len(kept)} layers, expected {len(self.prompts)}")
         small = self.copy()
         for i, index in enumerate(kept):
             prompts = self.prompts[i].detach()
-            rows = torch.as_tensor(index, dtype=torch.int64, device=prompts.device)
-            if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < prompts.shape[-2]:
-                raise ValueError(
-                    f"kept: layer {i} has indices {rows.tolist()} for {prompts.shape[-2]} prompts"
-                )
-            small.prompts[i] = prompt_parameter(prompts.index_select(-2, rows))
+            given = index.tolist() if hasattr(index, "tolist") else list(index)
+            most = prompts.shape[-2] - 1
+            rows = [whole_number(f"kept: layer {i}", row, most=most) for row in given]
+            if rows != sorted(set(rows)):
+                raise ValueError(f"kept: layer {i}: {rows}, expected ascending ones, none twice")
+            places = torch.tensor(rows, dtype=torch.int64, device=prompts.device)
+            small.prompts[i] = prompt_parameter(prompts.index_select(-2, places))
         return small
 
     def config(self) -> dict[str, Any]:

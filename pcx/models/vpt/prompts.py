@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pcx.arguments import whole_number
 from pcx.backbones.spec import BackboneSpec
+
+MOST_PROMPTS = 1_000_000  # in a layer: more would fill any memory
 
 
 def counts_per_layer(num_prompts: Any, depth: int, kind: str) -> list[int]:
@@ -20,20 +22,13 @@ def counts_per_layer(num_prompts: Any, depth: int, kind: str) -> list[int]:
     Raises:
         ValueError: `num_prompts` is neither a whole number nor one per layer, or does not fit.
     """
-    one = not isinstance(num_prompts, Sequence)
-    try:
-        given: Any = [num_prompts] * depth if one else num_prompts
-        counts = [operator.index(m) for m in given]
-    except TypeError:
-        raise ValueError(
-            f"num_prompts: {num_prompts!r}, expected a whole number, or one per layer"
-        ) from None
+    one = isinstance(num_prompts, str | bytes) or not isinstance(num_prompts, Iterable)
+    given = [num_prompts] * depth if one else list(num_prompts)
+    counts = [whole_number("num_prompts", m, most=MOST_PROMPTS) for m in given]
     if one and kind == "shallow":
         counts[1:] = [0] * (depth - 1)
     if len(counts) != depth:
         raise ValueError(f"num_prompts: {len(counts)} counts for a backbone of {depth} blocks")
-    if min(counts) < 0:
-        raise ValueError(f"num_prompts: {counts}, expected counts of 0 or more")
     if kind == "shallow" and any(counts[1:]):
         raise ValueError(f"num_prompts: {counts}; kind='shallow' has prompts in layer 0 only")
     return counts

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pcx.ops.reference.attention import additive
+from pcx.ops.reference.attention import additive, without_autocast
 
 
 def prefix_attention(
@@ -26,6 +26,9 @@ def prefix_attention(
     return_lse: bool = False,
 ) -> Any:
     """`pcx.prefix_attention` by concatenation; the arguments must have been checked."""
+    if prefix_lengths is not None:  # what lies behind the lengths may be anything, NaN as well
+        absent = _absent(prefix_k.shape[-2], prefix_lengths)[:, None, :, None]  # [G, 1, m, 1]
+        prefix_k, prefix_v = prefix_k.masked_fill(absent, 0), prefix_v.masked_fill(absent, 0)
     keys = _joined(prefix_k, k, prefix_index)  # [B, H, m+S, d]
     values = _joined(prefix_v, v, prefix_index)  # [B, H, m+S, dv]
     mask = _joint_bias(q, k, prefix_k.shape[-2], prefix_index, prefix_lengths, bias)
@@ -33,14 +36,22 @@ def prefix_attention(
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     wide = torch.promote_types(q.dtype, torch.float32)
-    logits = (q @ keys.transpose(-2, -1)).to(wide) * scale  # [B, H, N, m+S]
+    with without_autocast(q):
+        logits = q.to(wide) @ keys.to(wide).transpose(-2, -1) * scale  # [B, H, N, m+S]
     if mask is not None:
         logits = logits + mask
     nothing = (logits == -math.inf).all(-1, keepdim=True)  # such a row gives zeros, as SDPA does
     logits = logits.masked_fill(nothing, 0)
     lse = logits.logsumexp(dim=-1, keepdim=True)  # [B, H, N, 1]
-    weights = (logits - lse).exp().masked_fill(nothing, 0).to(v.dtype)
-    return weights @ values, lse.masked_fill(nothing, -math.inf).squeeze(-1)
+    weights = logits.softmax(-1).masked_fill(nothing, 0)
+    with without_autocast(q):
+        out = (weights @ values.to(wide)).to(v.dtype)
+    return out, lse.masked_fill(nothing, -math.inf).squeeze(-1)
+
+
+def _absent(m: int, lengths: Tensor) -> Tensor:
+    """Which places of a prefix lie behind its length: [G] -> [G, m] boolean."""
+    return torch.arange(m, device=lengths.device) >= lengths[:, None]
 
 
 def _joined(prefix: Tensor, own: Tensor, index: Tensor | None) -> Tensor:
@@ -65,8 +76,7 @@ def _joint_bias(
     own = additive(bias, q.dtype) if bias is not None else q.new_zeros(1, 1, 1, k.shape[-2])
     front = q.new_zeros(1, 1, 1, m)
     if lengths is not None:
-        per_sample = lengths if index is None else lengths[index]
-        absent = torch.arange(m, device=q.device) >= per_sample[:, None]  # [B, m]
+        absent = _absent(m, lengths if index is None else lengths[index])  # [B, m]
         front = front.masked_fill(absent[:, None, None], -math.inf)
     own = own.expand(*own.shape[:-1], k.shape[-2])
     shape = torch.broadcast_shapes(own.shape[:-1], front.shape[:-1])

@@ -36,5 +36,6 @@ def weighted_pagerank(
         scores = init[..., None]
         for _ in range(iters):
             scores = attention.transpose(-2, -1) @ scores
-            scores = scores / scores.sum(-2, keepdim=True)
+            total = scores.sum(-2, keepdim=True)
+            scores = torch.where(total == 0, 1 / max(q.shape[2], 1), scores / total)
     return scores[..., 0].clone()

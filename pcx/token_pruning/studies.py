@@ -1,0 +1,120 @@
+"""Optuna's studies of searches: opened by several processes at once, and whole after kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import optuna
+
+TRIES, PAUSE = 8, 0.2  # of opening a storage that others are making, and seconds between them
+SLOT, PROCESS = "slot", "process"  # user attributes of trials
+
+
+def open_study(
+    storage: Any, name: str, sampler: optuna.samplers.BaseSampler | None, arguments: dict[str, Any]
+) -> optuna.Study:
+    """The study of that name in the storage, or a new one that records the search's arguments.
+
+    Trials whose process was killed are marked as failed, so that their settings come again.
+
+    Raises:
+        ValueError: the storage cannot be used, or the stored study was made with other arguments.
+    """
+    import optuna
+
+    study = _created(
+        storage,
+        study_name=name,
+        sampler=sampler or optuna.samplers.RandomSampler(),
+        direction="maximize",
+        load_if_exists=True,
+    )
+    arguments = json.loads(json.dumps(arguments))  # in the form in which they are read back
+    before = {key: study.user_attrs.get(key) for key in arguments}
+    if study.trials and before != arguments:
+        raise ValueError(
+            f"storage: its study {name!r} is of {before}, not of {arguments}; give another "
+            "study_name"
+        )
+    for key, value in arguments.items():
+        study.set_user_attr(key, value)
+    for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+        if _has_ended(trial.user_attrs.get(PROCESS)):
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+    return study
+
+
+def _created(storage: Any, **arguments: Any) -> optuna.Study:
+    """Creates or loads a study; processes that make a new file at once come one after another."""
+    import optuna
+
+    for attempt in range(TRIES):
+        try:
+            return optuna.create_study(storage=storage, **arguments)
+        except Exception as error:  # of SQLAlchemy, a driver, Optuna
+            if attempt == TRIES - 1 or not _may_pass(error):
+                said = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise ValueError(
+                    f"storage: {storage!r} cannot be used ({said}); give an address such as "
+                    "'sqlite:///search.db' in a folder that exists"
+                ) from error
+            time.sleep(PAUSE * (1 + random.random()))
+    raise AssertionError("unreachable")
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether an error comes of another process that makes the same tables at the same time."""
+    said = f"{type(error).__name__} {error}".lower()
+    return any(word in said for word in ("already exists", "locked", "unique", "duplicated"))
+
+
+def completed(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
+    """The trials that were evaluated to the end."""
+    from optuna.trial import TrialState
+
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def ask(study: optuna.Study) -> tuple[optuna.trial.Trial, int]:
+    """A new trial, and its place among the settings: the lowest that no other trial has.
+
+    A place that a failed or killed trial had is given again, so that a search that was interrupted
+    comes to the settings of one that was not.
+    """
+    from optuna.trial import TrialState
+
+    trial = study.ask()
+    trial.set_user_attr(PROCESS, [platform.node(), os.getpid()])
+    taken, waiting = set(), 0
+    for other in study.get_trials(deepcopy=False):
+        if other.number == trial.number or other.state == TrialState.FAIL:
+            continue
+        if SLOT in other.user_attrs:
+            taken.add(other.user_attrs[SLOT])
+        elif other.state == TrialState.COMPLETE:  # of an older pcx
+            taken.add(other.number)
+        elif other.number < trial.number:  # it takes the first free place in a moment
+            waiting += 1
+    free = (slot for slot in range(trial.number + 1) if slot not in taken)
+    slot = [next(free) for _ in range(waiting + 1)][-1]
+    trial.set_user_attr(SLOT, slot)
+    return trial, slot
+
+
+def _has_ended(process: Any) -> bool:
+    """Whether the process (machine, number) that ran a trial is one of this machine that ended."""
+    if not process or process[0] != platform.node() or os.name == "nt":
+        return False
+    try:
+        os.kill(process[1], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return process[1] == os.getpid()  # a number that came again, as no trial of ours runs yet
