@@ -89,6 +89,11 @@ def _check_tensors(named: dict[str, Tensor]) -> None:
     for name, tensor in named.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if type(tensor).__name__ == "DTensor":
+            raise TypeError(
+                f"{name}: a DTensor, whose shards the kernels do not see; shard by heads and call "
+                "this on each shard, by torch.distributed.tensor.experimental.local_map"
+            )
         if name.startswith("prefix") and tensor.dim() not in (3, 4):
             raise ValueError(
                 f"{name}: shape {tuple(tensor.shape)}, expected [H, m, d] or [G, H, m, d]"

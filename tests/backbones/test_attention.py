@@ -87,13 +87,28 @@ def test_multihead_attention_is_refused():
         pcx.VPT(backbone, 2)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "name"), [({"dropout_p": 0.1}, "dropout_p"), ({"is_causal": True}, "is_causal")]
-)
-def test_arguments_that_prompts_cannot_honour_are_named(arguments, name):
+def test_arguments_that_prompts_cannot_honour_are_named(backbone):
     q = torch.randn(1, 2, 3, 4)
-    with pytest.raises(ValueError, match=name), attention.intercept(lambda n, call: call.q, []):
-        F.scaled_dot_product_attention(q, q, q, **arguments)
+    nothing = attention.intercept(lambda n, call: call.q, [])
+    with pytest.raises(ValueError, match="is_causal: a block's attention is causal"), nothing:
+        F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    for path in ("folded", "concat"):
+        model = pcx.VPT(backbone, 2, path=path)
+        for block in model.layers:  # as a user's own backbone.train() would set it
+            block.block.attn.attn_drop.p = 0.1
+            block.block.attn.train()
+        with pytest.raises(ValueError, match="model: dropout of 0.1 in a block's attention"):
+            model(torch.randn(2, 3, 32, 32).double())
+
+
+def test_dropout_of_attention_passes_on():
+    torch.manual_seed(0)
+    q = torch.randn(1, 2, 30, 4)
+    with attention.intercept(lambda n, call: call.output(), []):
+        dropped = F.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+    torch.manual_seed(0)
+    q = torch.randn(1, 2, 30, 4)
+    assert torch.equal(dropped, F.scaled_dot_product_attention(q, q, q, dropout_p=0.5))
 
 
 def test_grouped_keys_are_repeated():

@@ -42,8 +42,15 @@ def test_freezing_leaves_the_model_alone(backbone, dataset):
     assert frozen.backbone.blocks[0].block.block.mlp.fc1.weight.data_ptr() == (
         backbone.blocks[0].mlp.fc1.weight.data_ptr()
     )
-    with pytest.raises(ValueError, match="mode: this model is for inference"):
-        frozen.train()
+
+
+def test_a_frozen_teacher_stays_in_eval_mode(backbone, dataset):
+    frozen, x = pcx.freeze(pcx.VPT(backbone, 3, dropout=0.5)), dataset.tensors[0]
+    before, modes = frozen(x), [module.training for module in frozen.modules()]
+    both = torch.nn.ModuleDict({"teacher": frozen, "student": torch.nn.Linear(2, 2)}).train()
+    assert both.student.training
+    assert [module.training for module in frozen.modules()] == modes
+    assert torch.equal(frozen(x), before)
 
 
 @pytest.mark.parametrize("family", ["vit", "eva02", "beit", "siglip"])

@@ -235,7 +235,7 @@ def test_exports_with_a_dynamic_batch():
         (-1, "r: -1, expected a whole number, 0 or more"),
         (2.0, "r: 2.0, expected a whole number"),
         (True, "r: True, expected a whole number"),
-        ("8", "r: '8', expected a whole number"),
+        ("8", "r: '8', expected numbers"),
         ((1, 2), "r: 2 values for 3 layers"),
         ((1, None, 2), "r: None, expected a whole number"),
     ],

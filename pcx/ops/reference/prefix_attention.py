@@ -32,21 +32,22 @@ def prefix_attention(
     keys = _joined(prefix_k, k, prefix_index)  # [B, H, m+S, d]
     values = _joined(prefix_v, v, prefix_index)  # [B, H, m+S, dv]
     mask = _joint_bias(q, k, prefix_k.shape[-2], prefix_index, prefix_lengths, bias)
-    if not return_lse:
+    as_sdpa = bias is None or bias.dtype in (torch.bool, q.dtype)  # it would round a wider bias
+    if as_sdpa and not return_lse:
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     wide = torch.promote_types(q.dtype, torch.float32)
     with without_autocast(q):
         logits = q.to(wide) @ keys.to(wide).transpose(-2, -1) * scale  # [B, H, N, m+S]
     if mask is not None:
-        logits = logits + mask
+        logits = logits + mask.to(wide)
     nothing = (logits == -math.inf).all(-1, keepdim=True)  # such a row gives zeros, as SDPA does
     logits = logits.masked_fill(nothing, 0)
     lse = logits.logsumexp(dim=-1, keepdim=True)  # [B, H, N, 1]
     weights = logits.softmax(-1).masked_fill(nothing, 0)
     with without_autocast(q):
         out = (weights @ values.to(wide)).to(v.dtype)
-    return out, lse.masked_fill(nothing, -math.inf).squeeze(-1)
+    return (out, lse.masked_fill(nothing, -math.inf).squeeze(-1)) if return_lse else out
 
 
 def _absent(m: int, lengths: Tensor) -> Tensor:
@@ -73,8 +74,12 @@ def _joint_bias(
     """One additive bias over the [prefix; own] keys, or None if there is nothing to add."""
     if bias is None and lengths is None:
         return None
-    own = additive(bias, q.dtype) if bias is not None else q.new_zeros(1, 1, 1, k.shape[-2])
-    front = q.new_zeros(1, 1, 1, m)
+    dtype = q.dtype
+    if bias is not None and bias.is_floating_point():
+        dtype = torch.promote_types(dtype, bias.dtype)
+    zeros = q.new_zeros(1, 1, 1, k.shape[-2], dtype=dtype)
+    own = zeros if bias is None else additive(bias, dtype)
+    front = q.new_zeros(1, 1, 1, m, dtype=dtype)
     if lengths is not None:
         absent = _absent(m, lengths if index is None else lengths[index])  # [B, m]
         front = front.masked_fill(absent[:, None, None], -math.inf)
