@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pcx.backbones.inputs import input_size
 from pcx.backbones.probing import hollow
+from pcx.models.base import check_module
 
 BATCH = 64  # images per counted batch
 WHOLE = "Global"  # the name under which torch's counter keeps the whole model's operations
@@ -61,6 +62,7 @@ def multiply_adds_by_module(model: nn.Module) -> dict[str, float]:
     Modules that compute none are left out. The names begin with the model's class:
     "VisionTransformer.blocks.0.attn".
     """
+    check_module("model", model)
     counts = operations_of(hollow(model), input_size(model))
     return {name: operations / 2 / BATCH for name, operations in counts.items()}
 

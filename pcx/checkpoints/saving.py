@@ -26,7 +26,7 @@ from pcx.checkpoints.fingerprint import (
 )
 from pcx.checkpoints.format1 import read_format1
 from pcx.models import METHODS
-from pcx.models.base import TunedModel, copy_state
+from pcx.models.base import TunedModel, check_module, copy_state
 from pcx.models.block_forward import reduce_again, reduction_of
 from pcx.models.peft_model import tuned
 from pcx.models.record import Record
@@ -47,9 +47,12 @@ def save(model: nn.Module, path: str | os.PathLike) -> None:
         path: the file; folders are made.
 
     Raises:
-        ValueError: the model is of another kind.
+        ValueError: the model is of another kind, or a folder is in the file's place.
+        OSError: the file cannot be written; what was there is as it was.
     """
-    path, model = Path(path), tuned(model)
+    path, model = _path(path), tuned(model)
+    if path.is_dir():
+        raise ValueError(f"path: {path} is a folder, expected a file, such as model.safetensors")
     tensors = _apart({n: t.detach().cpu().contiguous() for n, t in model.own_state().items()})
     described = json.dumps(_description(model, tensors), sort_keys=True)
     with written_whole(path) as part:
@@ -76,7 +79,9 @@ def load(path: str | os.PathLike, backbone: nn.Module | None = None) -> Any:
         ValueError: the file is truncated, damaged, of a newer format or not of pcx, its method is
             not known, or the backbone is another one.
     """
-    path = Path(path)
+    path = _path(path)
+    if backbone is not None:
+        check_module("backbone", backbone, "such as timm.create_model gives")
     described, tensors = _read(path)
     saved = described["backbone"]
     if described["method"] not in METHODS:
@@ -119,6 +124,12 @@ def _record(path: Path, described: dict[str, Any]) -> Record:
         raise ValueError(
             f"path: {path} has no whole record ({type(error).__name__}: {error}); save it anew"
         ) from error
+
+
+def _path(given: Any) -> Path:
+    if not isinstance(given, str | os.PathLike):
+        raise ValueError(f"path: {given!r}, expected the path of a file")
+    return Path(given)
 
 
 def backbone_in(path: str | os.PathLike) -> dict[str, Any]:

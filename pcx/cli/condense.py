@@ -41,10 +41,9 @@ def condense(
     config: o.Config = None,
 ) -> None:
     """Scores, selects and fine-tunes prompts (Prompt Condensation, Algorithm 1)."""
-    from pcx.backbones.inputs import data_config
     from pcx.checkpoints.saving import save
     from pcx.condensation.condensing import condense as condense_model
-    from pcx.tasks import load_task
+    from pcx.condensation.scoring import check_prompted
 
     o.check_out(out, replaced=overwrite or resume)
     if keep == "auto" and split != "train":
@@ -52,7 +51,8 @@ def condense(
             f"--split: {split!r} holds the images of val, by which --keep auto chooses; use train"
         )
     whole = o.loaded_model(model, backbone, weights)
-    data = load_task(task, data_config(whole), root=root, cache=cache)
+    check_prompted(whole)
+    data = o.task_for(whole, task, root, cache)
     _say_cost(whole)
     small = condense_model(
         whole,

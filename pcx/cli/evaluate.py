@@ -19,9 +19,6 @@ def evaluate(
     config: o.Config = None,
 ) -> None:
     """Accuracy of a saved model on a split."""
-    from pcx.backbones.inputs import data_config
-    from pcx.tasks import load_task
-
     loaded = o.loaded_model(model, backbone, weights)
-    data = load_task(task, data_config(loaded), root=root, cache=cache)
+    data = o.task_for(loaded, task, root, cache)
     o.say_accuracy(loaded, data, batch_size, amp, split, workers)

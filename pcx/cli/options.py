@@ -170,6 +170,24 @@ def check_converged(history: Sequence[dict], classes: int, lr: float) -> None:
         )
 
 
+def task_for(model: Any, name: str, root: Path | None, cache: Path | None) -> Task:
+    """Loads a task for a saved model.
+
+    Raises:
+        ValueError: it has another number of classes than the model has logits.
+    """
+    from pcx.backbones.inputs import data_config
+    from pcx.tasks import load_task
+
+    task = load_task(name, data_config(model), root=root, cache=cache)
+    if task.num_classes != model.num_classes:
+        raise ValueError(
+            f"--task: {name} has {task.num_classes} classes, and the model gives "
+            f"{model.num_classes} logits; give the task that it was trained on"
+        )
+    return task
+
+
 def run_folder_of(out: Path) -> Path:
     """The run folder of a command: the name of the file that it writes, and '.ckpt'."""
     return out.with_name(f"{out.name}.ckpt")

@@ -45,14 +45,14 @@ def prune(
     config: o.Config = None,
 ) -> None:
     """Accuracy of a saved model, whole and with tokens pruned by Zero-TPrune without training."""
-    from pcx.backbones.inputs import data_config
-    from pcx.tasks import load_task
     from pcx.token_pruning.dropping import zero_tprune
 
+    if out is not None:
+        o.check_out(out, replaced=True)
     if images < 1:
         raise ValueError(f"--images: {images}, expected 1 or more")
     loaded = o.loaded_model(model, backbone, weights).eval()
-    data = load_task(task, data_config(loaded), root=root, cache=cache)
+    data = o.task_for(loaded, task, root, cache)
     settings: dict[str, Any] = {
         "layers": o.numbers("layers", layers, int),
         "keep": o.one_or_more("keep", keep, float),

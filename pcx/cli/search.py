@@ -42,14 +42,12 @@ def search(
     """Searches settings of pcx prune at a budget, and evaluates the best (Zero-TPrune, 4.1)."""
     import optuna
 
-    from pcx.backbones.inputs import data_config
-    from pcx.tasks import load_task
     from pcx.token_pruning.budget_search import search as search_settings
     from pcx.token_pruning.dropping import zero_tprune
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the progress bar shows the same
     loaded = o.loaded_model(model, backbone, weights).eval()
-    data = load_task(task, data_config(loaded), root=root, cache=cache)
+    data = o.task_for(loaded, task, root, cache)
     found = search_settings(
         loaded,
         data.loader("val", batch_size, num_workers=workers),

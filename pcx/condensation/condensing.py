@@ -23,6 +23,7 @@ from pcx.training.checkpoint import check_free
 from pcx.training.evaluation import evaluate, standard_error
 from pcx.training.fitting import fit
 from pcx.training.objectives import Criterion, Objective, objective_for
+from pcx.training.recipe import check_settings
 from pcx.training.run_folder import writable_folder
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
@@ -83,7 +84,8 @@ def condense(
             data, or the folder is of another condensation.
     """
     check_loader(loader)
-    lr = _checked_rate(model, keep, scope, epochs, lr, val_loader, max_drop, seed)
+    check_settings(opt, weight_decay, clip_grad, seed)
+    lr = _checked_rate(model, keep, scope, epochs, lr, val_loader, max_drop)
     if resume and checkpoint_dir is None:
         raise ValueError("resume: needs checkpoint_dir")
     folder = None if checkpoint_dir is None else writable_folder(checkpoint_dir)
@@ -120,7 +122,8 @@ def _checked_rate(model: Any, keep, scope, epochs, lr, val_loader, max_drop, see
     check_prompted(model)
     epochs = whole_number("epochs", epochs)
     real_number("max_drop", max_drop, least=0)
-    whole_number("seed", seed)
+    if lr is not None:
+        real_number("lr", lr, above=0, expected="a positive number")
     if epochs and lr is None:
         if model.trained_lr is None:
             raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any, overload
 import torch
 from rich.console import Console
 
+from pcx.arguments import whole_number
 from pcx.backbones.inputs import data_config
 from pcx.condensation import SCORES
 from pcx.condensation.per_sample import score_in_one_pass
@@ -118,6 +119,9 @@ def score(
             execution that is not possible.
     """
     check_loader(loader)
+    if not isinstance(method, str | Sequence):
+        raise ValueError(f"method: {method!r}, expected one of {tuple(SCORES)}, or several")
+    whole_number("seed", seed)
     names = (method,) if isinstance(method, str) else tuple(method)
     _check(model, names, amp, execution, checkpoint_dir, resume)
     methods = {name: SCORES[name] for name in names}

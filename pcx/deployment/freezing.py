@@ -15,7 +15,7 @@ from pcx.backbones.patches import PatchProduct
 from pcx.backbones.residual import Wrapper
 from pcx.backbones.spec import BackboneSpec, find_spec
 from pcx.backbones.straight import Straight, is_watched, straightened
-from pcx.models.base import TunedModel, check_choice
+from pcx.models.base import TunedModel, check_choice, check_module
 from pcx.models.block_forward import StandIn, without_stand_ins
 from pcx.models.head_reads import run_for_head
 from pcx.models.memory import over_same_memory
@@ -148,6 +148,7 @@ def freeze(model: nn.Module, *, amp: str = "no", execution: str = "auto") -> Fro
 
 def _deployed(model: nn.Module) -> tuple[nn.Module, BackboneSpec]:
     """A copy for inference alone, over the same memory, and its spec."""
+    check_module("model", model)
     if any(isinstance(module, Straight | PatchProduct) for module in model.modules()):
         raise ValueError("model: it is frozen already; freeze the model that it was made from")
     if isinstance(model, TunedModel) or is_peft(model):

@@ -257,7 +257,10 @@ class TunedModel(nn.Module):
                 "model: its tokens are dropped or merged on the way, which leaves no maps; call "
                 "remove() of what set that up first"
             )
-        return feature_maps(self.backbone, self.spec, x, layers, norm, **inputs)
+        try:
+            return feature_maps(self.backbone, self.spec, x, layers, norm, **inputs)
+        except AssertionError as error:  # timm's, of indices and of images of another size
+            raise ValueError(f"layers: {layers!r}, or x: {tuple(x.shape)}: {error}") from error
 
     def train(self, mode: bool = True) -> Any:
         """Sets the mode of what the method adds and of the heads; the backbone has its own."""

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pcx.arguments import whole_number
+from pcx.arguments import real_number, whole_number
 from pcx.ops import hardware
 from pcx.ops.checks import MOST_DIM, MOST_OFFSET, TRITON_TYPES, broadcasts, values_known
 from pcx.ops.dispatch import Backend, Dispatch, exporting
@@ -70,7 +70,7 @@ def weighted_pagerank(
             init = init / init.sum(-1, keepdim=True)
         if bias is not None:
             bias = additive(bias, dtype).expand(batch, heads, n, n)
-        scale = 1 / math.sqrt(dim) if scale is None else float(scale)
+        scale = 1 / math.sqrt(dim) if scale is None else real_number("scale", scale)
         arguments = (q, k, init, bias, prefix_k, among, iters, scale)
         run = DISPATCH.own_run(backend, *arguments)
         if run is None:  # an exported program needs torch alone

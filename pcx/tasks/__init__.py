@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 
+from pcx.arguments import whole_number
 from pcx.tasks import listed
 from pcx.tasks.digits import NUM_CLASSES as DIGITS_CLASSES
 from pcx.tasks.digits import digits
@@ -43,10 +44,12 @@ class Task:
         what they draw: a resumed run would otherwise draw differently.
 
         Raises:
-            ValueError: there is no such split.
+            ValueError: there is no such split, or a number is out of range.
         """
         if split not in self.splits:
             raise ValueError(f"split: got {split!r}, expected one of {sorted(self.splits)}")
+        batch_size = whole_number("batch_size", batch_size, 1)
+        num_workers = whole_number("num_workers", num_workers)
         dataset = self.splits[split]
         return DataLoader(
             dataset,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pcx.backbones import attention
 from pcx.backbones.spec import BackboneSpec, check_promptable, find_spec, pools_by_token
-from pcx.models.base import TunedModel, keeping_modes
+from pcx.models.base import TunedModel, check_module, keeping_modes
 from pcx.models.block_forward import StandIn, found_on, without_stand_ins
 from pcx.ops.reference.attention import additive
 
@@ -109,6 +109,7 @@ def spec_of(model: Any) -> BackboneSpec:
     Raises:
         ValueError: tokens are mixed elsewhere than in the blocks' attention.
     """
+    check_module("model", model)
     if isinstance(model, TunedModel):
         attention.fuse(model.plain_backbone())
         return model.spec

@@ -78,17 +78,24 @@ def check_recipe(recipe: Recipe) -> None:
         raise ValueError(
             f"warmup_epochs: {recipe.warmup_epochs}, expected 0 or more and under {recipe.epochs}"
         )
-    real_number("weight_decay", recipe.weight_decay, least=0)
-    real_number("momentum", recipe.momentum, least=0, below=1)
-    whole_number("seed", recipe.seed)
-    if recipe.clip_grad is not None:
-        real_number("clip_grad", recipe.clip_grad, above=0, expected="a positive number or None")
-    if recipe.opt not in list_optimizers():
-        near = difflib.get_close_matches(str(recipe.opt), list_optimizers(), n=2)
+    check_settings(
+        recipe.opt, recipe.weight_decay, recipe.clip_grad, recipe.seed, momentum=recipe.momentum
+    )
+
+
+def check_settings(
+    opt: Any, weight_decay: Any, clip_grad: Any, seed: Any, *, momentum: Any = 0.9
+) -> None:
+    """Raises a ValueError where a setting is out of range, or there is no such optimiser."""
+    real_number("weight_decay", weight_decay, least=0)
+    real_number("momentum", momentum, least=0, below=1)
+    whole_number("seed", seed)
+    if clip_grad is not None:
+        real_number("clip_grad", clip_grad, above=0, expected="a positive number or None")
+    if opt not in list_optimizers():
+        near = difflib.get_close_matches(str(opt), list_optimizers(), n=2)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ValueError(
-            f"opt: {recipe.opt!r}, expected one of timm.optim.list_optimizers().{hint}"
-        )
+        raise ValueError(f"opt: {opt!r}, expected one of timm.optim.list_optimizers().{hint}")
 
 
 def updates_per_epoch_of(loader, accelerator: Accelerator) -> int:

@@ -87,5 +87,5 @@ def test_the_command_ends_in_one_line(tmp_path):
             text=True,
             cwd=tmp_path,
         )
-        assert done.returncode == 1
+        assert done.returncode == 2
         assert re.fullmatch(rf"pcx: --config: .*{message}.*\n", done.stderr)

@@ -98,6 +98,7 @@ def test_train_takes_any_method_that_is_built_from_a_backbone(tmp_path, monkeypa
     monkeypatch.setattr(options, "say_accuracy", lambda *arguments: None)
     out = tmp_path / "a.safetensors"
     arguments = ["train", "--task", "digits", "--out", str(out), "--epochs", "1", "--lr", "0.1"]
+    arguments += ["--overwrite"]
     for method in ("linear", "full"):
         found = CliRunner().invoke(app, [*arguments, "--method", method], catch_exceptions=False)
         assert found.exit_code == 0

@@ -1,4 +1,4 @@
-"""What does not go through the head sees all tokens: features, hooks, other threads, other heads."""
+"""What does not go through the head sees all tokens: features, hooks, threads, other heads."""
 
 import threading
 

@@ -279,7 +279,9 @@ def test_tokens_are_left_out_where_that_saves_time(backbone, x, monkeypatch):
     model = pcx.VPT(backbone, 3).eval()
     seen = []
     follow = model.backbone.norm.forward
-    monkeypatch.setattr(model.backbone.norm, "forward", lambda x: seen.append(len(x[0])) or follow(x))
+    monkeypatch.setattr(
+        model.backbone.norm, "forward", lambda x: seen.append(len(x[0])) or follow(x)
+    )
     expected = model(x)
     saved = 9 * 24**2 * 4 * len(x)  # multiply-adds of four tokens but [CLS]
     for worth in (saved, saved + 1):

@@ -65,9 +65,7 @@ def broken_images(rows):
 def test_an_image_that_is_not_finite_is_named(backbone, value):
     model, loader = pcx.VPT(backbone, 2), broken_images({5: value})
     before = [p.detach().clone() for p in model.parameters()]
-    message = (
-        "loader: image 1 of the batch has values that are NaN or infinite, in epoch 1, step"
-    )
+    message = "loader: image 1 of the batch has values that are NaN or infinite, in epoch 1, step"
     with pytest.raises(pcx.NonFiniteLoss, match=message):
         pcx.fit(model, loader, epochs=1, lr=0.1, warmup_epochs=0, progress=False)
     assert all(map(torch.equal, before, model.parameters()))
