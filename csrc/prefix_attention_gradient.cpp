@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -113,16 +114,44 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   return {found[0], found[1]};
 }
 
-// The backward pass as a function whose outputs raise an error if they are differentiated.
-struct Once : torch::autograd::Function<Once> {
-  static variable_list forward(AutogradContext*, at::TensorList, at::TensorList found) {
+using Second = std::vector<Tensor>(at::TensorList, const Tensor&, const OptionalTensor&,
+                                   const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                                   const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                   const OptionalTensor&, double);
+
+// The backward pass as a function of what it reads, whose own gradient torch's functions compute.
+// `from` has grad_out, grad_lse, q, k, v, prefix_k, prefix_v and bias, or empty tensors.
+struct Differentiated : torch::autograd::Function<Differentiated> {
+  static variable_list forward(AutogradContext* ctx, at::TensorList from, at::TensorList found,
+                               const OptionalTensor& index, const OptionalTensor& lengths,
+                               double scale, bool with_lse, bool with_bias) {
+    variable_list kept = from.vec();
+    kept.push_back(or_none(index));
+    kept.push_back(or_none(lengths));
+    ctx->save_for_backward(kept);
+    ctx->saved_data["scale"] = scale;
+    ctx->saved_data["with_lse"] = with_lse;
+    ctx->saved_data["with_bias"] = with_bias;
+    ctx->saved_data["inputs"] =
+        static_cast<int64_t>(from.size() + found.size()) + 5;  // those behind
     return found.vec();
   }
 
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false,
-                "prefix_attention: has no second derivative; use backend='reference' under "
-                "create_graph");
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    static const auto run = pcx::operation<Second>("pcx::prefix_attention_second");
+    const auto saved = ctx->get_saved_variables();
+    const auto if_any = [](bool any, const Tensor& x) {
+      return any ? OptionalTensor(x) : std::nullopt;
+    };
+    auto found = run.call(grads, saved[0], if_any(ctx->saved_data["with_lse"].toBool(), saved[1]),
+                          saved[2], saved[3], saved[4], saved[5], saved[6], given(saved[8]),
+                          given(saved[9]), if_any(ctx->saved_data["with_bias"].toBool(), saved[7]),
+                          ctx->saved_data["scale"].toDouble());
+    for (auto& x : found)
+      if (x.numel() == 0) x = Tensor();
+    variable_list all(ctx->saved_data["inputs"].toInt());
+    std::copy(found.begin(), found.end(), all.begin());
+    return all;
   }
 };
 
@@ -141,12 +170,13 @@ Gradients attention_backward(const Tensor& grad_out, const OptionalTensor& grad_
   const auto found = compute();
   if (!differentiated({grad_out, grad_lse, q, k, v, prefix_k, prefix_v, bias})) return found;
   const auto [dq, dk, dv, dprefix_k, dprefix_v, dbias] = found;
-  variable_list from{grad_out, q, k, v, prefix_k, prefix_v};
-  for (const auto& x : {grad_lse, bias})
-    if (x) from.push_back(*x);
+  const Tensor nothing = at::empty({0}, q.options());
+  const variable_list from{grad_out, grad_lse.value_or(nothing), q, k, v, prefix_k,
+                           prefix_v, bias.value_or(nothing)};
   const variable_list to{dq, dk, dv, dprefix_k, dprefix_v, dbias};
-  const auto once = Once::apply(at::TensorList(from), at::TensorList(to));
-  return {once[0], once[1], once[2], once[3], once[4], once[5]};
+  const auto again = Differentiated::apply(at::TensorList(from), at::TensorList(to), index, lengths,
+                                           scale, grad_lse.has_value(), bias.has_value());
+  return {again[0], again[1], again[2], again[3], again[4], again[5]};
 }
 
 const pcx::Implementations implementations(c10::DispatchKey::Autograd, [](torch::Library& library) {

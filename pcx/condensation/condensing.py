@@ -113,7 +113,7 @@ def condense(
     return best
 
 
-def _checked_rate(model: Any, keep, scope, epochs, lr, val_loader, max_drop, seed) -> float | None:
+def _checked_rate(model: Any, keep, scope, epochs, lr, val_loader, max_drop) -> float | None:
     """The learning rate of the fine-tuning, None where there is none; before anything is computed.
 
     Raises:

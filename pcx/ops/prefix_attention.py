@@ -19,6 +19,7 @@ from pcx.ops.dispatch import Backend, Dispatch, exporting
 from pcx.ops.library import EXTENSION, LIBRARY, autocast_dtype, token_major, wide
 from pcx.ops.prefix_attention_checks import check_prefix_attention
 from pcx.ops.reference import prefix_attention as reference
+from pcx.ops.second_derivative import second_derivative
 
 
 def prefix_attention(
@@ -61,7 +62,7 @@ def prefix_attention(
             prefix sets that samples share. "triton" runs every other call on CUDA. On CUDA "auto"
             is the first that can run, and "cuda" only where it is faster. Elsewhere "auto" is
             "reference", which is faster there unless the LSE is asked for. All but "reference"
-            give the same bits on every run and have no second derivative. Under torch.func's
+            give the same bits on every run. Their second derivatives come from "reference". Under torch.func's
             transforms and in forward mode torch's own functions compute every call.
 
     Returns:
@@ -361,10 +362,17 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tu
     )
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "prefix_attention: has no second derivative; use backend='reference' under create_graph"
-    )
+def _setup_second(ctx: Any, inputs: tuple, output: tuple) -> None:
+    grad_out, grad_lse, q, k, v, prefix_k, prefix_v, index, lengths, bias, _, _, scale, *_ = inputs
+    ctx.save_for_backward(grad_out, grad_lse, q, k, v, prefix_k, prefix_v, index, lengths, bias)
+    ctx.scale = scale
+
+
+def _second_derivatives(ctx: Any, *grads: Tensor) -> tuple:
+    tensors = ctx.saved_tensors
+    found = second_derivative(list(grads), *tensors, ctx.scale)
+    to_out, to_lse, *to_tensors, to_bias = (x if x.numel() else None for x in found)
+    return (to_out, to_lse, *to_tensors, None, None, to_bias, None, None, None, None, None)
 
 
 @torch.library.impl(LIBRARY, "prefix_attention_triton", "CUDA")
@@ -399,7 +407,10 @@ if not EXTENSION:
         "pcx::prefix_attention", _gradients, setup_context=_setup_context, lib=LIBRARY
     )
     torch.library.register_autograd(
-        "pcx::prefix_attention_backward", _no_second_derivative, lib=LIBRARY
+        "pcx::prefix_attention_backward",
+        _second_derivatives,
+        setup_context=_setup_second,
+        lib=LIBRARY,
     )
 if "cuda" not in EXTENSION:
     LIBRARY.impl("prefix_attention", _on_cuda, "CUDA")

@@ -3,6 +3,8 @@
 import copy
 import math
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -267,13 +269,25 @@ class TestRegistration:
         one, two = (torch.autograd.grad(self.call(*tensors)[0].sum(), tensors) for _ in range(2))
         assert all(map(torch.equal, one, two))
 
-    def test_a_second_derivative_is_refused(self):
+    def test_a_second_derivative_is_the_references(self):
+        found = []
+        expected = partial(prefix_attention, return_lse=True, backend="reference")
+        for call in (self.call, expected):
+            tensors = [t.requires_grad_() for t in inputs()]
+            out, lse = call(*tensors)
+            first = torch.autograd.grad(
+                out.square().sum() + lse.square().sum(), tensors, create_graph=True
+            )
+            found.append(torch.autograd.grad(sum(x.square().sum() for x in first), tensors))
+        for gradient, expected in zip(*found, strict=True):
+            torch.testing.assert_close(gradient, expected)
+
+    def test_a_third_derivative_is_refused(self):
         tensors = [t.requires_grad_() for t in inputs()]
-        (grad,) = torch.autograd.grad(
-            self.call(*tensors)[0].square().sum(), tensors[:1], create_graph=True
-        )
-        with pytest.raises(RuntimeError, match="no second derivative; use backend='reference'"):
-            grad.sum().backward()
+        x = self.call(*tensors)[0]
+        (x,) = torch.autograd.grad(x.square().sum(), tensors[:1], create_graph=True)
+        with pytest.raises(RuntimeError, match="no third derivative; use backend='reference'"):
+            torch.autograd.grad(x.square().sum(), tensors[:1], create_graph=True)
 
     def test_no_samples(self):
         q, k, v, pk, pv = (t.requires_grad_() for t in inputs())
