@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from pcx.arguments import real_number
-from pcx.ops import hardware
+from pcx.ops import hardware, second_derivative  # noqa: F401, which registers an op
 from pcx.ops.checks import broadcasts, transformed, triton_cannot_attend
 from pcx.ops.dispatch import Backend, Dispatch, exporting
 from pcx.ops.library import EXTENSION, LIBRARY, autocast_dtype, token_major, wide
 from pcx.ops.prefix_attention_checks import check_prefix_attention
 from pcx.ops.reference import prefix_attention as reference
-from pcx.ops.second_derivative import second_derivative
 
 
 def prefix_attention(
@@ -62,8 +61,8 @@ def prefix_attention(
             prefix sets that samples share. "triton" runs every other call on CUDA. On CUDA "auto"
             is the first that can run, and "cuda" only where it is faster. Elsewhere "auto" is
             "reference", which is faster there unless the LSE is asked for. All but "reference"
-            give the same bits on every run. Their second derivatives come from "reference". Under torch.func's
-            transforms and in forward mode torch's own functions compute every call.
+            give the same bits on every run. Their second derivatives come from "reference". Under
+            torch.func's transforms and in forward mode torch's own functions compute every call.
 
     Returns:
         [B, H, N, dv], and the LSE as a second item if `return_lse`.
@@ -369,8 +368,8 @@ def _setup_second(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _second_derivatives(ctx: Any, *grads: Tensor) -> tuple:
-    tensors = ctx.saved_tensors
-    found = second_derivative(list(grads), *tensors, ctx.scale)
+    second = torch.ops.pcx.prefix_attention_second
+    found = second(list(grads), *ctx.saved_tensors, ctx.scale)
     to_out, to_lse, *to_tensors, to_bias = (x if x.numel() else None for x in found)
     return (to_out, to_lse, *to_tensors, None, None, to_bias, None, None, None, None, None)
 

@@ -20,7 +20,7 @@ LIBRARY.define(
 
 
 @torch.library.impl(LIBRARY, "prefix_attention_second", "CompositeImplicitAutograd")
-def second_derivative(
+def _second_derivative(
     grads: Sequence[Tensor],
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -43,7 +43,8 @@ def second_derivative(
     """
     if torch.is_grad_enabled():  # under create_graph
         raise RuntimeError(
-            "prefix_attention: has no third derivative; use backend='reference' under create_graph"
+            "prefix_attention: has no third derivative; use backend='reference' and "
+            "return_lse=True under create_graph"
         )
     with torch.enable_grad():
         given = {"grad_out": grad_out, "grad_lse": grad_lse, "q": q, "k": k, "v": v}
@@ -71,7 +72,7 @@ def second_derivative(
         outputs = [(found[0], leaves["grad_out"])]
         if grad_lse is not None:
             outputs.append((found[1], leaves["grad_lse"]))
-        if "bias" in leaves:
+        if "bias" in leaves and wide is not None:
             inputs.append(wide)
         first = torch.autograd.grad(
             [out for out, _ in outputs],

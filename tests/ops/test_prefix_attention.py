@@ -2,7 +2,6 @@
 
 import copy
 import math
-
 from functools import partial
 
 import pytest
@@ -286,7 +285,7 @@ class TestRegistration:
         tensors = [t.requires_grad_() for t in inputs()]
         x = self.call(*tensors)[0]
         (x,) = torch.autograd.grad(x.square().sum(), tensors[:1], create_graph=True)
-        with pytest.raises(RuntimeError, match="no third derivative; use backend='reference'"):
+        with pytest.raises(RuntimeError, match="no third derivative"):
             torch.autograd.grad(x.square().sum(), tensors[:1], create_graph=True)
 
     def test_no_samples(self):
