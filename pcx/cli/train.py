@@ -60,17 +60,13 @@ def train(
     from pcx.tasks import load_task
     from pcx.training.fitting import fit
 
-    o.check_out(out, replaced=overwrite or resume)
-    METHODS.get_checked(method)
+    _check(out, method, split, replaced=overwrite or resume)
     data = load_task(task, o.backbone_data_config(backbone, weights), root=root, cache=cache)
-    if split not in ("train", "trainval"):
-        raise ValueError(f"--split: got {split!r}, expected train or trainval")
     torch.manual_seed(seed)
-    given = {"prompts": prompts, "kind": kind, "dropout": dropout}
     model = METHODS[method](
         o.new_backbone(backbone, data.num_classes, weights),
         head_init=head_init,
-        **_arguments(ctx, method, given),
+        **_arguments(ctx, method, {"prompts": prompts, "kind": kind, "dropout": dropout}),
     )
     model.record.task = task
     val = data.loader("val", batch_size, num_workers=workers) if split == "train" else None
@@ -95,6 +91,14 @@ def train(
     save(model, out)
     o.say(f"wrote {out}")
     o.say_accuracy(model, data, batch_size, amp, "test", workers)
+
+
+def _check(out: Path, method: str, split: str, *, replaced: bool) -> None:
+    """Raises a ValueError where options do not fit, before anything is read."""
+    o.check_out(out, replaced=replaced)
+    METHODS.get_checked(method)
+    if split not in ("train", "trainval"):
+        raise ValueError(f"--split: got {split!r}, expected train or trainval")
 
 
 def _arguments(ctx: typer.Context, method: str, options: dict[str, Any]) -> dict[str, Any]:

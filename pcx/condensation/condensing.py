@@ -19,7 +19,7 @@ from pcx.condensation.selection import checked_scores, select
 from pcx.models.record import Condensation
 from pcx.models.vpt.model import VPT
 from pcx.training.batches import check_loader
-from pcx.training.checkpoint import check_free
+from pcx.training.checkpoint import check_place
 from pcx.training.evaluation import evaluate, standard_error
 from pcx.training.fitting import fit
 from pcx.training.objectives import Criterion, Objective, objective_for
@@ -86,12 +86,9 @@ def condense(
     check_loader(loader)
     check_settings(opt, weight_decay, clip_grad, seed)
     lr = _checked_rate(model, keep, scope, epochs, lr, val_loader, max_drop)
-    if resume and checkpoint_dir is None:
-        raise ValueError("resume: needs checkpoint_dir")
+    parts = [f"keep_{fraction}" for fraction in GRID]
+    check_place(checkpoint_dir, resume=resume, overwrite=overwrite, within=parts)
     folder = None if checkpoint_dir is None else writable_folder(checkpoint_dir)
-    if folder is not None and not (resume or overwrite):
-        for place in (folder, *(folder / f"keep_{fraction}" for fraction in GRID)):
-            check_free(place)
     chosen = objective_for(objective, criterion)
     shared: dict[str, Any] = {"objective": chosen, "amp": amp, "execution": execution}
     shared |= {"seed": seed, "progress": progress}
@@ -102,8 +99,8 @@ def condense(
     if [len(s) for s in scores] != list(model.counts):
         raise ValueError(f"scores: {[len(s) for s in scores]} per layer, expected {model.counts}")
     options = {"opt": opt, "weight_decay": weight_decay, "clip_grad": clip_grad, "lr": lr}
-    options |= {"epochs": epochs, "val_loader": val_loader, "resume": resume, **shared}
-    options["overwrite"] = overwrite
+    options |= {"epochs": epochs, "val_loader": val_loader, **shared}
+    options |= {"resume": resume, "overwrite": overwrite}
     tuning = _Tuning(model, loader, method, scope, list(scores), folder, options)
     if not isinstance(keep, str):
         return tuning.at(keep, folder)

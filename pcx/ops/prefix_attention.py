@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pcx.arguments import real_number
 from pcx.ops import hardware, second_derivative  # noqa: F401, which registers an op
+from pcx.ops.bias import batches_of, five_dimensions, four_dimensions
 from pcx.ops.checks import broadcasts, transformed, triton_cannot_attend
 from pcx.ops.dispatch import Backend, Dispatch, exporting
 from pcx.ops.library import EXTENSION, LIBRARY, autocast_dtype, token_major, wide
@@ -77,7 +78,7 @@ def prefix_attention(
     q, scale = scaled(q, scale)
     lead = q.shape[:-3]
     if bias is not None:
-        bias = _five_dimensions(bias, lead)
+        bias = five_dimensions(bias, lead)
     if prefix_index is not None:
         prefix_index = prefix_index.reshape(-1)
     if len(lead) != 1:
@@ -148,7 +149,7 @@ def _by_reference(tensors: tuple, index, lengths, bias, scale: float, return_lse
         *tensors,
         prefix_index=index,
         prefix_lengths=lengths,
-        bias=None if bias is None else _four_dimensions(bias, tensors[0].shape[0]),
+        bias=None if bias is None else four_dimensions(bias, tensors[0].shape[0]),
         scale=scale,
         return_lse=return_lse,
     )
@@ -183,36 +184,6 @@ def _assert_later(index: Tensor | None, lengths: Tensor | None, prefix: Tensor) 
         if values is not None and values.is_cuda:
             fits = ((values >= 0) & (values <= last)).all()
             torch._assert_async(fits, f"{name}: a value lies outside of {allowed}")
-
-
-def _five_dimensions(bias: Tensor, lead: torch.Size) -> Tensor:
-    """The bias as [B0 | 1, B1 | 1, H | 1, N | 1, S | 1], for a batch of B0 * B1 samples.
-
-    A bias may be the same along some neighbouring batch dimensions, as Swin's is for all images of
-    a batch of windows. It is not expanded along these.
-    """
-    bias = bias.reshape((1,) * (len(lead) + 3 - bias.dim()) + bias.shape)
-    own = bias.shape[:-3]
-    front = next((i for i, size in enumerate(own) if size > 1), len(own))
-    if tuple(own[front:]) == tuple(lead[front:]):  # the same along the first dimensions
-        return bias.flatten(0, -4)[None]
-    back = next((i for i in reversed(range(len(own))) if own[i] > 1), -1) + 1
-    if tuple(own[:back]) == tuple(lead[:back]):  # the same along the last
-        return bias.flatten(0, -4)[:, None]
-    return bias.expand(*lead, *bias.shape[-3:]).flatten(0, -4)[:, None]
-
-
-def _four_dimensions(bias: Tensor, batch: int) -> Tensor:
-    outer, inner = _batches(bias, batch)
-    if bias.shape[:2] == (1, 1):
-        return bias[0]
-    return bias.expand(outer, inner, *bias.shape[2:]).flatten(0, 1)
-
-
-def _batches(bias: Tensor, batch: int) -> tuple[int, int]:
-    """(B0, B1) of a bias [B0 | 1, B1 | 1, H | 1, N | 1, S | 1] for a batch of B0 * B1."""
-    inner = bias.shape[1] if bias.shape[1] > 1 else batch // bias.shape[0]
-    return (batch // inner if inner else bias.shape[0]), inner  # inner is 0 for no samples
 
 
 # The arguments of these two are q, k, v, prefix_k, prefix_v, bias and scale, after the checks.
@@ -346,7 +317,7 @@ def _gradients(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tu
         ctx.backend,
     )
     if bias_too:
-        dbias = dbias.unflatten(0, _batches(bias, out.shape[0])).sum_to_size(bias.shape)
+        dbias = dbias.unflatten(0, batches_of(bias, out.shape[0])).sum_to_size(bias.shape)
     return (
         dq if q else None,
         dk if k else None,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pcx.ops.bias import four_dimensions
 from pcx.ops.library import LIBRARY
 from pcx.ops.reference import prefix_attention as reference
 
@@ -56,10 +57,7 @@ def _second_derivative(
         }
         wide = leaves.get("bias", bias)
         if wide is not None:
-            shape = (*q.shape[:3], k.shape[2])
-            batches = wide.shape[0] * wide.shape[1]
-            rows = wide.expand(*_batches(wide, q.shape[0]), *wide.shape[2:]).flatten(0, 1)
-            wide = (wide[0] if batches == 1 else rows).expand(shape)
+            wide = four_dimensions(wide, q.shape[0]).expand(*q.shape[:3], k.shape[2])
         inputs = [leaves[name] for name in ("q", "k", "v", "prefix_k", "prefix_v")]
         found = reference.prefix_attention(
             *inputs,
@@ -95,9 +93,3 @@ def _second_derivative(
     by_name = dict(zip(leaves, second, strict=True))
     empty = q.new_empty(0)
     return [empty if by_name.get(name) is None else by_name[name] for name in given]
-
-
-def _batches(bias: Tensor, batch: int) -> tuple[int, int]:
-    """(B0, B1) of a bias for a batch of B0 * B1 samples."""
-    inner = bias.shape[1] if bias.shape[1] > 1 else batch // max(bias.shape[0], 1)
-    return (batch // inner if inner else bias.shape[0]), inner

@@ -123,8 +123,7 @@ def search(
         fixed: further arguments of `pcx.zero_tprune` in all settings.
         sampler: of Optuna's; by default trials are random, from the seed and their place.
         storage: where Optuna keeps the study, such as "sqlite:///search.db". An existing one is
-            continued, and several processes may share it. Settings of trials that were killed come
-            again.
+            continued, killed trials anew, and several processes may share it.
         study_name: its name in the storage.
         amp, execution: as `pcx.evaluate` takes them, without "compile".
         progress: show a bar.

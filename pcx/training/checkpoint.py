@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +53,35 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     return state
 
 
-def check_free(folder: Path) -> None:
-    """Raises a ValueError where a folder holds the checkpoint of a run, damaged or not."""
-    file = folder / LAST
-    if not file.exists():
+def check_place(
+    checkpoint_dir: Any, *, resume: bool, overwrite: bool, within: Sequence[str] = ()
+) -> None:
+    """Checks that no finished epoch would be lost.
+
+    Args:
+        checkpoint_dir: a folder, or None.
+        resume: whether the run in it is continued.
+        overwrite: whether it may be replaced.
+        within: names of folders in it that have runs of their own.
+
+    Raises:
+        ValueError: the folder holds the checkpoint of a run, damaged or not, which would be
+            replaced; or there is no folder to resume from.
+    """
+    if checkpoint_dir is None and resume:
+        raise ValueError("resume: needs checkpoint_dir")
+    if checkpoint_dir is None or resume or overwrite:
         return
-    try:
-        said = f"{len(read_checkpoint(file)['history'])} finished epochs"
-    except ValueError:
-        said = "a checkpoint that cannot be read"
-    raise ValueError(
-        f"checkpoint_dir: {file} holds {said}; give resume=True to continue, overwrite=True to "
-        "replace them, or another folder"
-    )
+    for file in (Path(checkpoint_dir, name, LAST) for name in ("", *within)):
+        if file.exists():
+            try:
+                said = f"{len(read_checkpoint(file)['history'])} finished epochs"
+            except ValueError:
+                said = "a checkpoint that cannot be read"
+            raise ValueError(
+                f"checkpoint_dir: {file} holds {said}; give resume=True to continue, "
+                "overwrite=True to replace them, or another folder"
+            )
 
 
 def check_same_run(

@@ -25,7 +25,7 @@ from pcx.training.callbacks import bar_of, note_of, say_facts
 from pcx.training.checkpoint import (
     LAST,
     VERSION,
-    check_free,
+    check_place,
     check_same_run,
     description_of,
     read_checkpoint,
@@ -82,8 +82,7 @@ def fit(
     Args:
         model: a tuned model, or any module some of whose parameters require gradients.
         loader: yields (images [B, 3, H, W], labels), or dicts of "pixel_values" and "labels", and
-            has a length; images fit the backbone. With a checkpoint_dir persistent workers start
-            anew with each epoch, so that a resumed run draws as an undisturbed one.
+            has a length; images fit the backbone.
         epochs: passes over the loader.
         lr, base_lr: the learning rate itself, or one that is scaled by batch / 256 as in the paper.
         val_loader: evaluated after each epoch.
@@ -100,10 +99,10 @@ def fit(
             that, without images: for transforms without random parts, and what fits in memory.
         seed: of Python's, NumPy's and torch's generators, which each epoch seeds anew.
         checkpoint_dir: folder for `last.pt`, written whole or not at all after every epoch, and
-            for the run's config.json, environment.json and history.csv.
-        resume, overwrite: continue from last.pt, where it exists, or replace it; without either
-            an existing one is an error, so that no finished epoch is lost.
-        progress: show a bar and the run's facts.
+            for the run's config.json, environment.json and history.csv. Persistent workers then
+            start anew with each epoch, so that a resumed run draws as an undisturbed one.
+        resume, overwrite, progress: continue from last.pt, where it exists, or replace it (without
+            either an existing one is an error); show a bar and the run's facts.
 
     Returns:
         One dict per epoch: epoch, loss, accuracy (percent, or the objective's metrics), samples,
@@ -111,44 +110,34 @@ def fit(
         a val_loader val_loss, val_accuracy. The model stays in training mode.
 
     Raises:
-        ValueError: an argument, execution or cache is not possible, batches do not fit, or the
-            checkpoint is another run's.
-        NonFiniteLoss: the loss became NaN or infinite; the model is back at the start of that epoch
-            and the last checkpoint stays. The message names an image that is not finite.
+        ValueError: an argument or a batch does not fit, or the checkpoint is another run's.
+        NonFiniteLoss: the loss became NaN or infinite, of which the message names the image where
+            one is. The model is back at the start of that epoch, and the last checkpoint stays.
     """
-    check_module("model", model)
-    known = known_by(model)
-    check_loader(loader)
-    if val_loader is not None:
-        check_loader(val_loader, "val_loader")
+    _check(model, loader, val_loader, cache)
+    check_place(checkpoint_dir, resume=resume, overwrite=overwrite)
     names, chosen = _trainable(model), objective_for(objective, criterion)
-    _check(cache, resume, checkpoint_dir, overwrite)
     given: Any = {"weight_decay": weight_decay, "momentum": momentum, "opt": opt, "amp": amp}
     given |= {"clip_grad": clip_grad, "seed": seed, "criterion": chosen.described}
-    frozen = None if checkpoint_dir is None else _frozen(model, names)
     with accelerator_for(amp, seed) as accelerator:
         rates = rates_of(epochs, lr, base_lr, warmup_epochs, loader, accelerator)
-        recipe = Recipe(**rates, **given, frozen=frozen)
+        recipe = Recipe(**rates, **given, frozen=_frozen(model, names, checkpoint_dir))
         check_recipe(recipe)
         folder = None if checkpoint_dir is None else RunFolder(checkpoint_dir)
         console = Console(quiet=not (progress and accelerator.is_main_process))
         shared, data = (accelerator, model, names, recipe), (loader, val_loader)
         say_facts(console, *shared[1:], accelerator.device)
         with _Run(*shared, data, chosen, execution, cache) as run:
-            history = _train(run, folder, resume, console)
-    if known is not None:
-        known.record.set_recipe(asdict(recipe))
-        keep_names(known, run.classes)
-    return history
+            return _train(run, folder, resume, console)
 
 
-def _check(cache: str | None, resume: bool, checkpoint_dir: Any, overwrite: bool) -> None:
+def _check(model: Any, loader: Any, val_loader: Any, cache: str | None) -> None:
     """Raises a ValueError where arguments do not fit, before anything is moved or read."""
+    check_module("model", model)
+    check_loader(loader)
+    if val_loader is not None:
+        check_loader(val_loader, "val_loader")
     check_choice("cache", cache, CACHES)
-    if resume and checkpoint_dir is None:
-        raise ValueError("resume: needs checkpoint_dir")
-    if checkpoint_dir is not None and not (resume or overwrite):
-        check_free(Path(checkpoint_dir))
 
 
 def _train(run: _Run, folder: RunFolder | None, resume: bool, console: Console) -> list[dict]:
@@ -170,6 +159,10 @@ def _train(run: _Run, folder: RunFolder | None, resume: bool, console: Console) 
                 run.save(file)
                 folder.add_epoch(run.history)
             bar.update(task, advance=1, note=note_of(row))
+    known = known_by(run.model)
+    if known is not None:
+        known.record.set_recipe(asdict(run.recipe))
+        keep_names(known, run.classes)
     return run.history
 
 
@@ -378,5 +371,8 @@ def _trainable(model: nn.Module) -> list[str]:
     return names
 
 
-def _frozen(model: nn.Module, names: list[str]) -> str:
+def _frozen(model: nn.Module, names: list[str], checkpoint_dir: Any) -> str | None:
+    """The fingerprint of what is not trained, of a run that writes checkpoints."""
+    if checkpoint_dir is None:
+        return None
     return fingerprint((n, p) for n, p in model.named_parameters() if n not in names)

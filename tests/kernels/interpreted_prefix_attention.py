@@ -11,7 +11,7 @@ import torch
 
 from pcx.kernels.prefix_attention.backward import backward
 from pcx.kernels.prefix_attention.forward import forward
-from pcx.ops.prefix_attention import _five_dimensions, _four_dimensions
+from pcx.ops.bias import five_dimensions, four_dimensions
 from pcx.ops.reference import prefix_attention as reference
 
 assert os.environ["TRITON_INTERPRET"] == "1"
@@ -40,14 +40,14 @@ def check(tensors, index=None, lengths=None, bias=None, scale=None, poison=True,
     wide = [t.double().requires_grad_() for t in tensors]
     trained = bias is not None and bias.dtype != torch.bool
     wide_bias = bias.double().requires_grad_() if trained else bias
-    five = None if bias is None else _five_dimensions(bias, q.shape[:1])
+    five = None if bias is None else five_dimensions(bias, q.shape[:1])
     expected, expected_lse = reference.prefix_attention(
         *wide,
         prefix_index=index,
         prefix_lengths=lengths,
         bias=None
         if bias is None
-        else _four_dimensions(_five_dimensions(wide_bias, q.shape[:1]), len(q)),
+        else four_dimensions(five_dimensions(wide_bias, q.shape[:1]), len(q)),
         scale=scale,
         return_lse=True,
     )
@@ -121,6 +121,16 @@ def test_many_samples_share_a_prefix_in_chunks():
 
 def test_a_scale_of_one_s_own():
     check(inputs(), scale=0.7)
+
+
+def test_a_row_masked_by_the_least_number_takes_the_mean():
+    q, k, v, prefix_k, prefix_v = inputs(m=0)
+    bias = torch.zeros(21, 21)
+    bias[2] = torch.finfo(torch.float32).min
+    given = (q, k, v, prefix_k, prefix_v, None, None, five_dimensions(bias, q.shape[:1]))
+    out, lse = forward(*given, q.shape[-1] ** -0.5, SMALL)
+    torch.testing.assert_close(out[:, :, 2], v.mean(2), rtol=1e-5, atol=1e-5)
+    assert lse.isfinite().all()
 
 
 @pytest.mark.parametrize("lengths", [None, [9, 0, 4]])
