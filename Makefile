@@ -1,4 +1,4 @@
-# make demo | test | lint | bench: each sets up .venv first, then does what it says.
+# make demo | test | lint | bench | soak: each sets up .venv first, then does what it says.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 SOURCES := setup.py pyproject.toml $(CSRC)
 
-.PHONY: demo test test-oldest lint bench clean
+.PHONY: demo test test-oldest lint bench soak clean
 
 demo: $(READY)
 	$(BIN)/pcx demo
@@ -30,6 +30,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks
+
+# Kills training, scoring, condensing, searching and saving 500 times; about half an hour.
+soak: $(READY)
+	$(BIN)/python tests/soak.py --kills 500
 
 # torch first: the extension is built against it.
 $(READY): $(SOURCES)

@@ -89,8 +89,10 @@ def ask(study: optuna.Study) -> tuple[optuna.trial.Trial, int]:
     """
     from optuna.trial import TrialState
 
+    here = [platform.node(), os.getpid()]
+    study.enqueue_trial({}, user_attrs={PROCESS: here})  # so that no trial is ever without it
     trial = study.ask()
-    trial.set_user_attr(PROCESS, [platform.node(), os.getpid()])
+    trial.set_user_attr(PROCESS, here)  # it may be one that another process enqueued
     taken, waiting = set(), 0
     for other in study.get_trials(deepcopy=False):
         if other.number == trial.number or other.state == TrialState.FAIL:
