@@ -196,7 +196,8 @@ def sample(scores: Tensor, tokens: int) -> Tensor:
     sums = scores.cumsum(1)
     sums = sums / sums[:, -1:]  # the last one is exactly 1, above all points
     points = (torch.arange(tokens, device=scores.device, dtype=scores.dtype) + 0.5) / tokens
-    return torch.searchsorted(sums, points.expand(batch, -1).contiguous())
+    found = torch.searchsorted(sums, points.expand(batch, -1).contiguous())
+    return found.clamp(max=patches - 1)  # NaN has no place, and stays in its sample so
 
 
 def first_of_equal(sampled: Tensor) -> Tensor:

@@ -98,8 +98,9 @@ def writable_folder(checkpoint_dir: str | os.PathLike) -> Path:
     try:
         _write_probe(path)
     except OSError as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         raise ValueError(
-            f"checkpoint_dir: {path} cannot be written to ({error.strerror}); "
+            f"checkpoint_dir: {path} cannot be written to ({cause.strerror}); "
             "give a folder that can"
         ) from error
     return path

@@ -6,12 +6,16 @@ A line is what follows `pcx`, and what the error holds.
 from __future__ import annotations
 
 import re
+import shlex
 import sys
+from functools import cache
 
 import pytest
 
 from pcx.cli import main
+from pcx.tasks.digits import digits
 
+DIGITS = cache(digits)  # read once for all lines
 T = "train --task digits --out new --lr 0.1"
 C = "condense m.safetensors --task digits --out new --lr 0.1"
 E = "eval m.safetensors --task digits"
@@ -219,20 +223,16 @@ def listing(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def arguments_of(line):
-    import shlex
-
-    return shlex.split(line)
-
-
 def test_there_are_as_many_as_there_should_be():
     assert len(LINES) >= 125
 
 
 @pytest.mark.parametrize(("line", "message"), LINES)
 def test_bad_input_is_one_line_and_exit_code_2(folder, monkeypatch, capsys, line, message):
+    monkeypatch.setattr("pcx.tasks.digits", DIGITS)
+    monkeypatch.setattr("signal.signal", lambda *given: None)  # of this process
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["pcx", *arguments_of(line)])
+    monkeypatch.setattr(sys, "argv", ["pcx", *shlex.split(line)])
     before = listing(folder)
     with pytest.raises(SystemExit) as end:
         main()

@@ -147,7 +147,7 @@ def test_a_crash_while_writing_keeps_the_last_checkpoint(backbone, loader, tmp_p
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(OSError, match="disk full"):
-        pcx.fit(new_model(backbone), loader, epochs=1, **arguments)
+        pcx.fit(new_model(backbone), loader, epochs=1, overwrite=True, **arguments)
     assert (tmp_path / "last.pt").read_bytes() == good
 
 

@@ -177,7 +177,10 @@ def test_a_folder_of_before_has_a_checkpoint_alone_and_resumes(
 def test_a_new_run_forgets_the_one_before(backbone, loader, tmp_path):
     options = {"lr": 0.1, "checkpoint_dir": tmp_path, **QUIET}
     pcx.fit(new_model(backbone), loader, epochs=3, **options)
-    history = pcx.fit(new_model(backbone), loader, epochs=1, **options)
+    with pytest.raises(ValueError, match=r"checkpoint_dir: .*last\.pt holds 3 finished epochs"):
+        pcx.fit(new_model(backbone), loader, epochs=1, **options)
+    assert len(rows(tmp_path)) == 3
+    history = pcx.fit(new_model(backbone), loader, epochs=1, overwrite=True, **options)
     assert rows(tmp_path) == history
     assert "resumed" not in read_json(tmp_path, "environment")
     assert read_json(tmp_path, "config")["recipe"]["epochs"] == 1
