@@ -46,7 +46,10 @@ def real_number(
         ValueError: it is no such number; the message names the argument.
     """
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    found = float(value) if real else math.nan
+    try:
+        found = float(value) if real else math.nan
+    except OverflowError:
+        found = math.inf
     inside = (
         math.isfinite(found)
         and (least is None or found >= least)

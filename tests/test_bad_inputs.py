@@ -155,8 +155,8 @@ pcx.fit(vit().requires_grad_(False), loader, epochs=1, lr=0.1) | model: no param
 on([(X[:, :1], Y)])                                     | loader: the model cannot take its images
 on([(X[..., :9], Y)])                                   | loader: the model cannot take its images
 on([(X.half(), Y)])                                     | loader: the model cannot take its images
-on([((X * 9).to(torch.uint8), Y)])                      | loader: its images are torch.uint8
-on([((X * 9).long(), Y)])                               | loader: its images are torch.int64
+on([((X * 9).to(torch.uint8), Y)])                      | loader: the model cannot take its images
+on([((X * 9).long(), Y)])                               | loader: the model cannot take its images
 on([(X.numpy(), Y)])                                    | loader: its images are of type
 on([(["a.jpg"] * 6, Y)])                                | loader: its images are of type str
 on([(None, Y)])                                         | loader: its images are of type NoneType
@@ -227,7 +227,7 @@ pcx.select([torch.ones(4)], 0.01)                       | keep: 0.01 of 4 prompt
 pcx.select([torch.ones(4)], 0.5, scope="layer")         | scope: got 'layer'
 pcx.condense(vit(), loader)                             | model: a VisionTransformer
 pcx.condense(None, loader)                              | model: a NoneType
-pcx.condense(vpt(), loader.dataset)                     | loader: a TensorDataset
+pcx.condense(vpt(), loader.dataset, lr=0.1)             | loader: a TensorDataset
 pcx.condense(pcx.VPT(vit(), 0), loader, lr=0.1)         | keep: 0.3 of 0 prompts keeps none
 pcx.condense(vpt(), loader)                             | lr: the model records no learning rate
 condense(keep=0)                                        | keep: 0
@@ -245,7 +245,8 @@ condense(scores=[torch.ones(1)])                        | scores: [1] per layer,
 condense(scores=[torch.ones(2), torch.tensor([1.0, NAN])]) | scores: layer 1 has scores
 condense(scores="x")                                    | scores: got
 condense(max_drop=NAN)                                  | max_drop: nan
-condense(max_drop=-1)                                   | max_drop: -1
+vpt().keep([1, 0])                                      | kept: layer 0: 1
+vpt().keep(3)                                           | kept: 0 layers
 condense(opt="x")                                       | opt: 'x'
 condense(amp="x")                                       | amp: got 'x'
 condense(seed=-2)                                       | seed: -2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,14 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file)
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # of settings, as DeiT's have
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"weights: {file} cannot be read ({error}); fetch it again") from error
     except Exception as error:  # torch raises errors of many types
         raise ValueError(
             f"weights: {file} is not what torch.save writes of tensors alone "
-            f"({str(error).splitlines()[0]}); save its state_dict as .safetensors"
+            f"({type(error).__name__}); save its state_dict as .safetensors"
         ) from error
     while isinstance(content, dict) and (key := next((k for k in _WITHIN if k in content), None)):
         content = content[key]

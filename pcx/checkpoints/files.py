@@ -29,15 +29,11 @@ def written_whole(path: Path) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path)
-    part = path.with_name(
-        f"{path.name}.{_machine()}.{os.getpid()}-{threading.get_native_id()}.part"
-    )
+    part = path.with_name(f"{path.name}.{machine()}.{os.getpid()}-{threading.get_native_id()}.part")
     try:
         yield part
         _to_disk(part)
         os.replace(part, path)
-        if os.name != "nt":  # folders cannot be opened there
-            _to_disk(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:
         code = getattr(error, "errno", None) or errno.EIO
         said = f"{error}; make room on its disk, or choose another" if _is_full(error) else error
@@ -45,6 +41,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+    if os.name != "nt":  # folders cannot be opened there
+        _to_disk(path.parent)
 
 
 def _is_full(error: Exception) -> bool:
@@ -60,7 +58,7 @@ def _to_disk(path: Path) -> None:
     Raises:
         OSError: the disk is full, or failed.
     """
-    opened = os.open(path, os.O_RDONLY)
+    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(opened)
     except OSError as error:
@@ -80,17 +78,20 @@ def _sweep(path: Path) -> None:
         found = of_path.fullmatch(part.name)
         if found is None:
             continue
-        ended = found[1] == _machine() and not _runs(int(found[2]))
+        ended = found[1] == machine() and not runs(int(found[2]))
         with suppress(OSError):  # another process may sweep as well
             if ended or time.time() - part.stat().st_mtime > DAY:
                 part.unlink()
 
 
-def _machine() -> str:
+def machine() -> str:
+    """A name of this machine, or of the container, within which processes have their numbers."""
+    with suppress(OSError):
+        return re.sub(r"\W", "_", f"{platform.node()}-{os.readlink('/proc/self/ns/pid')}")
     return re.sub(r"\W", "_", platform.node())
 
 
-def _runs(process: int) -> bool:
+def runs(process: int) -> bool:
     """Whether a process of that number runs on this machine; Windows is not asked."""
     if os.name == "nt":  # os.kill would end it
         return True

@@ -109,9 +109,12 @@ def load(path: str | os.PathLike, backbone: nn.Module | None = None) -> Any:
         raise ValueError(f"backbone: it does not fit {path}: {_differ(own, tensors)}")
     copy_state(tensors, own)
     model.record = _record(path, described)
-    if _is_resized(saved, model) and model.record.transform is not None:
-        model.record.transform |= {"input_size": list(input_size(model.plain_backbone()))}
     model.record.backbone = {"name": saved["name"], "arguments": saved.get("arguments") or {}}
+    if _is_resized(saved, model):
+        plain = model.plain_backbone()
+        model.record.backbone["arguments"] = arguments_of(plain)
+        if model.record.transform is not None:
+            model.record.transform |= {"input_size": list(input_size(plain))}
     if described.get("token_reduction") is not None:
         reduce_again(model, described["token_reduction"])
     return model.eval()

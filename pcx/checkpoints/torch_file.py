@@ -13,8 +13,13 @@ from pcx.checkpoints.files import written_whole
 
 def write_torch(content: Any, path: Path) -> None:
     """Writes tensors, numbers, text and containers of these, whole or not at all."""
-    with written_whole(path) as part:
-        torch.save(content, part)
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)  # a program may have turned them off
+    try:
+        with written_whole(path) as part:
+            torch.save(content, part)
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def read_torch(path: Path, device: torch.device | str = "cpu") -> Any:

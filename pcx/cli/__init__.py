@@ -107,8 +107,12 @@ def main() -> None:
         _stop(error, WRONG_INPUT if str(error).startswith("loader:") else DIVERGED)
     except (ValueError, *_OF_PATHS) as error:
         _stop(error, WRONG_INPUT)
-    except OSError as error:
+    except (OSError, ImportError, MemoryError) as error:
         _stop(error, FAILED)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, of a GPU
+            raise
+        _stop(f"{error}; try a smaller --batch-size", FAILED)
     except KeyboardInterrupt:
         _stop("interrupted", 128 + signal.SIGINT)
 

@@ -23,7 +23,7 @@ from pcx.training.checkpoint import check_place
 from pcx.training.evaluation import evaluate, standard_error
 from pcx.training.fitting import fit
 from pcx.training.objectives import Criterion, Objective, objective_for
-from pcx.training.recipe import check_settings
+from pcx.training.recipe import checked_settings
 from pcx.training.run_folder import writable_folder
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7)
@@ -83,9 +83,9 @@ def condense(
         ValueError: an argument does not fit, no learning rate is known, "auto" lacks validation
             data, or the folder is of another condensation.
     """
+    settings = checked_settings(opt, weight_decay, clip_grad, seed)
+    epochs, lr = _checked_rate(model, keep, scope, epochs, lr, val_loader, max_drop)
     check_loader(loader)
-    check_settings(opt, weight_decay, clip_grad, seed)
-    lr = _checked_rate(model, keep, scope, epochs, lr, val_loader, max_drop)
     parts = [f"keep_{fraction}" for fraction in GRID]
     check_place(checkpoint_dir, resume=resume, overwrite=overwrite, within=parts)
     folder = None if checkpoint_dir is None else writable_folder(checkpoint_dir)
@@ -98,8 +98,7 @@ def condense(
         method, scores = "given", checked_scores(scores)
     if [len(s) for s in scores] != list(model.counts):
         raise ValueError(f"scores: {[len(s) for s in scores]} per layer, expected {model.counts}")
-    options = {"opt": opt, "weight_decay": weight_decay, "clip_grad": clip_grad, "lr": lr}
-    options |= {"epochs": epochs, "val_loader": val_loader, **shared}
+    options = {**settings, "lr": lr, "epochs": epochs, "val_loader": val_loader, **shared}
     options |= {"resume": resume, "overwrite": overwrite}
     tuning = _Tuning(model, loader, method, scope, list(scores), folder, options)
     if not isinstance(keep, str):
@@ -110,17 +109,19 @@ def condense(
     return best
 
 
-def _checked_rate(model: Any, keep, scope, epochs, lr, val_loader, max_drop) -> float | None:
-    """The learning rate of the fine-tuning, None where there is none; before anything is computed.
+def _checked_rate(
+    model: Any, keep, scope, epochs, lr, val_loader, max_drop
+) -> tuple[int, float | None]:
+    """Epochs and learning rate of the fine-tuning, None where there is none.
 
     Raises:
         ValueError: an argument of `condense` does not fit.
     """
     check_prompted(model)
     epochs = whole_number("epochs", epochs)
-    real_number("max_drop", max_drop, least=0)
+    real_number("max_drop", max_drop)
     if lr is not None:
-        real_number("lr", lr, above=0, expected="a positive number")
+        lr = real_number("lr", lr, above=0, expected="a positive number")
     if epochs and lr is None:
         if model.trained_lr is None:
             raise ValueError(
@@ -134,7 +135,7 @@ def _checked_rate(model: Any, keep, scope, epochs, lr, val_loader, max_drop) -> 
         raise ValueError("val_loader: keep='auto' needs validation data")
     if not isinstance(keep, str):
         select([torch.zeros(m) for m in model.counts], keep, scope=scope)
-    return lr
+    return epochs, lr
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ def run_for_head(backbone: nn.Module, x: Any, **inputs: Any) -> Any:
 
 
 @contextmanager
-def reading(head_alone: bool) -> Iterator[None]:
+def reading(head_alone: bool | None) -> Iterator[None]:
     """Within it, in this thread, blocks know whether nothing but the head's output is taken."""
-    before = getattr(_here, "head_alone", False)
+    before = is_head_alone()
     _here.head_alone = head_alone
     try:
         yield
@@ -34,6 +34,9 @@ def reading(head_alone: bool) -> Iterator[None]:
         _here.head_alone = before
 
 
-def head_alone() -> bool:
-    """Whether nothing but the head's output is taken of the forward that is under way."""
-    return getattr(_here, "head_alone", False)
+def is_head_alone() -> bool | None:
+    """Whether nothing but the head's output is taken of the forward that is under way.
+
+    None where this thread runs no forward of a whole model.
+    """
+    return getattr(_here, "head_alone", None)

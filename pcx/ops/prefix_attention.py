@@ -129,6 +129,8 @@ def scaled(q: Tensor, scale: Any) -> tuple[Tensor, float]:
                 f"{tuple(q.shape)}, such as () or [H, 1, 1]"
             )
         return q * scale.to(q), 1.0
+    if torch.compiler.is_compiling() or isinstance(scale, torch.SymFloat):
+        return q, float(scale)  # its value is not known
     return q, real_number("scale", scale)
 
 

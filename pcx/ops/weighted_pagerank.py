@@ -70,7 +70,10 @@ def weighted_pagerank(
             init = init / init.sum(-1, keepdim=True)
         if bias is not None:
             bias = additive(bias, dtype).expand(batch, heads, n, n)
-        scale = 1 / math.sqrt(dim) if scale is None else real_number("scale", scale)
+        if scale is None:
+            scale = 1 / math.sqrt(dim)
+        elif not torch.compiler.is_compiling():  # else its value is not known
+            scale = real_number("scale", scale)
         arguments = (q, k, init, bias, prefix_k, among, iters, scale)
         run = DISPATCH.own_run(backend, *arguments)
         if run is None:  # an exported program needs torch alone

@@ -133,8 +133,9 @@ def _as_rgb(image: Image.Image) -> Image.Image:
                 f"its pixels are of mode {image.mode!r}, {values.min()}..{values.max()}; convert "
                 "it to 8 or 16 bits"
             )
-        eight = Image.fromarray((values / 257).round().astype(np.uint8))
-        return eight.convert("RGB")
+        if image.mode != "I" or values.max() > 255:  # "I" may hold 8 bits as well
+            values = (values / 257).round()
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         layers = image.convert("RGBA")
         if np.asarray(layers)[..., 3].min() < 255:

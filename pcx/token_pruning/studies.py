@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
 import time
+import uuid
 from typing import TYPE_CHECKING, Any
+
+from pcx.checkpoints.files import machine, runs
 
 if TYPE_CHECKING:
     import optuna
 
 TRIES, PAUSE = 8, 0.2  # of opening a storage that others are making, and seconds between them
 SLOT, PROCESS = "slot", "process"  # user attributes of trials
+_TOKEN = uuid.uuid4().hex
 
 
 def open_study(
@@ -89,7 +92,7 @@ def ask(study: optuna.Study) -> tuple[optuna.trial.Trial, int]:
     """
     from optuna.trial import TrialState
 
-    here = [platform.node(), os.getpid()]
+    here = _here()
     study.enqueue_trial({}, user_attrs={PROCESS: here})  # so that no trial is ever without it
     trial = study.ask()
     trial.set_user_attr(PROCESS, here)  # it may be one that another process enqueued
@@ -109,14 +112,15 @@ def ask(study: optuna.Study) -> tuple[optuna.trial.Trial, int]:
     return trial, slot
 
 
+def _here() -> list[Any]:
+    """Names this process, also where its number is given to another one later."""
+    return [machine(), os.getpid(), _TOKEN]
+
+
 def _has_ended(process: Any) -> bool:
-    """Whether the process (machine, number) that ran a trial is one of this machine that ended."""
-    if not process or process[0] != platform.node() or os.name == "nt":
+    """Whether the process that ran a trial is one of this machine that ended."""
+    if not process or process[0] != machine():
         return False
-    try:
-        os.kill(process[1], 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
-    return process[1] == os.getpid()  # a number that came again, as no trial of ours runs yet
+    if process[1] == os.getpid():
+        return process[2] != _TOKEN
+    return not runs(process[1])

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
 from pcx.backbones.inputs import input_size
 from pcx.backbones.outputs import logits_of
@@ -64,7 +64,7 @@ class BatchCheck:
             )
         self.objective, self.model, self.names = objective, model, names
         self.shape: torch.Size | None = None
-        self._checks = objective.criterion is None or objective.indexes_logits
+        self._checks = objective.criterion is None  # it may take others
         self._seen: Any = None
 
     def looked_at(self, batch: Any) -> tuple[Any, Tensor]:
@@ -111,9 +111,9 @@ class BatchCheck:
             unlike = _unlike(self.model, images)
             if unlike is None or isinstance(error, torch.OutOfMemoryError):
                 raise
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(
-                f"loader: the model cannot take its images ({str(error).strip().splitlines()[0]}): "
-                f"{unlike}"
+                f"loader: the model cannot take its images ({said}): {unlike}"
             ) from error
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -126,13 +126,14 @@ class BatchCheck:
 
 def check_loader(loader: Any, name: str = "loader") -> None:
     """Raises a ValueError where something else is given in the place of a loader of batches."""
-    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+    if isinstance(loader, Dataset) and not hasattr(loader, "__iter__"):
         raise ValueError(
             f"{name}: a {type(loader).__name__}, which gives single samples; wrap it in "
             "torch.utils.data.DataLoader(dataset, batch_size=64)"
         )
     batch = isinstance(loader, tuple) and len(loader) == 2 and isinstance(loader[0], Tensor)
-    if batch or isinstance(loader, Tensor | str | bytes) or not isinstance(loader, Iterable):
+    batches = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
+    if batch or isinstance(loader, Tensor | str | bytes) or not batches:
         what = "a single batch" if batch else f"a {type(loader).__name__}"
         raise ValueError(
             f"{name}: {what}, expected a DataLoader, or another iterable of (images, labels)"
@@ -163,28 +164,30 @@ def _check_images(images: Any) -> None:
             f"loader: its images are of type {type(first).__name__}, expected a tensor "
             "[B, 3, H, W]; let its transform make tensors, as model.transform() does"
         )
-    if isinstance(images, Tensor) and not images.is_floating_point():
-        raise ValueError(
-            f"loader: its images are {images.dtype}, expected floating point; scale and normalise "
-            "them as model.transform() does"
-        )
 
 
 def _unlike(model: nn.Module, images: Any) -> str | None:
-    """What images are and what a backbone expects, where that is known to differ."""
-    backbone = getattr(model, "backbone", model)
+    """What images are and what was expected, where that is known to differ."""
+    if not isinstance(images, Tensor):
+        what = f"a dict of {sorted(images)}" if isinstance(images, Mapping) else type(images)
+        return f"they are {what}, expected a tensor [B, 3, H, W]"
+    shown = str(images.dtype).removeprefix("torch.")
+    if not images.is_floating_point():
+        return f"they are {shown}; scale and normalise them as model.transform() does"
+    backbone: Any = getattr(model, "backbone", model)
     weight = next(model.parameters(), None)
-    known = hasattr(backbone, "pretrained_cfg") or hasattr(backbone, "config")
-    if not isinstance(images, Tensor) or weight is None or not known:
+    if weight is None or not (hasattr(backbone, "pretrained_cfg") or hasattr(backbone, "config")):
         return None
-    size = input_size(model)
+    size, given = input_size(model), tuple(images.shape[1:])
+    strict = getattr(getattr(backbone, "patch_embed", None), "strict_img_size", True)
+    alike = given == size if strict else len(given) == 3 and given[0] == size[0]
     cast = torch.is_autocast_enabled(images.device.type) or images.dtype == weight.dtype
-    if tuple(images.shape[1:]) == tuple(size) and cast:
+    if alike and cast:
         return None
     return (
-        f"they are {str(images.dtype).removeprefix('torch.')} {list(images.shape)}, and the "
-        f"backbone expects {str(weight.dtype).removeprefix('torch.')} [B, "
-        f"{', '.join(map(str, size))}]; model.transform() makes such images"
+        f"they are {shown} {list(images.shape)}, and the backbone expects "
+        f"{str(weight.dtype).removeprefix('torch.')} [B, {', '.join(map(str, size))}]; "
+        "model.transform() makes such images"
     )
 
 

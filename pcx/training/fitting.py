@@ -41,6 +41,7 @@ from pcx.training.processes import Together
 from pcx.training.recipe import (
     Recipe,
     check_recipe,
+    checked_settings,
     cosine_schedule,
     rates_of,
 )
@@ -117,8 +118,8 @@ def fit(
     _check(model, loader, val_loader, cache)
     check_place(checkpoint_dir, resume=resume, overwrite=overwrite)
     names, chosen = _trainable(model), objective_for(objective, criterion)
-    given: Any = {"weight_decay": weight_decay, "momentum": momentum, "opt": opt, "amp": amp}
-    given |= {"clip_grad": clip_grad, "seed": seed, "criterion": chosen.described}
+    given = checked_settings(opt, weight_decay, clip_grad, seed, momentum)
+    given |= {"amp": amp, "criterion": chosen.described}
     with accelerator_for(amp, seed) as accelerator:
         rates = rates_of(epochs, lr, base_lr, warmup_epochs, loader, accelerator)
         recipe = Recipe(**rates, **given, frozen=_frozen(model, names, checkpoint_dir))

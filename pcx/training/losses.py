@@ -35,7 +35,9 @@ def seen_losses(losses: Tensor, images: Any) -> Tensor:
             continue
         if tensor.is_floating_point():
             wide = torch.promote_types(tensor.dtype, torch.float32)
-            broken = ~tensor.flatten(1).sum(1, dtype=wide).isfinite()  # as one term is not
+            dims = tuple(range(1, tensor.dim()))  # without a copy of images in channels_last
+            total = tensor.sum(dims, dtype=wide) if dims else tensor
+            broken = ~total.isfinite()  # as one term is not
             found = found.masked_fill(broken & ~found.isfinite(), OF_INPUT)
     return found
 

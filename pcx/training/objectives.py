@@ -35,14 +35,11 @@ class Objective:
         name: in `OBJECTIVES`.
         loss_name: of the objective's own loss, by which files tell runs apart.
         targets: what targets look like, for error messages.
-        indexes_logits: whether targets are places of logits. A GPU must not be given others, so
-            they are looked at whatever the criterion.
     """
 
     name: ClassVar[str]
     loss_name: ClassVar[str]
     targets: ClassVar[str]
-    indexes_logits: ClassVar[bool] = False
 
     def __init__(self, criterion: Criterion | None = None):
         self.criterion = criterion
@@ -118,7 +115,6 @@ class SingleLabel(Objective):
     name = "single-label"
     loss_name = "cross-entropy"
     targets = "one class per image, integers [B]"
-    indexes_logits = True
 
     def fits(self, logits: Tensor, targets: Tensor) -> bool:
         """Integers [B]."""
@@ -142,9 +138,6 @@ class SingleLabel(Objective):
     def check_seen(self, seen: tuple[int, int] | None, shape: torch.Size) -> None:
         """Raises a ValueError where a label is none of the head's classes."""
         low, high = seen or (0, 0)
-        if self.criterion is not None:  # it may leave some out, or take one logit for two classes
-            low = 0
-            shape = shape if len(shape) == 2 and shape[-1] > 1 else torch.Size([0, high + 1])
         if len(shape) != 2:
             raise ValueError(
                 f"model: it gives {tuple(shape)}, expected logits [B, C]; give the model a head, "
@@ -282,7 +275,6 @@ class Segmentation(Objective):
     name = "segmentation"
     loss_name = "cross-entropy of pixels"
     targets = "a class per pixel, integers [B, H, W] for logits [B, C, H, W]"
-    indexes_logits = True
     IGNORED: ClassVar[int] = 255
 
     def fits(self, logits: Tensor, targets: Tensor) -> bool:
@@ -306,7 +298,6 @@ class Segmentation(Objective):
     def check_seen(self, seen: tuple[int, int], shape: torch.Size) -> None:
         """Raises a ValueError where a pixel's class is none of the head's."""
         low, high = seen
-        low = low if self.criterion is None else 0  # it may leave some out
         if low < 0 or high >= shape[1]:
             raise ValueError(
                 f"loader: pixels of classes {low}..{high} for a head of {shape[1]} classes, "

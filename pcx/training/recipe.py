@@ -45,8 +45,9 @@ def rates_of(
     Raises:
         ValueError: one of them does not fit, or the loader has no length.
     """
+    epochs = whole_number("epochs", epochs, 1)
     return {
-        "epochs": whole_number("epochs", epochs, 1),
+        "epochs": epochs,
         "lr": learning_rate_of(lr, base_lr, loader, accelerator),
         "warmup_epochs": epochs / 10
         if warmup_epochs is None
@@ -73,29 +74,35 @@ def learning_rate_of(lr, base_lr, loader, accelerator: Accelerator) -> float:
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raises a ValueError where a setting is out of range, or there is no such optimiser."""
+    """Raises a ValueError where the warm-up is not shorter than the training."""
     if not 0 <= recipe.warmup_epochs < recipe.epochs:
         raise ValueError(
             f"warmup_epochs: {recipe.warmup_epochs}, expected 0 or more and under {recipe.epochs}"
         )
-    check_settings(
-        recipe.opt, recipe.weight_decay, recipe.clip_grad, recipe.seed, momentum=recipe.momentum
-    )
 
 
-def check_settings(
-    opt: Any, weight_decay: Any, clip_grad: Any, seed: Any, *, momentum: Any = 0.9
-) -> None:
-    """Raises a ValueError where a setting is out of range, or there is no such optimiser."""
-    real_number("weight_decay", weight_decay, least=0)
-    real_number("momentum", momentum, least=0, below=1)
-    whole_number("seed", seed)
-    if clip_grad is not None:
-        real_number("clip_grad", clip_grad, above=0, expected="a positive number or None")
+def checked_settings(
+    opt: Any, weight_decay: Any, clip_grad: Any, seed: Any, momentum: Any = 0.9
+) -> dict[str, Any]:
+    """The settings by name, as plain numbers.
+
+    Raises:
+        ValueError: one is out of range, or there is no such optimiser.
+    """
     if opt not in list_optimizers():
         near = difflib.get_close_matches(str(opt), list_optimizers(), n=2)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(f"opt: {opt!r}, expected one of timm.optim.list_optimizers().{hint}")
+    if clip_grad is not None:
+        expected = "a positive number or None"
+        clip_grad = real_number("clip_grad", clip_grad, above=0, expected=expected)
+    return {
+        "opt": opt,
+        "weight_decay": real_number("weight_decay", weight_decay, least=0),
+        "momentum": real_number("momentum", momentum, least=0, below=1),
+        "clip_grad": clip_grad,
+        "seed": whole_number("seed", seed),
+    }
 
 
 def updates_per_epoch_of(loader, accelerator: Accelerator) -> int:

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import sys
+import uuid
 from collections.abc import Mapping, Sequence, Sized
 from datetime import datetime, timezone
 from pathlib import Path
@@ -108,9 +109,10 @@ def writable_folder(checkpoint_dir: str | os.PathLike) -> Path:
 
 def _write_probe(path: Path) -> None:
     """Writes a file and removes it: the folder's mode alone does not say whether that works."""
-    with written_whole(path / "probe") as part:
+    probe = path / f".probe-{uuid.uuid4().hex}"
+    with written_whole(probe) as part:
         part.touch()
-    (path / "probe").unlink(missing_ok=True)  # another process may have done it
+    probe.unlink(missing_ok=True)
 
 
 def facts_of(model: nn.Module, names: Sequence[str], loader, val_loader) -> dict[str, Any]:

@@ -77,5 +77,5 @@ def test_bad_keeps_are_named(keep, message):
 def test_bad_scores_and_scopes_are_named():
     with pytest.raises(ValueError, match="scope: got 'layer'"):
         select(SCORES, 1, scope="layer")
-    with pytest.raises(ValueError, match="scores: layer 1 is not"):
+    with pytest.raises(ValueError, match="scores: layer 1 has scores that are NaN"):
         select([torch.ones(2), torch.tensor([float("nan")])], 1)

@@ -123,6 +123,7 @@ def test_a_scale_of_one_s_own():
     check(inputs(), scale=0.7)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # NumPy's, in place of a GPU
 def test_a_row_masked_by_the_least_number_takes_the_mean():
     q, k, v, prefix_k, prefix_v = inputs(m=0)
     bias = torch.zeros(21, 21)

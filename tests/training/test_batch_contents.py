@@ -36,7 +36,10 @@ def score(backbone, loader):
         ([(X[..., :16], Y)], r"loader: .* they are float64 \[6, 3, 32, 16\]"),
         ([(X[0], Y[:1])], r"loader: .* they are float64 \[3, 32, 32\]"),
         ([(X.float(), Y)], r"loader: .* they are float32 \[6, .* expects float64 \[B, 3, 32, 32\]"),
-        ([((X * 99).to(torch.uint8), Y)], r"loader: its images are torch\.uint8, expected floati"),
+        (
+            [((X * 99).to(torch.uint8), Y)],
+            r"loader: the model cannot take .* they are uint8; scale",
+        ),
         ([(["a.jpg"] * 6, Y)], r"loader: its images are of type str, expected a tensor"),
         ([(None, Y)], r"loader: its images are of type NoneType, expected a tensor"),
         ([(X, Y.tolist())], "loader: its labels are a list, expected a tensor"),
@@ -83,17 +86,27 @@ def test_a_loss_that_is_not_finite_for_finite_images_is_the_models(backbone):
         pcx.evaluate(model, [(X, Y)])
 
 
-def test_labels_beyond_the_head_are_refused_with_a_criterion_too(backbone):
-    def smooth(logits, labels):
+def test_a_criterion_may_take_other_labels(backbone):
+    def coarse(logits, labels):
         return torch.nn.functional.cross_entropy(
-            logits, labels, reduction="none", label_smoothing=0.1, ignore_index=-100
+            logits, labels.where(labels == 255, labels // 2), reduction="none", ignore_index=255
         )
 
-    with pytest.raises(ValueError, match=r"labels .*\.\.3 for a head of 3 classes"):
-        fit(backbone, [(X, Y + 1)], criterion=smooth)
-    ignored = Y.clone()
-    ignored[0] = -100
-    fit(backbone, [(X, ignored)], criterion=smooth)
+    fine = torch.tensor([0, 5, 255, 3, 4, 1])
+    fit(backbone, [(X, fine)], criterion=coarse)
+
+
+def test_a_model_may_take_integers(backbone):
+    class Scales(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vpt = pcx.VPT(backbone, 2)
+
+        def forward(self, images):
+            return self.vpt(images.double() / 255)
+
+    images = (X * 50).clamp(0, 255).to(torch.uint8)
+    assert pcx.evaluate(Scales(), [(images, Y)])["samples"] == 6
 
 
 class Named(Dataset):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pcx.backbones import attention
 from pcx.backbones.residual import HOOKS, Wrapper
-from pcx.models.head_reads import head_alone
+from pcx.models.head_reads import is_head_alone, reading
 from pcx.models.vpt.probes import Probe
 from pcx.models.vpt.prompts import dropped, neighbours, per_sample
 from pcx.ops.prefix_attention import cpu_cannot, prefix_attention
@@ -122,7 +122,8 @@ class PromptedBlock(Wrapper):
                 raise RuntimeError("model: path 'concat' has prompts among the tokens; fold them")
             form = partial(self._concat, self.prefix_tokens)
         if self.checkpoint and torch.is_grad_enabled():
-            return torch.utils.checkpoint.checkpoint(form, x, *args, use_reentrant=False, **kwargs)
+            again = partial(_reading, bool(is_head_alone()), form)
+            return torch.utils.checkpoint.checkpoint(again, x, *args, use_reentrant=False, **kwargs)
         return form(x, *args, **kwargs)
 
     def _place(self, width: int) -> None:
@@ -251,11 +252,13 @@ class PromptedBlock(Wrapper):
 
     def _is_for_head(self) -> bool:
         """Whether the head's output alone is taken; computed again for a backward pass, as then."""
+        alone = is_head_alone()
         if torch.compiler.is_compiling():
-            return head_alone()
-        if torch._C._current_graph_task_id() == -1:  # outside of any backward pass
-            self._was_for_head = head_alone()
-        return self._was_for_head
+            return bool(alone)
+        if alone is None and torch._C._current_graph_task_id() != -1:  # in a backward pass
+            return self._was_for_head
+        self._was_for_head = bool(alone)
+        return bool(alone)
 
     def prefixes(self, prompts: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the prompts for each attention call: [H, m, d] or [G, H, m, d]."""
@@ -339,6 +342,11 @@ class PromptedBlock(Wrapper):
         if bias is not None and bias.is_floating_point():
             bias = bias.to(call.q.dtype)
         return attention.Call(call.q, call.k, call.v, bias, call.scale).output()
+
+
+def _reading(head_alone: bool, form: Any, *args: Any, **kwargs: Any) -> Tensor:
+    with reading(head_alone):
+        return form(*args, **kwargs)
 
 
 def _check_call(call: attention.Call) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -177,12 +177,15 @@ class VPT(TunedModel):
         Raises:
             ValueError: the layers do not match, or an index is out of range or no whole number.
         """
-        if len(kept) != len(self.prompts):
-            raise ValueError(f"kept: {len(kept)} layers, expected {len(self.prompts)}")
+        layers = kept if isinstance(kept, Sequence) else ()
+        if len(layers) != len(self.prompts):
+            raise ValueError(f"kept: {len(layers)} layers, expected {len(self.prompts)}")
         small = self.copy()
         for i, index in enumerate(kept):
             prompts = self.prompts[i].detach()
-            given = index.tolist() if hasattr(index, "tolist") else list(index)
+            given = index.tolist() if hasattr(index, "tolist") else index
+            if isinstance(given, str) or not isinstance(given, Iterable):
+                raise ValueError(f"kept: layer {i}: {given!r}, expected a list of indices")
             most = prompts.shape[-2] - 1
             rows = [whole_number(f"kept: layer {i}", row, most=most) for row in given]
             if rows != sorted(set(rows)):
