@@ -243,3 +243,22 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, monkeypatch, capsys, line
     pattern = ".*".join(re.escape(part) for part in message.split(".*"))
     assert re.search(pattern, said), said
     assert listing(folder) == before
+
+
+def test_a_training_that_diverges_has_its_own_exit_code_and_keeps_the_file(
+    folder, monkeypatch, capsys, tmp_path
+):
+    file = tmp_path / "m.safetensors"
+    file.write_bytes((folder / "m.safetensors").read_bytes())
+    before = file.read_bytes()
+    line = f"train --task digits --out {file} --lr 100000 --epochs 1 --prompts 1 --overwrite"
+    monkeypatch.setattr("pcx.tasks.digits", DIGITS)
+    monkeypatch.setattr("signal.signal", lambda *given: None)
+    monkeypatch.setattr(sys, "argv", ["pcx", *shlex.split(line)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capsys.readouterr().err
+    assert end.value.code == 3
+    assert "training diverged" in said
+    assert "try 10000)" in said
+    assert file.read_bytes() == before
