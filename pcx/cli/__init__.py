@@ -104,7 +104,7 @@ def main() -> None:
             sys.exit(WRONG_INPUT)
         _stop(error.format_message(), WRONG_INPUT)
     except FloatingPointError as error:
-        _stop(error, WRONG_INPUT if str(error).startswith("loader:") else DIVERGED)
+        _stop(error, WRONG_INPUT if str(error).startswith(("loader:", "val_loader:")) else DIVERGED)
     except (ValueError, *_OF_PATHS) as error:
         _stop(error, WRONG_INPUT)
     except (OSError, ImportError, MemoryError) as error:

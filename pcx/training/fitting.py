@@ -250,7 +250,7 @@ class _Run:
             row = {"epoch": number + 1, **self._pass(number)}
             self._check_parameters(number)
             if self.val_loader is not None:
-                found = self.evaluation.of(self.val_loader)
+                found = self._validated()
                 del found["samples"]
                 row |= {"val_loss": found.pop("loss"), **{f"val_{k}": v for k, v in found.items()}}
         except NonFiniteLoss:
@@ -259,6 +259,14 @@ class _Run:
         row["seconds"] = time.perf_counter() - start
         self.history.append(row)
         return row
+
+    def _validated(self) -> dict:
+        try:
+            return self.evaluation.of(self.val_loader)
+        except (ValueError, NonFiniteLoss) as error:
+            if not str(error).startswith("loader:"):
+                raise
+            raise type(error)(f"val_{error}") from error  # the argument's name here
 
     def _check_parameters(self, number: int) -> None:
         for name, parameter in self.parameters.items():

@@ -171,3 +171,16 @@ def test_names_are_found_in_what_wraps_a_data_set():
     named = TensorDataset(X, Y)
     named.class_to_idx = {"b": 0, "a": 1}
     assert class_names_of(DataLoader(named)) == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "^val_loader: it yielded no sample"),
+        ([(X, Y + 1)], r"^val_loader: labels 1\.\.3 for a head of 3 classes"),
+        ([(X * torch.nan, Y)], "^val_loader: image 0 of the batch has values"),
+    ],
+)
+def test_what_is_wrong_with_the_validation_data_is_named_so(backbone, batches, message):
+    with pytest.raises((ValueError, pcx.NonFiniteLoss), match=message):
+        fit(backbone, [(X, Y)], val_loader=batches)
