@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import sys
-import uuid
 from collections.abc import Mapping, Sequence, Sized
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,6 +22,7 @@ from pcx.checkpoints.files import written_whole
 from pcx.checkpoints.fingerprint import backbone_name
 
 CONFIG, ENVIRONMENT, HISTORY = "config.json", "environment.json", "history.csv"
+PROBE = ".pcx-probe"
 PACKAGES = ("timm", "triton")
 # An absolute path, or one in a home: from a / or ~ that follows no name, to its last separator.
 _PATH = re.compile(r"(?<![\w.-])(?:[/~]|[A-Za-z]:\\)[^=,;:'\"]*")
@@ -109,10 +109,10 @@ def writable_folder(checkpoint_dir: str | os.PathLike) -> Path:
 
 def _write_probe(path: Path) -> None:
     """Writes a file and removes it: the folder's mode alone does not say whether that works."""
-    probe = path / f".probe-{uuid.uuid4().hex}"
+    probe = path / PROBE  # one name for all, so that what a killed process left is swept
     with written_whole(probe) as part:
         part.touch()
-    probe.unlink(missing_ok=True)
+    probe.unlink(missing_ok=True)  # another process may have done it
 
 
 def facts_of(model: nn.Module, names: Sequence[str], loader, val_loader) -> dict[str, Any]:

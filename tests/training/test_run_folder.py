@@ -12,7 +12,7 @@ import torch
 
 import pcx
 from pcx.training.fitting import _Run
-from pcx.training.run_folder import RunFolder, without_place
+from pcx.training.run_folder import RunFolder, without_place, writable_folder
 
 QUIET = {"progress": False}
 FILES = {"last.pt", "config.json", "environment.json", "history.csv"}
@@ -215,3 +215,11 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_training(
     monkeypatch.setattr(Path, "touch", refuse)
     with pytest.raises(ValueError, match=r"cannot be written to \(Permission denied\)"):
         pcx.fit(new_model(backbone), Unread([1]), checkpoint_dir=tmp_path / "new", **options)
+
+
+def test_proving_that_a_folder_can_be_written_touches_no_file_of_the_user(tmp_path):
+    for name in ("probe", "probe.part"):
+        (tmp_path / name).write_text("mine")
+    writable_folder(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["probe", "probe.part"]
+    assert (tmp_path / "probe").read_text() == "mine"
