@@ -9,16 +9,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, DataLoaderShard
 from rich.progress import Progress
 from torch import Tensor
 from torch.func import functional_call
-from torch.utils.data import DistributedSampler, IterableDataset
+from torch.utils.data import IterableDataset
 
 from pcx.models.vpt.model import VPT
 from pcx.training.batches import BatchCheck, images_and_labels, placed
 from pcx.training.class_names import agreed_names
-from pcx.training.loaders import rebuilt
+from pcx.training.loaders import is_divided, rebuilt
 from pcx.training.losses import OF_INPUT, Losses
 from pcx.training.objectives import Objective
 
@@ -163,8 +162,7 @@ def _share(loader: Any, rank: int, processes: int) -> Any:
     if processes == 1:
         return loader
     batches = getattr(loader, "batch_sampler", None)
-    divided = (BatchSamplerShard, DataLoaderShard, DataLoaderDispatcher, DistributedSampler)
-    if any(isinstance(x, divided) for x in (loader, batches, getattr(loader, "sampler", None))):
+    if is_divided(loader):
         raise ValueError(
             "loader: it is divided among processes already; give the one that reads everything"
         )

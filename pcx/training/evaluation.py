@@ -19,6 +19,7 @@ from pcx.models.base import check_module, keeping_modes
 from pcx.training.batches import BatchCheck, check_loader, placed
 from pcx.training.class_names import agreed_names
 from pcx.training.execution import compiled, prepared
+from pcx.training.loaders import is_divided
 from pcx.training.losses import Losses, seen_losses
 from pcx.training.objectives import Criterion, Objective, objective_for
 
@@ -105,8 +106,13 @@ def evaluate(
 
 
 def divided(accelerator: Accelerator, loader: Any) -> Any:
-    """This process's share of a loader, whose batches stay where they are."""
-    if isinstance(loader, DataLoader):
+    """This process's share of a loader, whose batches stay where they are.
+
+    A loader that is divided among processes already is read as it is.
+    """
+    if isinstance(loader, DataLoader) and not (
+        accelerator.num_processes > 1 and is_divided(loader)
+    ):
         return accelerator.prepare_data_loader(loader, device_placement=False)
     return loader
 

@@ -33,7 +33,7 @@ from pcx.training.checkpoint import (
 from pcx.training.class_names import agreed_names, keep_names
 from pcx.training.evaluation import Evaluation, accelerator_for, divided, gathered
 from pcx.training.execution import check_execution, compiled, prepared
-from pcx.training.loaders import start_workers_anew
+from pcx.training.loaders import set_epoch, start_workers_anew
 from pcx.training.losses import Losses, NonFiniteInput, NonFiniteLoss, seen_losses
 from pcx.training.objectives import Criterion, Objective, objective_for
 from pcx.training.optimizers import Rates, load_plain, make_recordable, plain_state
@@ -243,8 +243,7 @@ class _Run:
         _seed_everything(self.recipe.seed, number, self.accelerator.process_index)
         if self.recipe.frozen is not None:
             start_workers_anew(self.loader)
-        if hasattr(self.loader, "set_epoch"):
-            self.loader.set_epoch(number)
+        set_epoch(self.loader, number)
         self.model.train()
         try:
             row = {"epoch": number + 1, **self._pass(number)}

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import timm.data
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, DataLoaderShard
 from torch import nn
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
     DataLoader,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -19,6 +21,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
 )
 
+_DIVIDED = (BatchSamplerShard, DataLoaderShard, DataLoaderDispatcher, DistributedSampler)
 _RANDOM = (
     "Random",
     "AutoAugment",
@@ -77,6 +80,21 @@ def rebuilt(loader: DataLoader, dataset: Any, **order: Any) -> DataLoader:
         multiprocessing_context=loader.multiprocessing_context,
         **order,
     )
+
+
+def is_divided(loader: Any) -> bool:
+    """Whether a loader gives each process a share already, by its sampler or by Accelerate."""
+    batches = getattr(loader, "batch_sampler", None)
+    parts = (loader, batches, getattr(loader, "sampler", None), getattr(batches, "sampler", None))
+    return any(isinstance(part, _DIVIDED) for part in parts)
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tells a loader, or the sampler of one that is divided, which epoch comes."""
+    parts: tuple[Any, ...] = (loader, getattr(loader, "sampler", None))
+    for part in parts:
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
 
 
 def start_workers_anew(loader: Any) -> None:

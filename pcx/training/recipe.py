@@ -12,6 +12,7 @@ from timm.optim import list_optimizers
 from timm.scheduler import create_scheduler_v2
 
 from pcx.arguments import real_number, whole_number
+from pcx.training.loaders import is_divided
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def checked_settings(
 def updates_per_epoch_of(loader, accelerator: Accelerator) -> int:
     """How many updates one process makes in an epoch, by the length of the loader."""
     try:
-        return max(1, math.ceil(len(loader) / accelerator.num_processes))
+        parts = 1 if is_divided(loader) else accelerator.num_processes
+        return max(1, math.ceil(len(loader) / parts))
     except TypeError:
         raise ValueError("loader: it has no length, which the schedule needs") from None
 

@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).with_name("train_together.py")
 ROOT = SCRIPT.parents[2]
 
 
-def trained(folder, processes, batch, device):
+def trained(folder, processes, batch, device, *more):
     """What each process wrote."""
     folder.mkdir()
     with socket.socket() as free:
@@ -27,15 +27,15 @@ def trained(folder, processes, batch, device):
         if processes > 1:
             own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
             own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, str(SCRIPT), str(folder), str(batch), device]
+        command = [sys.executable, str(SCRIPT), str(folder), str(batch), device, *more]
         running.append(subprocess.Popen(command, env={**os.environ, **own}))
     assert [process.wait(300) for process in running] == [0] * processes
     return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(processes)]
 
 
-def check(tmp_path, device, tolerance):
+def check(tmp_path, device, tolerance, *more):
     (alone,) = trained(tmp_path / "alone", 1, 8, device)
-    first, second = trained(tmp_path / "together", 2, 4, device)
+    first, second = trained(tmp_path / "together", 2, 4, device, *more)
     for name, tensor in first["state"].items():
         assert torch.equal(tensor, second["state"][name]), name
         torch.testing.assert_close(tensor, alone["state"][name], rtol=tolerance, atol=tolerance)
@@ -46,6 +46,10 @@ def check(tmp_path, device, tolerance):
 
 def test_two_processes_train_as_one(tmp_path):
     check(tmp_path, "cpu", 1e-10)
+
+
+def test_a_loader_that_is_divided_already_is_not_divided_again(tmp_path):
+    check(tmp_path, "cpu", 1e-10, "divided")
 
 
 @pytest.mark.gpu

@@ -1,4 +1,7 @@
-"""Trains a model as one of several processes: `python train_together.py FOLDER BATCH DEVICE`."""
+"""Trains a model as one of several processes.
+
+`python train_together.py FOLDER BATCH DEVICE [divided]`; "divided" gives each process its samples.
+"""
 
 import os
 import sys
@@ -6,7 +9,7 @@ from pathlib import Path
 
 import timm
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import pcx
 
@@ -22,7 +25,11 @@ def main() -> None:
     images, labels = torch.randn(48, 3, 32, 32, dtype=dtype), torch.arange(48) % 3
     torch.manual_seed(rank)  # only the first process has the prompts that all are to have
     model = pcx.VPT(backbone.to(dtype), 3)
-    loader = DataLoader(TensorDataset(images, labels), batch_size=batch)
+    data, sampler = TensorDataset(images, labels), None
+    if "divided" in sys.argv and "WORLD_SIZE" in os.environ:
+        parts = int(os.environ["WORLD_SIZE"])
+        sampler = DistributedSampler(data, num_replicas=parts, rank=rank, shuffle=False)
+    loader = DataLoader(data, batch_size=batch, sampler=sampler)
     history = pcx.fit(
         model, loader, epochs=3, lr=0.05, val_loader=loader, clip_grad=1.0, progress=False
     )
