@@ -120,8 +120,6 @@ def scaled(q: Tensor, scale: Any) -> tuple[Tensor, float]:
         TypeError: the scale is neither a number nor a tensor.
         ValueError: the scale is no number, or does not broadcast to the queries.
     """
-    if scale is None:
-        return q, 1 / math.sqrt(q.shape[-1])
     if isinstance(scale, Tensor):
         if not broadcasts(scale, tuple(q.shape)):
             raise ValueError(
@@ -129,9 +127,15 @@ def scaled(q: Tensor, scale: Any) -> tuple[Tensor, float]:
                 f"{tuple(q.shape)}, such as () or [H, 1, 1]"
             )
         return q * scale.to(q), 1.0
-    if torch.compiler.is_compiling() or isinstance(scale, torch.SymFloat):
-        return q, float(scale)  # its value is not known
-    return q, real_number("scale", scale)
+    known = not (torch.compiler.is_compiling() or isinstance(scale, torch.SymFloat))
+    if scale is not None and known:
+        return q, real_number("scale", scale)
+    return q, scale_of(q, scale)
+
+
+def scale_of(q: Tensor, scale: Any) -> float:
+    """A number to multiply the logits by that needs no check, 1 / sqrt(d) by default."""
+    return 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
 
 
 def automatic(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str:

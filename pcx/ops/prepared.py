@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pcx.ops.checks import transformed
-from pcx.ops.prefix_attention import DISPATCH, automatic, prefix_attention, scaled
+from pcx.ops.prefix_attention import DISPATCH, automatic, prefix_attention, scale_of
 from pcx.ops.recording import is_recorded
 from pcx.ops.reference import prefix_attention as reference
 
@@ -55,9 +55,9 @@ class Prepared:
 
 
 def _choice(q, k, v, prefix_k, prefix_v, scale) -> Run:
-    if automatic(q, k, v, scaled(q, scale)[1]) == "reference":
+    if automatic(q, k, v, scale_of(q, scale)) == "reference":
         return _run_reference
-    arguments = (q, k, v, prefix_k, prefix_v, None, scaled(q, scale)[1])
+    arguments = (q, k, v, prefix_k, prefix_v, None, scale_of(q, scale))
     if DISPATCH.cannot("cuda", *arguments) is None and not torch.cuda.is_current_stream_capturing():
         with torch.no_grad(), suppress(ValueError):  # the kernels have limits that they say in C++
             _run_hopper(q, k, v, prefix_k, prefix_v, scale)
@@ -66,11 +66,11 @@ def _choice(q, k, v, prefix_k, prefix_v, scale) -> Run:
 
 
 def _run_reference(q, k, v, prefix_k, prefix_v, scale) -> Tensor:
-    return reference.prefix_attention(q, k, v, prefix_k, prefix_v, scale=scaled(q, scale)[1])
+    return reference.prefix_attention(q, k, v, prefix_k, prefix_v, scale=scale_of(q, scale))
 
 
 def _run_op(q, k, v, prefix_k, prefix_v, scale, backend: str = "auto") -> Tensor:
-    op, scale = torch.ops.pcx.prefix_attention.default, scaled(q, scale)[1]
+    op, scale = torch.ops.pcx.prefix_attention.default, scale_of(q, scale)
     return op(q, k, v, prefix_k, prefix_v, None, None, None, scale, backend)[0]
 
 
