@@ -164,6 +164,22 @@ def listed(name: str, value: Any) -> list[Any] | None:
     return list(value) if isinstance(value, Iterable) else None
 
 
+def one_each(name: str, value: Any, layers: int) -> list[Any]:
+    """A value for each layer: one for all of them, or one each.
+
+    Raises:
+        ValueError: there are values for another number of layers.
+    """
+    each = listed(name, value)
+    if each is None:
+        return [value] * layers
+    if len(each) != layers:
+        raise ValueError(
+            f"{name}: {len(each)} values for {layers} layers; give one value, or one per layer"
+        )
+    return each
+
+
 def check_still_reads_cls(backbone: Any) -> None:
     """Raises a RuntimeError where the head was given another pooling than by [CLS] later."""
     if not pools_by_token(backbone):

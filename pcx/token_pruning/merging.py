@@ -22,8 +22,8 @@ from pcx.token_pruning.handles import (
     biased,
     blocks_of,
     clear,
-    listed,
     of_last_batch,
+    one_each,
     spec_of,
 )
 
@@ -231,11 +231,5 @@ class _MergedForward(StandIn):
 
 
 def _pairs(r: Any, layers: int) -> list[int]:
-    each = listed("r", r)
-    pairs = [r] * layers if each is None else each
-    if len(pairs) != layers:
-        raise ValueError(
-            f"r: {len(pairs)} values for {layers} layers; give one value, or one per layer"
-        )
-    checked = [whole_number("r", pair) for pair in pairs]
+    checked = [whole_number("r", pair) for pair in one_each("r", r, layers)]
     return [*checked[:-1], 0]

@@ -25,6 +25,7 @@ from pcx.token_pruning.handles import (
     clear,
     listed,
     of_last_batch,
+    one_each,
     patches_of,
     places_at_first_step,
     spec_of,
@@ -263,13 +264,7 @@ def _steps(layers: Any, tokens: Any, depth: int, patches: int | None) -> list[Sa
     chosen = [whole_number("layers", layer, 1, depth - 1) for layer in chosen]
     if chosen != sorted(chosen):
         raise ValueError(f"layers: {given!r}, expected ascending ones")
-    each = listed("tokens", tokens)
-    counts = [tokens] * len(chosen) if each is None else each
-    if len(counts) != len(chosen):
-        raise ValueError(
-            f"tokens: {len(counts)} values for {len(chosen)} layers; give one value, or one per "
-            "layer"
-        )
+    counts = one_each("tokens", tokens, len(chosen))
     steps = []
     for layer, count in zip(chosen, counts, strict=True):
         steps.append(SamplingStep(layer, whole_number("tokens", count, 1, patches)))

@@ -10,7 +10,7 @@ from pcx.arguments import real_number, whole_number
 from pcx.backbones.spec import BackboneSpec
 from pcx.models.block_forward import read_tokens_of
 from pcx.token_pruning import stages
-from pcx.token_pruning.handles import listed
+from pcx.token_pruning.handles import listed, one_each
 
 
 @dataclass(frozen=True)
@@ -48,16 +48,9 @@ def steps_of(layers: Any, keep: Any, iters: Any, similar: Any) -> list[Step]:
         raise ValueError(f"layers: {given!r}, expected a sequence of layers, counted from 1")
     if not layers:
         raise ValueError("layers: none; name the layers after which to prune, counted from 1")
-    settings = {"keep": keep, "iters": iters, "similar": similar}
-    for name, given in settings.items():
-        each = listed(name, given)
-        settings[name] = [given] * len(layers) if each is None else each
-        if len(settings[name]) != len(layers):
-            raise ValueError(
-                f"{name}: {len(settings[name])} values for {len(layers)} layers; give one value, "
-                "or one per layer"
-            )
-    return [_step(*each) for each in zip(layers, *settings.values(), strict=True)]
+    given = {"keep": keep, "iters": iters, "similar": similar}
+    settings = [one_each(name, value, len(layers)) for name, value in given.items()]
+    return [_step(*each) for each in zip(layers, *settings, strict=True)]
 
 
 def _step(layer: Any, keep: Any, iters: Any, similar: Any) -> Step:

@@ -227,17 +227,27 @@ def test_there_are_as_many_as_there_should_be():
     assert len(LINES) >= 125
 
 
-@pytest.mark.parametrize(("line", "message"), LINES)
-def test_bad_input_is_one_line_and_exit_code_2(folder, monkeypatch, capsys, line, message):
+@pytest.fixture
+def ended(monkeypatch, capsys):
+    """Runs a line; gives the exit code, and what stands on the standard error."""
     monkeypatch.setattr("pcx.tasks.digits", DIGITS)
     monkeypatch.setattr("signal.signal", lambda *given: None)  # of this process
+
+    def run(line):
+        monkeypatch.setattr(sys, "argv", ["pcx", *shlex.split(line)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(("line", "message"), LINES)
+def test_bad_input_is_one_line_and_exit_code_2(folder, monkeypatch, ended, line, message):
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["pcx", *shlex.split(line)])
     before = listing(folder)
-    with pytest.raises(SystemExit) as end:
-        main()
-    said = capsys.readouterr().err
-    assert end.value.code == 2, said
+    code, said = ended(line)
+    assert code == 2, said
     assert said.startswith("pcx: ")
     assert said.count("\n") == 1, said
     pattern = ".*".join(re.escape(part) for part in message.split(".*"))
@@ -245,20 +255,14 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, monkeypatch, capsys, line
     assert listing(folder) == before
 
 
-def test_a_training_that_diverges_has_its_own_exit_code_and_keeps_the_file(
-    folder, monkeypatch, capsys, tmp_path
-):
+def test_a_training_that_diverges_has_its_own_exit_code_and_keeps_the_file(folder, ended, tmp_path):
     file = tmp_path / "m.safetensors"
     file.write_bytes((folder / "m.safetensors").read_bytes())
     before = file.read_bytes()
-    line = f"train --task digits --out {file} --lr 100000 --epochs 1 --prompts 1 --overwrite"
-    monkeypatch.setattr("pcx.tasks.digits", DIGITS)
-    monkeypatch.setattr("signal.signal", lambda *given: None)
-    monkeypatch.setattr(sys, "argv", ["pcx", *shlex.split(line)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    said = capsys.readouterr().err
-    assert end.value.code == 3
+    code, said = ended(
+        f"train --task digits --out {file} --lr 100000 --epochs 1 --prompts 1 --overwrite"
+    )
+    assert code == 3
     assert "training diverged" in said
     assert "try 10000)" in said
     assert file.read_bytes() == before
