@@ -60,7 +60,7 @@ class PromptPath:
 
     def __init__(self, layer: PromptedBlock, prompts: Tensor):
         self.kind = layer.kind
-        self.prompts = prompts.detach()
+        self.prompts = layer.as_block(prompts.detach())
         self.forward: _Run | None = None
         self.matrices: tuple[Tensor, ...] = ()  # of keys, values, ...: all heads' d by D
         if self.kind == "prefix":

@@ -18,7 +18,14 @@ from pcx.backbones.residual import Wrapper, plain_names
 from pcx.backbones.spec import BackboneSpec, check_unwrapped, find_spec, library_facts
 from pcx.models.block_forward import found_on
 from pcx.models.head_reads import run_for_head
-from pcx.models.heads import HEAD_INITS, draw_published, head_size, place_heads, set_head_size
+from pcx.models.heads import (
+    HEAD_INITS,
+    draw_published,
+    head_size,
+    place_heads,
+    set_head_size,
+    train_in_full,
+)
 from pcx.models.memory import over_same_memory
 from pcx.models.record import Record
 
@@ -32,6 +39,8 @@ class TunedModel(nn.Module):
     converted (move the backbone first to share it among several models). The backbone's modules,
     modes and flags are not touched. The model keeps its own copy of the head. A parameter of the
     backbone that is set to require gradients becomes the model's own too: it is trained in a copy.
+    Over a 16-bit backbone the head, and prompts, are float32, so that small updates are not
+    rounded away; the logits are float32 then.
 
     A method is a subclass with a line in `pcx.METHODS`. It sets `method`, adds its parameters
     outside of `self.backbone` or makes parts of it its own with `own`, and says in `config` what
@@ -90,6 +99,7 @@ class TunedModel(nn.Module):
         place_heads(self.backbone, self.heads)
         for name, head in zip(self.spec.heads, self.heads, strict=True):
             self.own(name)
+            train_in_full(head)
             if head_init == "published":
                 draw_published(head)
         self._own_what_modes_change()

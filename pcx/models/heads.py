@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 HEAD_INITS = ("published", "keep")
@@ -32,6 +33,26 @@ def place_heads(backbone: nn.Module, heads: Iterable[nn.Module]) -> None:
     like = next(backbone.parameters())
     for head in heads:
         head.to(like.device, like.dtype)
+
+
+def trained_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what is trained over a backbone of a dtype: float32 over one of 16 bits.
+
+    A 16-bit weight would round most updates of a small learning rate away.
+    """
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def train_in_full(head: nn.Module) -> None:
+    """Makes a 16-bit head float32; it then casts what the backbone gives it."""
+    dtype = next((p.dtype for p in head.parameters()), torch.float32)
+    if trained_dtype(dtype) != dtype:
+        head.to(trained_dtype(dtype)).register_forward_pre_hook(_cast)
+
+
+def _cast(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    dtype = next(head.parameters()).dtype  # of now: the model may have been converted
+    return tuple(x.to(dtype) if isinstance(x, torch.Tensor) else x for x in inputs)
 
 
 def head_size(heads: list[Any]) -> int:

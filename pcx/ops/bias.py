@@ -35,3 +35,20 @@ def batches_of(bias: Tensor, batch: int) -> tuple[int, int]:
     """(B0, B1) of a bias [B0 | 1, B1 | 1, H | 1, N | 1, S | 1] for a batch of B0 * B1."""
     inner = bias.shape[1] if bias.shape[1] > 1 else batch // bias.shape[0]
     return (batch // inner if inner else bias.shape[0]), inner  # inner is 0 for no samples
+
+
+def widened(bias: Tensor, start: int, width: int, tokens: int) -> Tensor:
+    """A bias made for the tokens without prompts, neutral on the prompts' rows and columns."""
+    if bias.shape[-1] != tokens:
+        bias = _pad(bias, start, width)
+    if bias.shape[-2] not in (1, tokens):
+        bias = _pad(bias.transpose(-2, -1), start, width).transpose(-2, -1)
+    return bias
+
+
+def _pad(bias: Tensor, start: int, width: int) -> Tensor:
+    """Puts `width` columns that change nothing at `start` of the last dimension."""
+    if bias.shape[-1] == 1 or width == 0:
+        return bias
+    neutral = bias.new_full((*bias.shape[:-1], width), bias.dtype == torch.bool)
+    return torch.cat([bias[..., :start], neutral, bias[..., start:]], -1)

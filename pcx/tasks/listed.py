@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def fgvc(name: str, root: Path, config: dict) -> tuple[dict[str, Any], int]:
     tables = {split: _read_table(folder / f"{split}.json") for split in ("train", "val", "test")}
     classes = {c: i for i, c in enumerate(sorted(set(tables["train"].values())))}
     plain = timm.data.create_transform(**{**config, "crop_pct": 224 / 256}, is_training=False)
-    samples = {}
+    samples, within = {}, _Within(folder)
     for split, table in tables.items():
         unknown = sorted(set(table.values()) - set(classes), key=str)
         if unknown:
@@ -80,7 +81,7 @@ def fgvc(name: str, root: Path, config: dict) -> tuple[dict[str, Any], int]:
                 "needs training images"
             )
         file = folder / f"{split}.json"
-        samples[split] = [(_within(folder, p, str(file)), classes[c]) for p, c in table.items()]
+        samples[split] = [(within.place(p, str(file)), classes[c]) for p, c in table.items()]
     samples["trainval"] = samples["train"] + samples["val"]
     augmented = _cropped(config)
     splits = {
@@ -198,7 +199,7 @@ def _existing(path: Path, what: str) -> Path:
 
 def _read_list(file: Path, folder: Path, classes: int) -> list[tuple[Path, int]]:
     _existing(file, "a list of lines `images/<split>/NNNNNN.jpg label`")
-    samples = []
+    samples, within = [], _Within(folder)
     for number, line in enumerate(_text(file).splitlines(), 1):
         if not line.strip():
             continue
@@ -208,7 +209,7 @@ def _read_list(file: Path, folder: Path, classes: int) -> list[tuple[Path, int]]
                 f"{file}, line {number}: {line!r}, expected `path label` with a label of "
                 f"0..{classes - 1}"
             )
-        samples.append((_within(folder, path, f"{file}, line {number}"), int(label)))
+        samples.append((within.place(path, f"{file}, line {number}"), int(label)))
     if not samples:
         raise ValueError(f"{file}: no lines, expected `images/<split>/NNNNNN.jpg label`")
     return samples
@@ -239,12 +240,31 @@ def _text(file: Path) -> str:
         raise ValueError(f"{file}, line {line}: not UTF-8; save it as UTF-8") from None
 
 
-def _within(folder: Path, path: str, where: str) -> Path:
-    """The place of a listed image.
+class _Within:
+    """Gives the places of listed images in a folder.
 
-    Raises:
-        ValueError: the list leads out of its folder.
+    Args:
+        folder: the folder, out of which no list may lead.
     """
-    if Path(path).is_absolute() or ".." in Path(path).parts:
-        raise ValueError(f"{where}: {path!r} leads out of {folder}; list relative paths within it")
-    return folder / path
+
+    def __init__(self, folder: Path):
+        self.folder, self.real = folder, os.path.realpath(folder)
+
+    def place(self, path: str, where: str) -> Path:
+        """The place of an image that `where` lists.
+
+        Raises:
+            ValueError: the list leads out of the folder, by the path or through a symbolic link.
+        """
+        if Path(path).is_absolute() or ".." in Path(path).parts:
+            raise ValueError(
+                f"{where}: {path!r} leads out of {self.folder}; list relative paths within it"
+            )
+        place = self.folder / path
+        leads_to = os.path.realpath(place)
+        if not leads_to.startswith(os.path.join(self.real, "")):
+            raise ValueError(
+                f"{where}: {path!r} leads out of {self.folder} through a symbolic link, to "
+                f"{leads_to}; put the images themselves there, or make the whole folder a link"
+            )
+        return place

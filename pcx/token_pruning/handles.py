@@ -26,6 +26,8 @@ FAMILIES = (
     "Dinov2WithRegistersForImageClassification",
 )
 
+_MAPS = ("forward_intermediates", "get_intermediate_layers")  # timm's
+
 
 class Handle:
     """A token reduction that is set up on a model; `remove` takes it away again.
@@ -197,8 +199,11 @@ def patches_of(model: Any) -> int | None:
     return None
 
 
-def clear(model: nn.Module, blocks: Sequence[Any], layers: Sequence[int]) -> None:
-    """Removes every reduction from a model, so that another can be set up.
+def make_ready(model: nn.Module, blocks: Sequence[Any], layers: Sequence[int]) -> None:
+    """Makes a model ready for a reduction: every other one is removed from it.
+
+    timm's functions that give maps of tokens then refuse, for as long as tokens are reduced: a map
+    of the tokens that are left would have another shape, and another place for each of them.
 
     Args:
         model: the model.
@@ -215,3 +220,22 @@ def clear(model: nn.Module, blocks: Sequence[Any], layers: Sequence[int]) -> Non
             )
     for old in found_on(model):
         old.remove()
+    backbone = backbone_of(model)
+    for name in _MAPS:
+        if hasattr(backbone, name) and name not in backbone.__dict__:
+            setattr(backbone, name, _Maps(backbone, name))
+
+
+class _Maps:
+    """Stands in for a backbone's function that gives maps of tokens; an object, to be copied."""
+
+    def __init__(self, backbone: nn.Module, name: str):
+        self.backbone, self.name = backbone, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if found_on(self.backbone):
+            raise ValueError(
+                f"model: {self.name} has no maps to give, since tokens are dropped or merged on "
+                "the way; call remove() of what set that up first"
+            )
+        return getattr(type(self.backbone), self.name)(self.backbone, *args, **kwargs)

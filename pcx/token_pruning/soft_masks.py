@@ -33,7 +33,7 @@ from pcx.token_pruning.handles import (
     biased,
     blocks_of,
     check_still_reads_cls,
-    clear,
+    make_ready,
     of_last_batch,
     patches_of,
     spec_of,
@@ -92,7 +92,7 @@ def soft_prune(
     if patches is not None:
         check_counts(steps, patches, "none")
     first, last = steps[0].layer, len(blocks)
-    clear(model, blocks, range(first, last + 1))
+    make_ready(model, blocks, range(first, last + 1))
     settings = _MaskSettings(
         spec.prefix_tokens, temperature, cls_boost, variances, backbone_of(model)
     )

@@ -24,6 +24,10 @@ def say_facts(
         f"training {trained:,} of {total:,} parameters ({100 * trained / total:.2f}%), "
         f"lr {recipe.lr:g}, {recipe.epochs} epochs, on {device}"
     )
+    widths = {str(p.dtype).removeprefix("torch.") for p in parameters.values()}
+    own = {str(parameters[n].dtype).removeprefix("torch.") for n in names}
+    if own != widths:
+        console.print(f"trained in {', '.join(sorted(own))} over {', '.join(sorted(widths - own))}")
     if not isinstance(model, TunedModel):
         return
     config = data_config(model)

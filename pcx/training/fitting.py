@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from pcx.checkpoints.fingerprint import fingerprint
 from pcx.checkpoints.torch_file import write_torch
 from pcx.models.base import TunedModel, check_choice, check_module, copy_state, state_of
+from pcx.models.heads import trained_dtype
 from pcx.models.peft_model import known_by
 from pcx.training.batches import BatchCheck, LoaderWait, check_loader, placed
 from pcx.training.callbacks import bar_of, note_of, say_facts
@@ -376,6 +378,15 @@ def _trainable(model: nn.Module) -> list[str]:
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not names:
         raise ValueError("model: no parameter requires a gradient (no prompts and no head?)")
+    parameters = dict(model.named_parameters())
+    narrow = [n for n in names if trained_dtype(parameters[n].dtype) != parameters[n].dtype]
+    if narrow:
+        warnings.warn(
+            f"model: {len(narrow)} trained tensors, such as {narrow[0]}, are "
+            f"{str(parameters[narrow[0]].dtype).removeprefix('torch.')}, which rounds small "
+            "updates away; build the model on a float32 backbone and give amp='bf16'",
+            stacklevel=3,
+        )
     return names
 
 

@@ -76,3 +76,27 @@ def test_lists_stay_within_their_folder(tmp_path, path):
         (folder / f"{name}.txt").write_text(f"{path} 0\n")
     with pytest.raises(ValueError, match=r"train800\.txt, line 1: .* leads out of"):
         load_task("vtab:eurosat", config, root=tmp_path)
+
+
+@pytest.mark.parametrize("link", ["file", "folder"])
+def test_links_in_lists_stay_within_their_folder(tmp_path, link):
+    config = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    config |= {"interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
+    elsewhere, birds = tmp_path / "elsewhere", tmp_path / "birds"
+    (birds / "images").mkdir(parents=True)
+    elsewhere.mkdir()
+    Image.new("RGB", (8, 8)).save(elsewhere / "a.png")
+    Image.new("RGB", (8, 8)).save(birds / "images" / "b.png")
+    (birds / "within.png").symlink_to(birds / "images" / "b.png")
+    for split in ("train", "val", "test"):
+        (birds / f"{split}.json").write_text(json.dumps({"within.png": 1}))
+    (tmp_path / "also").symlink_to(birds)  # the folder itself may be a link
+    assert len(load_task("fgvc:also", config, root=tmp_path).splits["train"]) == 1
+    if link == "file":
+        (birds / "out").mkdir()
+        (birds / "out" / "a.png").symlink_to(elsewhere / "a.png")
+    else:
+        (birds / "out").symlink_to(elsewhere)
+    (birds / "val.json").write_text(json.dumps({"out/a.png": 1}))
+    with pytest.raises(ValueError, match=r"val\.json: 'out/a\.png' leads out of .* symbolic link"):
+        load_task("fgvc:birds", config, root=tmp_path)

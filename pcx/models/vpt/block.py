@@ -16,6 +16,7 @@ from pcx.backbones.residual import HOOKS, Wrapper
 from pcx.models.head_reads import is_head_alone, reading
 from pcx.models.vpt.probes import Probe
 from pcx.models.vpt.prompts import dropped, neighbours, per_sample
+from pcx.ops.bias import widened
 from pcx.ops.prefix_attention import cpu_cannot, prefix_attention
 from pcx.ops.prepared import Prepared
 from pcx.ops.recording import is_recorded
@@ -97,6 +98,7 @@ class PromptedBlock(Wrapper):
             for module in block.modules()
             if hasattr(module, "num_prefix_tokens")
         )
+        self.dtype = _dtype_of(block)
         self._inside: Any = tuple(block.modules())  # whose hooks see the block's tokens
         self._was_for_head = False
         self.seen_by: Any = ()  # modules around and behind the last block, whose hooks see them too
@@ -125,6 +127,11 @@ class PromptedBlock(Wrapper):
             again = partial(_reading, bool(is_head_alone()), form)
             return torch.utils.checkpoint.checkpoint(again, x, *args, use_reentrant=False, **kwargs)
         return form(x, *args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> PromptedBlock:  # .to(), .half(), ...
+        super()._apply(*args, **kwargs)
+        self.dtype = _dtype_of(self.block)
+        return self
 
     def _place(self, width: int) -> None:
         """Makes rotations start behind `width` prompts among the tokens."""
@@ -261,7 +268,11 @@ class PromptedBlock(Wrapper):
         return bool(alone)
 
     def prefixes(self, prompts: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of the prompts for each attention call: [H, m, d] or [G, H, m, d]."""
+        """Keys and values of the prompts for each attention call: [H, m, d] or [G, H, m, d].
+
+        Prompts of another dtype, such as float32 ones of a 16-bit block, are cast to the block's.
+        """
+        prompts = self.as_block(prompts)
         if self.kind == "prefix":
             heads = self.head_dims[0]
             keys, values = prompts.unflatten(-1, (heads, -1)).transpose(-3, -2).unbind(-4)
@@ -271,6 +282,10 @@ class PromptedBlock(Wrapper):
         if prompts.dim() == 3:
             return [(call.k, call.v) for call in calls]
         return [(call.k[0], call.v[0]) for call in calls]
+
+    def as_block(self, prompts: Tensor) -> Tensor:
+        """Prompts in the dtype of the block's weights."""
+        return prompts if self.dtype in (None, prompts.dtype) else prompts.to(self.dtype)
 
     def _sets(self, prompts: Tensor, batch: int) -> Tensor | None:
         """The set of each sample, None for one set for all, or one for each."""
@@ -329,9 +344,9 @@ class PromptedBlock(Wrapper):
 
     def _attend_among(self, call: attention.Call, start: int, width: int) -> Tensor:
         _check_call(call)
-        bias = (
-            call.bias if call.bias is None else _widened(call.bias, start, width, call.q.shape[-2])
-        )
+        bias = call.bias
+        if bias is not None:
+            bias = widened(bias, start, width, call.q.shape[-2])
         call = attention.Call(call.q, call.k, call.v, bias, call.scale)
         if self.probe is not None:
             self.probe.see_columns(call, slice(start, start + width))
@@ -342,6 +357,10 @@ class PromptedBlock(Wrapper):
         if bias is not None and bias.is_floating_point():
             bias = bias.to(call.q.dtype)
         return attention.Call(call.q, call.k, call.v, bias, call.scale).output()
+
+
+def _dtype_of(block: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in block.parameters()), None)
 
 
 def _reading(head_alone: bool, form: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -367,20 +386,3 @@ def _read_rows(call: attention.Call, full: attention.Call) -> attention.Call:
     if bias is not None and bias.shape[-2] > 1:
         bias = bias[..., : call.q.shape[-2], :]
     return attention.Call(call.q, full.k, full.v, bias, call.scale)
-
-
-def _pad(bias: Tensor, start: int, width: int) -> Tensor:
-    """Puts `width` columns that change nothing at `start` of the last dimension."""
-    if bias.shape[-1] == 1 or width == 0:
-        return bias
-    neutral = bias.new_full((*bias.shape[:-1], width), bias.dtype == torch.bool)
-    return torch.cat([bias[..., :start], neutral, bias[..., start:]], -1)
-
-
-def _widened(bias: Tensor, start: int, width: int, tokens: int) -> Tensor:
-    """A bias made for the tokens without prompts, neutral on the prompts' rows and columns."""
-    if bias.shape[-1] != tokens:
-        bias = _pad(bias, start, width)
-    if bias.shape[-2] not in (1, tokens):
-        bias = _pad(bias.transpose(-2, -1), start, width).transpose(-2, -1)
-    return bias

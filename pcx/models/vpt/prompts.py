@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pcx.arguments import whole_number
 from pcx.backbones.spec import BackboneSpec
+from pcx.models.heads import trained_dtype
 
 MOST_PROMPTS = 1_000_000  # in a layer: more would fill any memory
 
@@ -37,6 +38,8 @@ def counts_per_layer(num_prompts: Any, depth: int, kind: str) -> list[int]:
 def draw_prompts(m: int, spec: BackboneSpec, kind: str, like: Tensor) -> nn.Parameter:
     """Draws prompts as published: U(-v, v), v = sqrt(6 / (3 * patch height * width + D)).
 
+    They are float32 where `like` has 16 bits.
+
     Returns:
         [m, D], or [2, m, H*d] of kind "prefix".
 
@@ -50,9 +53,8 @@ def draw_prompts(m: int, spec: BackboneSpec, kind: str, like: Tensor) -> nn.Para
         if {block.calls for block in spec.blocks} != {1} or first.head_dim != first.value_dim:
             raise ValueError("kind: 'prefix' needs one attention call per block with d = dv")
         shape = (2, m, first.heads * first.head_dim)
-    return prompt_parameter(
-        torch.empty(shape, device=like.device, dtype=like.dtype).uniform_(-bound, bound)
-    )
+    empty = torch.empty(shape, device=like.device, dtype=trained_dtype(like.dtype))
+    return prompt_parameter(empty.uniform_(-bound, bound))
 
 
 def prompt_parameter(values: Tensor) -> nn.Parameter:
