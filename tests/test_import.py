@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,3 +70,13 @@ def test_other_names_are_errors():
     with pytest.raises(AttributeError, match="module 'pcx' has no attribute 'vpt'"):
         pcx.vpt  # noqa: B018
     assert {"VPT", "token_pruning", "__version__"} <= set(dir(pcx))
+
+
+def test_no_name_hides_a_module():
+    """A function of a module's name in its package would hide it: `import pcx.x.y as y` fails."""
+    names = [m.name for m in pkgutil.walk_packages(pcx.__path__, "pcx.") if "._" not in m.name]
+    for name in names:
+        importlib.import_module(name)
+    packages = [(importlib.import_module(n.rpartition(".")[0]), n) for n in names]
+    hidden = [n for p, n in packages if vars(p)[n.rpartition(".")[2]] is not sys.modules[n]]
+    assert hidden == []

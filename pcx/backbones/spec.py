@@ -117,6 +117,17 @@ def check_unwrapped(backbone: nn.Module) -> None:
         )
 
 
+def check_not_quantised(backbone: nn.Module) -> None:
+    """Raises a ValueError where a layer is quantised, which mixes tokens by their common scale."""
+    for name, module in backbone.named_modules():
+        if ".quantized." in f"{type(module).__module__}.":
+            raise ValueError(
+                f"backbone: {name} is a quantised {type(module).__name__}, whose scale for one "
+                "token depends on the others; start from floating-point weights, and quantise the "
+                "finished model, such as pcx.freeze(model).backbone"
+            )
+
+
 def _finder(backbone: nn.Module) -> Any:
     """Chooses by the package of the model's class or of a base class; by default timm's."""
     packages = [cls.__module__.partition(".")[0] for cls in type(backbone).__mro__]
@@ -163,6 +174,7 @@ def check_promptable(backbone: nn.Module, spec: BackboneSpec) -> None:
     Raises:
         ValueError: prompts cannot be folded exactly; the message says why, and what is supported.
     """
+    check_not_quantised(backbone)
     try:
         _check_forms(spec.blocks, spec.no_blocks)
         with without_hooks(backbone):

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pcx.cli import options as o
-from pcx.models import METHODS
+from pcx.models import HEAD_INITS, METHODS
 
 
 def train(
@@ -37,7 +37,7 @@ def train(
     split: Annotated[
         str, o.option("train, with val for choosing settings, or trainval", o.DATA)
     ] = "train",
-    head_init: Annotated[str, typer.Option(help="published or keep")] = "published",
+    head_init: Annotated[str, typer.Option(help=", ".join(HEAD_INITS))] = HEAD_INITS[0],
     clip_grad: o.ClipGrad = None,
     root: o.Root = None,
     amp: o.Amp = "no",

@@ -24,3 +24,5 @@ REDUCTIONS = Registry(
         "soft_prune": "pcx.token_pruning.soft_masks:soft_prune",
     },
 )
+# How a model's head starts; the first is the default.
+HEAD_INITS = ("trunc-normal", "published", "keep")

@@ -15,12 +15,18 @@ from pcx.arguments import whole_number
 from pcx.backbones.inputs import data_config
 from pcx.backbones.outputs import feature_maps, logits_of
 from pcx.backbones.residual import Wrapper, plain_names
-from pcx.backbones.spec import BackboneSpec, check_unwrapped, find_spec, library_facts
+from pcx.backbones.spec import (
+    BackboneSpec,
+    check_not_quantised,
+    check_unwrapped,
+    find_spec,
+    library_facts,
+)
+from pcx.models import HEAD_INITS
 from pcx.models.block_forward import found_on
 from pcx.models.head_reads import run_for_head
 from pcx.models.heads import (
-    HEAD_INITS,
-    draw_published,
+    draw_head,
     head_size,
     place_heads,
     set_head_size,
@@ -50,8 +56,9 @@ class TunedModel(nn.Module):
     Args:
         backbone: a timm model, or Hugging Face's ...ForImageClassification.
         num_classes: size of a new head; None keeps the backbone's size, 0 removes the head.
-        head_init: "published" draws the head anew (kaiming-normal, fan-out; bias -log 99), "keep"
-            starts from the backbone's own head.
+        head_init: "trunc-normal" draws the head anew (0.02; bias zero), "published" as the VPT
+            paper's code does (kaiming-normal, fan-out; bias -log 99), whose first steps are rough
+            for few classes; "keep" starts from the backbone's own head.
 
     Attributes:
         method: the name in `pcx.METHODS` and in saved files.
@@ -71,7 +78,7 @@ class TunedModel(nn.Module):
     record: Record
 
     def __init__(
-        self, backbone: nn.Module, *, num_classes: int | None = None, head_init: str = "published"
+        self, backbone: nn.Module, *, num_classes: int | None = None, head_init: str = HEAD_INITS[0]
     ):
         super().__init__()
         check_choice("head_init", head_init, HEAD_INITS)
@@ -79,6 +86,7 @@ class TunedModel(nn.Module):
         if num_classes is not None:
             num_classes = whole_number("num_classes", num_classes)
         check_unwrapped(backbone)
+        check_not_quantised(backbone)
         if isinstance(backbone, TunedModel):
             raise ValueError(
                 f"backbone: already a {type(backbone).__name__}; give the backbone it was built on"
@@ -100,8 +108,7 @@ class TunedModel(nn.Module):
         for name, head in zip(self.spec.heads, self.heads, strict=True):
             self.own(name)
             train_in_full(head)
-            if head_init == "published":
-                draw_published(head)
+            draw_head(head, head_init)
         self._own_what_modes_change()
 
     def _own_what_modes_change(self) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
+from pcx.models import HEAD_INITS
 from pcx.models.base import TunedModel
 
 
@@ -19,7 +20,8 @@ class Full(TunedModel):
     Args:
         backbone: a timm model, or Hugging Face's ...ForImageClassification.
         num_classes: size of a new head; None keeps the backbone's size.
-        head_init: "published" draws the head anew, "keep" starts from the backbone's own.
+        head_init: "trunc-normal" and "published" draw the head anew, "keep" starts from the
+            backbone's own.
 
     Raises:
         ValueError: an argument is out of range.
@@ -33,7 +35,7 @@ class Full(TunedModel):
     backbone_mode = "train"
 
     def __init__(
-        self, backbone: nn.Module, *, num_classes: int | None = None, head_init: str = "published"
+        self, backbone: nn.Module, *, num_classes: int | None = None, head_init: str = HEAD_INITS[0]
     ):
         super().__init__(backbone, num_classes=num_classes, head_init=head_init)
         self.own()

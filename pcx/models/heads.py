@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-HEAD_INITS = ("published", "keep")
-
 
 def set_head_size(backbone: Any, num_classes: int) -> None:
     """Gives a timm backbone a new head of `num_classes`, or none for 0.
@@ -61,17 +59,28 @@ def head_size(heads: list[Any]) -> int:
     return linear[-1].out_features if linear else 0
 
 
-def draw_published(head: nn.Module) -> None:
-    """Draws a head anew as the VPT paper's code does: kaiming-normal by fan-out, bias -log 99.
+def draw_head(head: nn.Module, init: str) -> None:
+    """Draws a head anew, unless `init` is "keep".
+
+    "trunc-normal" is timm's and BEiT's for a new head: a truncated normal of 0.02, bias zero. Its
+    first loss is about log(classes), that of chance. "published" is that of the VPT paper's code:
+    kaiming-normal by fan-out, bias -log 99. Its first loss is several times as high for few classes
+    (benchmarks/results/head_inits*.csv).
 
     Raises:
-        ValueError: the head is not one linear layer.
+        ValueError: the head is to be drawn and is not one linear layer.
     """
+    if init == "keep":
+        return
     if not isinstance(head, nn.Linear):
         raise ValueError(
-            f"head_init: the backbone's head is {type(head).__name__}, which has no published "
-            "initialisation; use head_init='keep'"
+            f"head_init: the backbone's head is {type(head).__name__}, and {init!r} is for one "
+            "linear layer; use head_init='keep'"
         )
-    nn.init.kaiming_normal_(head.weight, mode="fan_out")
+    published = init == "published"
+    if published:
+        nn.init.kaiming_normal_(head.weight, mode="fan_out")
+    else:
+        nn.init.trunc_normal_(head.weight, std=0.02)
     if head.bias is not None:
-        nn.init.constant_(head.bias, -math.log(99))
+        nn.init.constant_(head.bias, -math.log(99) if published else 0.0)

@@ -11,7 +11,8 @@ class Linear(TunedModel):
     Args:
         backbone: a timm model, or Hugging Face's ...ForImageClassification.
         num_classes: size of a new head; None keeps the backbone's size.
-        head_init: "published" draws the head anew, "keep" starts from the backbone's own.
+        head_init: "trunc-normal" and "published" draw the head anew, "keep" starts from the
+            backbone's own.
 
     Raises:
         ValueError: an argument is out of range, or the backbone has no head.

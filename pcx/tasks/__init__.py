@@ -12,11 +12,11 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset
 from pcx.arguments import whole_number
 from pcx.tasks import listed
 from pcx.tasks.digits import NUM_CLASSES as DIGITS_CLASSES
-from pcx.tasks.digits import digits
+from pcx.tasks.digits import read_digits
 from pcx.tasks.image_cache import cache_folder, cached, cached_splits
 from pcx.tasks.images import FileImages, MemoryImages
 from pcx.tasks.sprites import NUM_CLASSES as SPRITES_CLASSES
-from pcx.tasks.sprites import sprites
+from pcx.tasks.sprites import draw_sprites
 
 __all__ = ["FileImages", "Task", "cached", "load_task"]
 
@@ -96,11 +96,11 @@ def load_task(
 def _loaded(name: str, config: dict, root: str | os.PathLike | None) -> Task:
     family, _, detail = name.partition(":")
     if name == "digits":
-        return _in_memory(name, DIGITS_CLASSES, digits(), config)
+        return _in_memory(name, DIGITS_CLASSES, read_digits(), config)
     if family == "sprites":
         if detail not in SPRITES_CLASSES:
             raise ValueError(f"name: {name!r}, expected sprites:{'|'.join(SPRITES_CLASSES)}")
-        return _in_memory(name, SPRITES_CLASSES[detail], sprites(detail), config)
+        return _in_memory(name, SPRITES_CLASSES[detail], draw_sprites(detail), config)
     folder = Path("data" if root is None else root)
     if family == "vtab":
         splits, classes = listed.vtab(detail, folder, config)

@@ -9,7 +9,7 @@ NUM_CLASSES = 10
 SIZES = {"train": 200, "val": 200}  # the rest, 1397, is the test split
 
 
-def digits() -> dict[str, tuple[Tensor, Tensor]]:
+def read_digits() -> dict[str, tuple[Tensor, Tensor]]:
     """Images [N, 3, 8, 8] uint8 and labels [N] of "train", "val" and "test".
 
     The split is always the same.

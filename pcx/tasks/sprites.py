@@ -26,7 +26,7 @@ FEWEST, MOST = 3, 10
 _DSPRITES = [SHAPES.index(name) for name in ("square", "ellipse", "heart")]
 
 
-def sprites(question: str) -> dict[str, tuple[Tensor, Tensor]]:
+def draw_sprites(question: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Images [N, 3, 64, 64] uint8 and labels [N] of "train", "val" and "test".
 
     Args:

@@ -13,9 +13,9 @@ from functools import cache
 import pytest
 
 from pcx.cli import main
-from pcx.tasks.digits import digits
+from pcx.tasks.digits import read_digits
 
-DIGITS = cache(digits)  # read once for all lines
+DIGITS = cache(read_digits)  # read once for all lines
 T = "train --task digits --out new --lr 0.1"
 C = "condense m.safetensors --task digits --out new --lr 0.1"
 E = "eval m.safetensors --task digits"

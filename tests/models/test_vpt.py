@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from families import build, images
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -53,7 +54,7 @@ def test_only_prompts_and_head_train(backbone):
 def test_initialised_as_published():
     backbone = timm.create_model("vit_base_patch16_224", num_classes=100, depth=1)
     torch.manual_seed(0)
-    model = pcx.VPT(backbone, 50)
+    model = pcx.VPT(backbone, 50, head_init="published")
     values = model.prompts[0].detach()
     bound = math.sqrt(6 / (3 * 16 * 16 + 768))
     assert bound == 0.0625
@@ -62,6 +63,19 @@ def test_initialised_as_published():
     (head,) = model.heads
     assert torch.all(head.bias == -math.log(99))
     assert head.weight.detach().std() == pytest.approx(math.sqrt(2 / 100), rel=0.02)
+
+
+@pytest.mark.parametrize("classes", [3, 100])
+def test_the_first_loss_of_a_new_head_is_that_of_chance(classes):
+    backbone = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+    torch.manual_seed(0)
+    model = pcx.VPT(backbone, 50, num_classes=classes)
+    (head,) = model.heads
+    assert torch.all(head.bias == 0)
+    assert head.weight.detach().std() == pytest.approx(0.02, rel=0.1)
+    labels = torch.arange(classes)
+    loss = F.cross_entropy(model(torch.randn(classes, 3, 32, 32)), labels)
+    assert loss.item() == pytest.approx(math.log(classes), rel=0.1)
 
 
 def test_the_backbone_is_never_written(backbone, x):

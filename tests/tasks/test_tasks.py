@@ -12,7 +12,7 @@ from pcx.backbones.inputs import data_config
 from pcx.tasks import load_task
 from pcx.tasks.render import SHAPES, Objects, render
 from pcx.tasks.scenes import COLOURS, scenes
-from pcx.tasks.sprites import sprites
+from pcx.tasks.sprites import draw_sprites
 from pcx.training.loaders import plain_loader
 
 
@@ -65,18 +65,18 @@ def test_a_turn_turns():
 
 @pytest.mark.parametrize(("question", "classes"), [("count", 8), ("ori", 16), ("loc", 16)])
 def test_sprites(question, classes):
-    splits = sprites(question)
+    splits = draw_sprites(question)
     assert {k: len(v[1]) for k, v in splits.items()} == {"train": 800, "val": 200, "test": 2000}
     for images, labels in splits.values():
         assert images.dtype == torch.uint8
         assert images.shape[1:] == (3, 64, 64)
         assert set(labels.tolist()) == set(range(classes))
-    assert torch.equal(sprites(question)["val"][0], splits["val"][0])
+    assert torch.equal(draw_sprites(question)["val"][0], splits["val"][0])
     assert not torch.equal(splits["train"][0][:200], splits["val"][0])
 
 
 def test_location_is_the_horizontal_centre():
-    images, labels = sprites("loc")["val"]
+    images, labels = draw_sprites("loc")["val"]
     centres = torch.tensor([mass_centre(image[None])[0] for image in images])
     assert torch.corrcoef(torch.stack([centres, labels.float()]))[0, 1] > 0.98
 
@@ -84,7 +84,7 @@ def test_location_is_the_horizontal_centre():
 def test_count_is_the_number_of_objects():
     from scipy.ndimage import label
 
-    images, labels = sprites("count")["val"]
+    images, labels = draw_sprites("count")["val"]
     grey = images[:, :, 0, 0]
     counted = []
     for image, background in zip(images, grey, strict=True):

@@ -1,6 +1,7 @@
 """Token reductions at their edges: modes, classes, dropout, later poolings, types of numbers."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -158,3 +159,30 @@ def test_maps_of_a_reduced_model_are_refused(name):
         torch.testing.assert_close(a, b)
     with pytest.raises(ValueError, match="no maps to give"):
         copied.forward_intermediates(X)
+
+
+def quantised(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao says that torchao follows it
+        quantize = torch.ao.quantization.quantize_dynamic
+        return quantize(model, {torch.nn.Linear}, dtype=torch.qint8)
+
+
+@pytest.mark.parametrize("name", ["tome", "zero_tprune", "ats"])
+def test_a_reduced_model_is_quantised_and_a_quantised_one_refused(name):
+    model = vit().eval()
+    plain = quantised(vit().eval())(X)
+    SET_UPS[name](model)
+    expected, found = model(X), quantised(model)(X)
+    assert (found - expected).norm() < 0.3 * (plain - expected).norm()
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv is a quantised Linear"):
+        SET_UPS[name](quantised(vit().eval()))
+
+
+@pytest.mark.parametrize("method", [pcx.Linear, pcx.Full, lambda model: pcx.VPT(model, 3)])
+def test_methods_refuse_a_quantised_backbone_and_their_models_are_quantised(method):
+    with pytest.raises(ValueError, match=r"backbone: .* quantised Linear.*pcx\.freeze"):
+        method(quantised(vit().eval()))
+    model = method(vit().eval()).eval()
+    found = quantised(pcx.freeze(model).backbone)(X)
+    assert (found - model(X)).abs().max() < 0.1 * model(X).abs().max()

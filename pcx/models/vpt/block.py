@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from pcx.backbones import attention
 from pcx.backbones.residual import HOOKS, Wrapper
@@ -212,7 +213,7 @@ class PromptedBlock(Wrapper):
             return False
         if self._leaves_out(x):
             return False
-        if any(map(any, map(_hooks_of, map(vars, self._inside)))):
+        if _has_hooks(self._inside):
             return False  # a hook sees the block's tokens, whatever the batch
         return trained or not (x.is_cuda and is_recorded())
 
@@ -251,7 +252,7 @@ class PromptedBlock(Wrapper):
             return False
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # whatever the batch will be
             return True
-        if any(map(any, map(_hooks_of, map(vars, self.seen_by)))):
+        if _has_hooks(self.seen_by):
             return False
         batch, tokens, dim = x.shape
         saved = 9 * dim**2 * (tokens - self.read_tokens) * batch  # projection and MLP
@@ -357,6 +358,10 @@ class PromptedBlock(Wrapper):
         if bias is not None and bias.is_floating_point():
             bias = bias.to(call.q.dtype)
         return attention.Call(call.q, call.k, call.v, bias, call.scale).output()
+
+
+def _has_hooks(modules: Iterable[nn.Module]) -> bool:
+    return _has_any_global_hook() or any(map(any, map(_hooks_of, map(vars, modules))))
 
 
 def _dtype_of(block: nn.Module) -> torch.dtype | None:

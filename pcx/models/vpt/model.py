@@ -12,6 +12,7 @@ from pcx.arguments import real_number, whole_number
 from pcx.backbones import attention
 from pcx.backbones.probing import without_hooks
 from pcx.backbones.spec import BackboneSpec, check_promptable
+from pcx.models import HEAD_INITS
 from pcx.models.base import TunedModel, check_choice
 from pcx.models.record import Condensation
 from pcx.models.vpt.block import PATHS, PromptedBlock
@@ -45,8 +46,9 @@ class VPT(TunedModel):
             samples of a group share their noise.
         path: "folded" or "concat"; by default folded where the kind allows it.
         num_classes: size of a new head; None keeps the backbone's size, 0 removes the head.
-        head_init: "published" draws the head anew (kaiming-normal, fan-out; bias -log 99), "keep"
-            starts from the backbone's own head.
+        head_init: "trunc-normal" draws the head anew (0.02; bias zero), "published" as the VPT
+            paper's code does (kaiming-normal, fan-out; bias -log 99), whose first steps are rough
+            for few classes; "keep" starts from the backbone's own head.
         read_only: compute only the tokens that the head reads in the last block of the folded path,
             where that is exact (pooling by [CLS]) and saves time (not of small batches).
 
@@ -71,7 +73,7 @@ class VPT(TunedModel):
         dropout_groups: int | None = None,
         path: str | None = None,
         num_classes: int | None = None,
-        head_init: str = "published",
+        head_init: str = HEAD_INITS[0],
         read_only: bool = True,
     ):
         check_choice("kind", kind, KINDS)
