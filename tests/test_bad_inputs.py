@@ -32,6 +32,16 @@ pcx.VPT(vpt(), 2)                                       | backbone: already a VP
 pcx.VPT(vpt().backbone, 2)                              | backbone: it holds a PromptedBlock
 pcx.VPT(torch.compile(vit()), 2)                        | backbone: OptimizedModule wraps
 pcx.VPT(torch.nn.DataParallel(vit()), 2)                | backbone: DataParallel wraps
+pcx.VPT(vit().to("meta"), 2)                            | backbone: cls_token is on the device meta
+torch.inference_mode()(lambda: pcx.VPT(vit(), 2))()     | backbone: cls_token was made within
+pcx.fit(torch.compile(vpt()), None, epochs=1, lr=1)     | model: OptimizedModule wraps the model
+pcx.fit(torch.nn.DataParallel(vpt()), None, epochs=1, lr=1) | model: DataParallel wraps the model
+torch.no_grad()(pcx.fit)(vpt(), None, epochs=1, lr=1)   | model: gradients are turned off here
+pcx.score(torch.compile(vpt()), None)                   | model: OptimizedModule wraps the model
+pcx.save(torch.compile(vpt()), "new")                   | model: OptimizedModule wraps the model
+pcx.save(timm.utils.ModelEmaV3(vpt()), "new")           | model: ModelEmaV3 wraps the model
+pcx.save(torch.optim.swa_utils.AveragedModel(vpt()), "new") | model: AveragedModel wraps the model
+pcx.freeze(torch.nn.DataParallel(vpt()))                | model: a DataParallel.*wraps
 pcx.VPT(timm.create_model("resnet18"), 2)               | backbone: ResNet is not supported
 pcx.VPT(vit(), -1)                                      | num_prompts: -1
 pcx.VPT(vit(), 2.0)                                     | num_prompts: 2.0

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from pcx.backbones import attention
@@ -107,14 +108,23 @@ def library_facts(backbone: nn.Module) -> dict[str, Any]:
         ) from error
 
 
-def check_unwrapped(backbone: nn.Module) -> None:
-    """Raises a ValueError where torch has wrapped the backbone: compiled, parallel, averaged."""
-    held = getattr(backbone, "_orig_mod", None) or getattr(backbone, "module", None)
-    if isinstance(held, nn.Module) and type(backbone).__module__.startswith("torch."):
-        raise ValueError(
-            f"backbone: {type(backbone).__name__} wraps the backbone; give the backbone itself, "
-            "and compile or distribute the tuned model"
-        )
+def check_unwrapped(
+    model: Any, name: str = "backbone", then: str = "compile or distribute the tuned model"
+) -> None:
+    """Raises a ValueError where something wraps a model: compiled, parallel, averaged.
+
+    Args:
+        model: what was given.
+        name: of the argument.
+        then: what else to do, for the message.
+    """
+    for holder in ("_orig_mod", "module"):
+        held = getattr(model, holder, None) if isinstance(model, nn.Module) else None
+        if isinstance(held, nn.Module) and type(model).__module__.startswith(("torch.", "timm.")):
+            raise ValueError(
+                f"{name}: {type(model).__name__} wraps the {name}; give the {name} itself, which "
+                f"is its .{holder}, and {then}"
+            )
 
 
 def check_not_quantised(backbone: nn.Module) -> None:
@@ -125,6 +135,21 @@ def check_not_quantised(backbone: nn.Module) -> None:
                 f"backbone: {name} is a quantised {type(module).__name__}, whose scale for one "
                 "token depends on the others; start from floating-point weights, and quantise the "
                 "finished model, such as pcx.freeze(model).backbone"
+            )
+
+
+def check_memory(backbone: nn.Module) -> None:
+    """Raises a ValueError where weights have no values yet, or may not be changed."""
+    for name, parameter in backbone.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"backbone: {name} is on the device meta, which holds no values; load the weights "
+                "first"
+            )
+        if parameter.is_inference() or torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"backbone: {name} was made within torch.inference_mode, or this is called there; "
+                "such weights cannot be trained: build backbone and model outside of it"
             )
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from pcx.arguments import whole_number
 from pcx.backbones.inputs import data_config
+from pcx.backbones.spec import check_unwrapped
 from pcx.condensation import SCORES
 from pcx.condensation.per_sample import score_in_one_pass
 from pcx.condensation.reading import Reader, Scores
@@ -163,6 +164,7 @@ def _say(reader: Reader, data: str) -> None:
 def check_prompted(model: Any) -> None:
     """Raises a ValueError where a model is no `pcx.VPT`, and so has no prompts to score."""
     if not isinstance(model, VPT):
+        check_unwrapped(model, "model", "wrap it again afterwards")
         raise ValueError(
             f"model: a {type(model).__name__}, expected a pcx.VPT: other methods have no prompts"
         )

@@ -17,6 +17,7 @@ from pcx.backbones.outputs import feature_maps, logits_of
 from pcx.backbones.residual import Wrapper, plain_names
 from pcx.backbones.spec import (
     BackboneSpec,
+    check_memory,
     check_not_quantised,
     check_unwrapped,
     find_spec,
@@ -87,6 +88,7 @@ class TunedModel(nn.Module):
             num_classes = whole_number("num_classes", num_classes)
         check_unwrapped(backbone)
         check_not_quantised(backbone)
+        check_memory(backbone)
         if isinstance(backbone, TunedModel):
             raise ValueError(
                 f"backbone: already a {type(backbone).__name__}; give the backbone it was built on"

@@ -59,6 +59,11 @@ class StandIn:
         raise NotImplementedError
 
     def __call__(self, x: Tensor | Carried, *args, **kwargs) -> Any:
+        if isinstance(x, tuple) and not isinstance(x, Carried):
+            raise RuntimeError(
+                "model: what is known of the tokens was lost on the way to "
+                f"{type(self.block).__name__}; checkpoint with use_reentrant=False"
+            )
         tokens, known = x if isinstance(x, Carried) else (x, None)
         calls: list[attention.Call] = []
 

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from pcx.backbones.spec import find_spec, library_facts
+from pcx.backbones.spec import check_unwrapped, find_spec, library_facts
 from pcx.models.base import TunedModel
 from pcx.models.heads import place_heads
 from pcx.models.memory import over_same_memory
@@ -164,6 +164,7 @@ def tuned(model: Any) -> TunedModel:
         return model
     if isinstance(model, nn.Module) and is_peft(model):
         return PeftModel(model)
+    check_unwrapped(model, "model", "wrap it again afterwards")
     raise ValueError(
         f"model: a {type(model).__name__}, expected a tuned model, such as pcx.VPT or pcx.Full, or "
         "a model of peft"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pcx
-from pcx.training.fitting import _Run
+from pcx.training.run import Run
 
 QUIET = {"progress": False}
 FIT = {"last.pt", "config.json", "environment.json", "history.csv"}
@@ -59,14 +59,14 @@ def test_the_fine_tuning_resumes_to_the_same_weights(trained, loader, tmp_path, 
         save(self, file)
         raise Interrupted
 
-    save = _Run.save
-    monkeypatch.setattr(_Run, "save", stop)
+    save = Run.save
+    monkeypatch.setattr(Run, "save", stop)
     with pytest.raises(Interrupted):
         pcx.condense(trained, loader, 0.4, checkpoint_dir=tmp_path, **options)
     monkeypatch.undo()
     epochs = []
-    epoch = _Run.epoch
-    monkeypatch.setattr(_Run, "epoch", lambda self: epochs.append(1) or epoch(self))
+    epoch = Run.epoch
+    monkeypatch.setattr(Run, "epoch", lambda self: epochs.append(1) or epoch(self))
     resumed = pcx.condense(trained, loader, 0.4, checkpoint_dir=tmp_path, resume=True, **options)
     assert len(epochs) == 2
     assert all(torch.equal(v, resumed.trainable()[k]) for k, v in whole.trainable().items())

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import pcx
 from pcx import token_pruning as tp
@@ -186,3 +187,20 @@ def test_methods_refuse_a_quantised_backbone_and_their_models_are_quantised(meth
     model = method(vit().eval()).eval()
     found = quantised(pcx.freeze(model).backbone)(X)
     assert (found - model(X)).abs().max() < 0.1 * model(X).abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("name", ["tome", "ats"])
+def test_checkpointing_that_loses_what_is_known_is_refused(name):
+    model = vit().train()
+    SET_UPS[name](model)
+
+    def forward(reentrant):
+        tokens = model._pos_embed(model.patch_embed(X.clone().requires_grad_()))
+        for block in model.blocks:
+            tokens = checkpoint(block, tokens, use_reentrant=reentrant)
+        return model.forward_head(model.norm(tokens))
+
+    torch.testing.assert_close(forward(False), model(X))
+    with pytest.raises(RuntimeError, match="checkpoint with use_reentrant=False"):
+        forward(True)

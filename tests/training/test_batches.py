@@ -14,8 +14,8 @@ from pcx.tasks import FileImages, Task, cached
 from pcx.tasks.images import MemoryImages
 from pcx.training.batches import BatchCheck, LoaderWait, placed
 from pcx.training.callbacks import note_of
-from pcx.training.fitting import _Run
 from pcx.training.objectives import objective_for
+from pcx.training.run import Run
 
 QUIET = {"progress": False}
 TIMES = ("seconds", "loader_share")
@@ -128,9 +128,9 @@ def test_a_resumed_run_draws_the_crops_of_the_whole_one_from_a_cache(
             raise Interrupted
 
     weights, rows = fitted(photos)
-    save = _Run.save
+    save = Run.save
     with monkeypatch.context() as patch:
-        patch.setattr(_Run, "save", stops)
+        patch.setattr(Run, "save", stops)
         with pytest.raises(Interrupted):
             fitted(cached(photos, tmp_path / "cache"), checkpoint_dir=tmp_path / "run")
     torch.manual_seed(99)

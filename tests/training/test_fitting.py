@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import pcx
-from pcx.training.fitting import _Run
+from pcx.training.run import Run
 
 QUIET = {"progress": False}
 
@@ -101,8 +101,8 @@ def test_resuming_continues_to_the_same_weights(backbone, loader, tmp_path, monk
         if len(self.history) == 2:
             raise Interrupted
 
-    save = _Run.save
-    monkeypatch.setattr(_Run, "save", stop_after_two)
+    save = Run.save
+    monkeypatch.setattr(Run, "save", stop_after_two)
     with pytest.raises(Interrupted):
         pcx.fit(new_model(backbone, dropout=dropout), loader, checkpoint_dir=tmp_path, **arguments)
     monkeypatch.undo()

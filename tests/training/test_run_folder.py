@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import pcx
-from pcx.training.fitting import _Run
+from pcx.training.run import Run
 from pcx.training.run_folder import RunFolder, without_place, writable_folder
 
 QUIET = {"progress": False}
@@ -89,7 +89,7 @@ def test_the_first_files_are_there_before_the_first_epoch(backbone, loader, tmp_
         assert {p.name for p in tmp_path.iterdir()} == {"config.json", "environment.json"}
         raise Interrupted
 
-    monkeypatch.setattr(_Run, "epoch", look)
+    monkeypatch.setattr(Run, "epoch", look)
     with pytest.raises(Interrupted):
         pcx.fit(new_model(backbone), loader, epochs=1, lr=0.1, checkpoint_dir=tmp_path, **QUIET)
 
@@ -127,7 +127,7 @@ def test_absolute_paths_become_names(argument, expected):
     assert without_place(argument) == expected
 
 
-@pytest.mark.parametrize("method", [(_Run, "save"), (RunFolder, "add_epoch")])
+@pytest.mark.parametrize("method", [(Run, "save"), (RunFolder, "add_epoch")])
 def test_resuming_doubles_no_line_and_loses_none(backbone, loader, tmp_path, monkeypatch, method):
     """Whether the run was stopped before an epoch's line was written or after."""
     options = {"epochs": 4, "lr": 0.1, **QUIET}
@@ -163,7 +163,7 @@ def test_a_folder_of_before_has_a_checkpoint_alone_and_resumes(
     whole = new_model(backbone)
     pcx.fit(whole, loader, **options)
     options |= {"checkpoint_dir": tmp_path}
-    interrupted(monkeypatch, (_Run, "save"), 2, new_model(backbone), loader, **options)
+    interrupted(monkeypatch, (Run, "save"), 2, new_model(backbone), loader, **options)
     for file in tmp_path.iterdir():
         if file.name != "last.pt":
             file.unlink()
@@ -188,7 +188,7 @@ def test_a_new_run_forgets_the_one_before(backbone, loader, tmp_path):
 
 def test_measures_that_a_resumed_run_adds_are_columns(backbone, loader, tmp_path, monkeypatch):
     options = {"epochs": 3, "lr": 0.1, "checkpoint_dir": tmp_path, **QUIET}
-    interrupted(monkeypatch, (_Run, "save"), 1, new_model(backbone), loader, **options)
+    interrupted(monkeypatch, (Run, "save"), 1, new_model(backbone), loader, **options)
     history = pcx.fit(new_model(backbone), loader, resume=True, val_loader=loader, **options)
     assert rows(tmp_path) == history
     assert ["val_loss" in row for row in history] == [False, True, True]
