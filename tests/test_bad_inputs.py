@@ -37,7 +37,7 @@ torch.inference_mode()(lambda: pcx.VPT(vit(), 2))()     | backbone: cls_token wa
 pcx.fit(torch.compile(vpt()), None, epochs=1, lr=1)     | model: OptimizedModule wraps the model
 pcx.fit(torch.nn.DataParallel(vpt()), None, epochs=1, lr=1) | model: DataParallel wraps the model
 torch.no_grad()(pcx.fit)(vpt(), None, epochs=1, lr=1)   | model: gradients are turned off here
-pcx.score(torch.compile(vpt()), None)                   | model: OptimizedModule wraps the model
+pcx.score(torch.compile(vpt()), loader)                 | model: OptimizedModule wraps the model
 pcx.save(torch.compile(vpt()), "new")                   | model: OptimizedModule wraps the model
 pcx.save(timm.utils.ModelEmaV3(vpt()), "new")           | model: ModelEmaV3 wraps the model
 pcx.save(torch.optim.swa_utils.AveragedModel(vpt()), "new") | model: AveragedModel wraps the model
