@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from pcx.backbones import attention
 from pcx.backbones.residual import HOOKS, Wrapper
@@ -361,7 +360,7 @@ class PromptedBlock(Wrapper):
 
 
 def _has_hooks(modules: Iterable[nn.Module]) -> bool:
-    return _has_any_global_hook() or any(map(any, map(_hooks_of, map(vars, modules))))
+    return any(map(any, map(_hooks_of, map(vars, modules))))
 
 
 def _dtype_of(block: nn.Module) -> torch.dtype | None:
