@@ -28,6 +28,7 @@ __all__ = [
     "freeze",
     "load",
     "multiply_adds",
+    "predict",
     "prefix_attention",
     "save",
     "score",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from pcx.condensation.selection import select
     from pcx.deployment.freezing import freeze
     from pcx.deployment.multi_task import ensemble
+    from pcx.deployment.predicting import predict
     from pcx.models import METHODS
     from pcx.models.full import Full
     from pcx.models.linear import Linear
@@ -72,6 +74,7 @@ _MODULES = {
     "select": "pcx.condensation.selection",
     "freeze": "pcx.deployment.freezing",
     "ensemble": "pcx.deployment.multi_task",
+    "predict": "pcx.deployment.predicting",
     "METHODS": "pcx.models",
     "Full": "pcx.models.full",
     "Linear": "pcx.models.linear",

@@ -28,6 +28,7 @@ class Listed(NamedTuple):
 COMMANDS = {
     "demo": Listed("pcx.cli.demo:demo", "VPT and Prompt Condensation on data in the package."),
     "train": Listed("pcx.cli.train:train", "Trains a method on a task."),
+    "predict": Listed("pcx.cli.predict:predict", "Names and probabilities of photos' classes."),
     "condense": Listed("pcx.cli.condense:condense", "Scores, selects and fine-tunes prompts."),
     "eval": Listed("pcx.cli.evaluate:evaluate", "Accuracy of a saved model on a split."),
     "prune": Listed(
@@ -92,7 +93,8 @@ _Usage: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "Click
 def main() -> None:
     """Runs the command line; an error ends in one line, not in a traceback.
 
-    The exit code is 2 for wrong input, 3 where training diverged, 1 where the system failed.
+    The exit code is 2 for wrong input, 3 where training diverged, 1 where the system failed, and 4
+    where pcx predict has skipped files that are no images.
     """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _end)

@@ -15,8 +15,12 @@ if TYPE_CHECKING:
 
 def condense(
     model: o.ModelFile,
-    task: o.TaskName,
-    out: Annotated[Path, typer.Option(help="file for the condensed model")],
+    photos: o.Photos = None,
+    task: o.TaskName = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="file for the condensed model; by default beside it, '-condensed'"),
+    ] = None,
     keep: Annotated[str, typer.Option(help="a fraction, a count, or auto")] = "0.3",
     backbone: o.FileBackbone = None,
     weights: o.Weights = None,
@@ -45,6 +49,8 @@ def condense(
     from pcx.condensation.condensing import condense as condense_model
     from pcx.condensation.scoring import check_prompted
 
+    name = o.one_task(photos, task)
+    out = out or model.with_name(f"{model.stem}-condensed.safetensors")
     o.check_out(out, replaced=overwrite or resume)
     if keep == "auto" and split != "train":
         raise ValueError(
@@ -52,7 +58,7 @@ def condense(
         )
     whole = o.loaded_model(model, backbone, weights)
     check_prompted(whole)
-    data = o.task_for(whole, task, root, cache)
+    data = o.task_for(whole, name, root, cache)
     _say_cost(whole)
     small = condense_model(
         whole,
@@ -73,7 +79,7 @@ def condense(
     )
     save(small, out)
     o.say(f"kept {small.counts} of {whole.counts}; wrote {out}")
-    o.say_accuracy(small, data, batch_size, amp, "test", workers)
+    o.say_accuracy(small, data, batch_size, amp, workers=workers)
 
 
 def _say_cost(model: VPT) -> None:

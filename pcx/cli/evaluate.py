@@ -7,10 +7,11 @@ from pcx.cli import options as o
 
 def evaluate(
     model: o.ModelFile,
-    task: o.TaskName,
+    photos: o.Photos = None,
+    task: o.TaskName = None,
     backbone: o.FileBackbone = None,
     weights: o.Weights = None,
-    split: o.Split = "test",
+    split: o.HeldOut = None,
     batch_size: o.BatchSize = 64,
     root: o.Root = None,
     amp: o.Amp = "no",
@@ -19,6 +20,7 @@ def evaluate(
     config: o.Config = None,
 ) -> None:
     """Accuracy of a saved model on a split."""
+    name = o.one_task(photos, task)
     loaded = o.loaded_model(model, backbone, weights)
-    data = o.task_for(loaded, task, root, cache)
+    data = o.task_for(loaded, name, root, cache)
     o.say_accuracy(loaded, data, batch_size, amp, split, workers)

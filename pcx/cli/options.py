@@ -15,7 +15,6 @@ from pcx.cli.config_file import use_config
 if TYPE_CHECKING:
     from torch import nn
 
-    from pcx.models.vpt.model import VPT
     from pcx.tasks import Task
 
 EMBEDDED = "pcx_scenes_vit"  # equals pcx.backbones.NAME; importing that would import torch
@@ -39,19 +38,42 @@ Weights = Annotated[
 ModelFile = Annotated[Path, typer.Argument(help="a file that pcx train or condense wrote")]
 
 # Data
+Photos = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[PHOTOS]", help="a folder of photos, with a folder for each class in it"
+    ),
+]
 TaskName = Annotated[
-    str, option("digits, sprites:..., vtab:..., fgvc:..., or timm's name", DATA, "--task")
+    str | None,
+    option(
+        "in place of photos: digits, sprites:..., vtab:..., fgvc:..., or timm's name",
+        DATA,
+        "--task",
+    ),
 ]
 Root = Annotated[Path | None, option("folder of data sets on disk", DATA)]
 Split = Annotated[str, option("train, val, trainval or test", DATA)]
+HeldOut = Annotated[
+    str | None, option("train, val, trainval or test; by default test, or val without one", DATA)
+]
 BatchSize = Annotated[int, option("images in a batch", DATA)]
 Workers = Annotated[int, option("processes that read images", DATA)]
 Cache = Annotated[
     Path | None, option("folder that keeps images decoded and resized, for all runs", DATA)
 ]
+CacheTokens = Annotated[
+    bool, option("compute patch tokens once for each image; no random transforms", DATA)
+]
 
 # Optimisation
 Epochs = Annotated[int, option("passes over the training data", OPTIMISATION)]
+Rate = Annotated[
+    float | None,
+    option("learning rate, not scaled; 0.3 with --clip-grad 1 by default", OPTIMISATION),
+]
+BaseRate = Annotated[float | None, option("learning rate, scaled by batch / 256", OPTIMISATION)]
+WeightDecay = Annotated[float, option("on prompts and head weight", OPTIMISATION)]
 ClipGrad = Annotated[float | None, option("norm to which the gradient is clipped", OPTIMISATION)]
 Amp = Annotated[str, option("no, bf16 or fp16", OPTIMISATION)]
 Execution = Annotated[str, option("auto, eager, cuda-graph or compile", OPTIMISATION)]
@@ -136,20 +158,29 @@ def check_out(out: Path, *, replaced: bool) -> None:
         ValueError: it exists, a folder is in its place, or its own folder cannot be written to.
     """
     from pcx.training.checkpoint import LAST
+
+    check_new(out, replaced, " (--resume continues its run)")
+    run = run_folder_of(out)
+    if (run / LAST).exists() and not replaced:
+        raise ValueError(
+            f"--out: {run} holds the checkpoint of a run that has not written {out.name}; give "
+            "--resume to continue it, --overwrite to replace it, or another name"
+        )
+
+
+def check_new(out: Path, replaced: bool, hint: str = "") -> None:
+    """Checks that a file of results can be written, and takes no other's place.
+
+    Raises:
+        ValueError: it exists, a folder is in its place, or its own folder cannot be written to.
+    """
     from pcx.training.run_folder import writable_folder
 
     if out.is_dir():
         raise ValueError(f"--out: {out} is a folder, expected a file, such as model.safetensors")
     if out.exists() and not replaced:
         raise ValueError(
-            f"--out: {out} exists; give --overwrite to replace it, or another name (--resume "
-            "continues its run)"
-        )
-    run = run_folder_of(out)
-    if (run / LAST).exists() and not replaced:
-        raise ValueError(
-            f"--out: {run} holds the checkpoint of a run that has not written {out.name}; give "
-            "--resume to continue it, --overwrite to replace it, or another name"
+            f"--out: {out} exists; give --overwrite to replace it, or another name{hint}"
         )
     try:
         writable_folder(out.parent)
@@ -170,22 +201,62 @@ def check_converged(history: Sequence[dict], classes: int, lr: float) -> None:
         )
 
 
-def task_for(model: Any, name: str, root: Path | None, cache: Path | None) -> Task:
-    """Loads a task for a saved model.
+def one_task(photos: str | None, task: str | None) -> str:
+    """The task's name, which a folder of photos or --task gives.
 
     Raises:
-        ValueError: it has another number of classes than the model has logits.
+        ValueError: both are given, or none.
+    """
+    given = [name for name in (photos, task) if name is not None]
+    if len(given) != 1:
+        both = f"got both, {photos} and --task {task}" if given else "got none"
+        raise ValueError(f"PHOTOS: {both}; give a folder of photos, or --task")
+    return given[0]
+
+
+def task_for(model: Any, name: str, root: Path | None, cache: Path | None) -> Task:
+    """Loads a task for a saved model, and says what was found in a folder of photos.
+
+    Raises:
+        ValueError: it has another number of classes than the model has logits, or others.
     """
     from pcx.backbones.inputs import data_config
-    from pcx.tasks import load_task
+    from pcx.training.class_names import class_names_of
 
-    task = load_task(name, data_config(model), root=root, cache=cache)
+    task = new_task(name, data_config(model), root, cache)
     if task.num_classes != model.num_classes:
         raise ValueError(
             f"--task: {name} has {task.num_classes} classes, and the model gives "
             f"{model.num_classes} logits; give the task that it was trained on"
         )
+    trained, names = model.record.task, class_names_of(task.loader("train"))
+    if names is None and model.class_names is None and trained not in (None, task.name):
+        raise ValueError(
+            f"--task: the model was trained on {trained}, and {name} has as many classes; give "
+            f"--task {trained}"
+        )
+    if model.record.split is not None and task.digest not in (None, model.record.split):
+        say(
+            "the folder's files are not those that the model was trained with, so that photos of "
+            "val and test may be among those it has seen"
+        )
     return task
+
+
+def new_task(name: str, config: dict, root: Path | None, cache: Path | None) -> Task:
+    """Loads a task, and says what was found in a folder of photos."""
+    from pcx.tasks import load_task
+
+    task = load_task(name, config, root=root, cache=cache)
+    if task.found:
+        say(f"{task.name}: {task.found}")
+    return task
+
+
+def set_task(model: Any, task: Task) -> None:
+    """Keeps in a new model what it is going to be trained on, and how its images are prepared."""
+    model.record.task, model.record.split = task.name, task.digest
+    model.record.transform = task.transform
 
 
 def run_folder_of(out: Path) -> Path:
@@ -199,11 +270,17 @@ def say(text: str) -> None:
 
 
 def say_accuracy(
-    model: VPT, data: Task, batch_size: int, amp: str, split: str = "test", workers: int = 0
+    model: Any,
+    data: Task,
+    batch_size: int,
+    amp: str,
+    split: str | None = None,
+    workers: int = 0,
 ) -> None:
-    """Evaluates a model on a split and prints accuracy, its standard error, and loss."""
+    """Evaluates a model on a split, the held-out one for None; prints accuracy and loss."""
     from pcx.training.evaluation import evaluate, standard_error
 
+    split = split or data.held_out
     found = evaluate(model, data.loader(split, batch_size, num_workers=workers), amp=amp)
     say(
         f"{data.name} {split}: {found['accuracy']:.2f} ± {standard_error(found):.2f}% "

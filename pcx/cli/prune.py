@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 def prune(
     model: o.ModelFile,
-    task: o.TaskName,
     layers: Annotated[
         str, typer.Option(help="layers after which to drop patches, from 1, such as 2,4")
     ],
     keep: Annotated[
         str, typer.Option(help="share of the patches that stay, for all layers or one each")
     ],
+    photos: o.Photos = None,
+    task: o.TaskName = None,
     iters: Annotated[
         str, typer.Option(help="PageRank iterations, for all layers or one each")
     ] = "5",
@@ -36,7 +37,7 @@ def prune(
     images: Annotated[int, typer.Option(help="number of images in that picture")] = 4,
     backbone: o.FileBackbone = None,
     weights: o.Weights = None,
-    split: o.Split = "test",
+    split: o.HeldOut = None,
     batch_size: o.BatchSize = 64,
     root: o.Root = None,
     amp: o.Amp = "no",
@@ -51,8 +52,9 @@ def prune(
         o.check_out(out, replaced=True)
     if images < 1:
         raise ValueError(f"--images: {images}, expected 1 or more")
+    name = o.one_task(photos, task)
     loaded = o.loaded_model(model, backbone, weights).eval()
-    data = o.task_for(loaded, task, root, cache)
+    data = o.task_for(loaded, name, root, cache)
     settings: dict[str, Any] = {
         "layers": o.numbers("layers", layers, int),
         "keep": o.one_or_more("keep", keep, float),
@@ -63,7 +65,7 @@ def prune(
     }
     pruning = zero_tprune(loaded, **settings)
     if out is not None:  # first, so that a picture that cannot be written is an error at once
-        _draw(loaded, pruning, next(iter(data.loader(split, images)))[0], out)
+        _draw(loaded, pruning, next(iter(data.loader(split or data.held_out, images)))[0], out)
     pruning.remove()
     o.say_accuracy(loaded, data, batch_size, amp, split, workers)
     zero_tprune(loaded, **settings)

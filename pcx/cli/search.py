@@ -12,8 +12,9 @@ from pcx.cli import options as o
 
 def search(
     model: o.ModelFile,
-    task: o.TaskName,
     budget: Annotated[float, typer.Option(help="share of the multiply-adds, or a number of them")],
+    photos: o.Photos = None,
+    task: o.TaskName = None,
     trials: Annotated[
         int, typer.Option(help="number of settings to evaluate on the split val")
     ] = 100,
@@ -28,8 +29,9 @@ def search(
     backbone: o.FileBackbone = None,
     weights: o.Weights = None,
     split: Annotated[
-        str, o.option("split on which the best setting is evaluated", o.DATA)
-    ] = "test",
+        str | None,
+        o.option("split on which the best setting is evaluated; by default test, or val", o.DATA),
+    ] = None,
     batch_size: o.BatchSize = 64,
     root: o.Root = None,
     amp: o.Amp = "no",
@@ -46,8 +48,9 @@ def search(
     from pcx.token_pruning.dropping import zero_tprune
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # the progress bar shows the same
+    name = o.one_task(photos, task)
     loaded = o.loaded_model(model, backbone, weights).eval()
-    data = o.task_for(loaded, task, root, cache)
+    data = o.task_for(loaded, name, root, cache)
     found = search_settings(
         loaded,
         data.loader("val", batch_size, num_workers=workers),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +12,17 @@ import typer
 from pcx.cli import options as o
 from pcx.models import HEAD_INITS, METHODS
 
+RATE, RATED = 0.3, ("vpt", "linear")
+
 
 def train(
     ctx: typer.Context,
-    task: o.TaskName,
-    out: Annotated[Path, typer.Option(help="file for prompts and head (.safetensors)")],
+    photos: o.Photos = None,
+    task: o.TaskName = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="file for prompts and head; by default the task's name.safetensors"),
+    ] = None,
     backbone: o.Backbone = o.EMBEDDED,
     weights: o.Weights = None,
     method: Annotated[str, typer.Option(help=f"one of {', '.join(METHODS)}")] = "vpt",
@@ -24,15 +31,11 @@ def train(
         typer.Option(help="of vpt: number per layer, for all or one each, as 8,8,4; 0 is allowed"),
     ] = "20",
     kind: Annotated[str, typer.Option(help="of vpt: deep, shallow or prefix")] = "deep",
-    dropout: Annotated[
-        float, typer.Option(help="of vpt: share of prompt elements, in training")
-    ] = 0.0,
+    dropout: Annotated[float, typer.Option(help="of vpt: share of prompt elements")] = 0.0,
     epochs: o.Epochs = 100,
-    lr: Annotated[float | None, o.option("learning rate, not scaled", o.OPTIMISATION)] = None,
-    base_lr: Annotated[
-        float | None, o.option("learning rate, scaled by batch / 256", o.OPTIMISATION)
-    ] = None,
-    weight_decay: Annotated[float, o.option("on prompts and head weight", o.OPTIMISATION)] = 1e-3,
+    lr: o.Rate = None,
+    base_lr: o.BaseRate = None,
+    weight_decay: o.WeightDecay = 1e-3,
     batch_size: o.BatchSize = 64,
     split: Annotated[
         str, o.option("train, with val for choosing settings, or trainval", o.DATA)
@@ -45,10 +48,7 @@ def train(
     seed: o.Seed = 0,
     workers: o.Workers = 0,
     cache: o.Cache = None,
-    cache_tokens: Annotated[
-        bool,
-        o.option("compute patch tokens once for each image; no random transforms", o.DATA),
-    ] = False,
+    cache_tokens: o.CacheTokens = False,
     resume: o.Resume = False,
     overwrite: o.Overwrite = False,
     config: o.Config = None,
@@ -57,18 +57,21 @@ def train(
     import torch
 
     from pcx.checkpoints.saving import save
-    from pcx.tasks import load_task
     from pcx.training.fitting import fit
 
+    name = o.one_task(photos, task)
+    out = out or _default_out(name)
     _check(out, method, split, replaced=overwrite or resume)
-    data = load_task(task, o.backbone_data_config(backbone, weights), root=root, cache=cache)
+    if lr is None and base_lr is None:
+        lr, clip_grad = _default_rate(method, clip_grad)
+    data = o.new_task(name, o.backbone_data_config(backbone, weights), root, cache)
     torch.manual_seed(seed)
     model = METHODS[method](
         o.new_backbone(backbone, data.num_classes, weights),
         head_init=head_init,
         **_arguments(ctx, method, {"prompts": prompts, "kind": kind, "dropout": dropout}),
     )
-    model.record.task = task
+    o.set_task(model, data)
     val = data.loader("val", batch_size, num_workers=workers) if split == "train" else None
     history = fit(
         model,
@@ -90,7 +93,26 @@ def train(
     o.check_converged(history, data.num_classes, model.record.trained_lr)
     save(model, out)
     o.say(f"wrote {out}")
-    o.say_accuracy(model, data, batch_size, amp, "test", workers)
+    o.say_accuracy(model, data, batch_size, amp, workers=workers)
+
+
+def _default_out(task: str) -> Path:
+    """The file of a task's name, such as photos.safetensors of ../photos."""
+    name = Path(task).expanduser().resolve().name if Path(task).is_dir() else task
+    return Path(f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name).strip('-') or 'model'}.safetensors")
+
+
+def _default_rate(method: str, clip_grad: float | None) -> tuple[float, float]:
+    """A rate that suits prompts and heads over most backbones where gradients are clipped.
+
+    Raises:
+        ValueError: the method trains more than prompts and a head, whose rate depends on more.
+    """
+    if method not in RATED:
+        raise ValueError(f"lr: give lr or base_lr; --method {method} has no rate of its own")
+    clip_grad = 1.0 if clip_grad is None else clip_grad
+    o.say(f"learning rate {RATE}, gradients clipped to norm {clip_grad:g}; --lr sets another")
+    return RATE, clip_grad
 
 
 def _check(out: Path, method: str, split: str, *, replaced: bool) -> None:

@@ -311,10 +311,13 @@ class TunedModel(nn.Module):
     def transform(self, train: bool = False) -> Callable:
         """timm's transform from a PIL image to what the backbone expects.
 
+        Of a model that was trained on a task it is that of the task's evaluation.
+
         Args:
             train: with timm's augmentation for training.
         """
-        return timm.data.create_transform(**data_config(self), is_training=train)
+        config = self.record.transform or data_config(self)
+        return timm.data.create_transform(**config, is_training=train)
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

@@ -47,6 +47,7 @@ class Record:
         condensation: how `pcx.condense` made the model, None of one that it did not make.
         class_names: names of the classes in the order of the logits.
         task: name of the task that the model was trained on.
+        split: of a folder of photos, the digest of which files were in which split.
         transform: what images must look like: input_size, mean, std, interpolation, crop_pct, ...
         backbone: {"name", "arguments"} by which the backbone can be built again, where known.
         unknown: entries of a file by a newer pcx, which saving keeps.
@@ -57,6 +58,7 @@ class Record:
     condensation: Condensation | None = None
     class_names: list[str] | None = None
     task: str | None = None
+    split: str | None = None
     transform: dict[str, Any] | None = None
     backbone: dict[str, Any] | None = None
     unknown: dict[str, Any] = field(default_factory=dict)

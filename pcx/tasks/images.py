@@ -49,6 +49,7 @@ class FileImages(Dataset):
         samples: (file, label) of each image.
         transform: function of a PIL image that returns a tensor.
         eval_transform: the same without augmentation; scoring reads images through it.
+        classes: names of the classes in the order of the labels, where they are known.
 
     Raises:
         ValueError: a file that is read is not a whole image; the message names it.
@@ -59,8 +60,10 @@ class FileImages(Dataset):
         samples: Sequence[tuple[Path, int]],
         transform: Callable,
         eval_transform: Callable | None = None,
+        classes: Sequence[str] | None = None,
     ):
         self.samples = list(samples)
+        self.classes = None if classes is None else list(classes)
         self.transform = transform
         self.eval_transform = eval_transform
 
@@ -69,7 +72,7 @@ class FileImages(Dataset):
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         path, label = self.samples[i]
-        return self.transform(_opened(path, path)), label
+        return self.transform(opened(path, path)), label
 
 
 class ReaderImages(Dataset):
@@ -98,14 +101,14 @@ class ReaderImages(Dataset):
     def __getitem__(self, i: int) -> tuple[Any, int]:
         file, label = self.reader[i][:2]
         with file if hasattr(file, "close") else nullcontext():
-            image = _opened(file, self.reader.filename(i))
+            image = opened(file, self.reader.filename(i))
         return (image if self.transform is None else self.transform(image)), label
 
 
-def _opened(file: Any, name: Any) -> Image.Image:
+def opened(file: Any, name: Any) -> Image.Image:
     try:
         with Image.open(file) as image:
-            return _as_rgb(image)
+            return as_rgb(image)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{name}: listed in the split, but there is no file; add it, or take it off the list"
@@ -118,7 +121,7 @@ def _opened(file: Any, name: Any) -> Image.Image:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def as_rgb(image: Image.Image) -> Image.Image:
     """An image as 8-bit RGB.
 
     16 bits are scaled to 8. What is transparent shows white, not what lies under it.

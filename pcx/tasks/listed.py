@@ -38,6 +38,7 @@ VTAB_CLASSES = {
     "diabetic_retinopathy": 5,
 }
 ALIASES = {"cifar100": "cifar", "oxford_pet": "oxford_iiit_pet"}
+FGVC_CROP = {"crop_pct": 224 / 256}
 VTAB_LISTS = {"train": "train800", "val": "val200", "trainval": "train800val200", "test": "test"}
 
 
@@ -71,7 +72,7 @@ def fgvc(name: str, root: Path, config: dict) -> tuple[dict[str, Any], int]:
     folder = _existing(root / name, "a folder with train.json, val.json and test.json")
     tables = {split: _read_table(folder / f"{split}.json") for split in ("train", "val", "test")}
     classes = {c: i for i, c in enumerate(sorted(set(tables["train"].values())))}
-    plain = timm.data.create_transform(**{**config, "crop_pct": 224 / 256}, is_training=False)
+    plain = timm.data.create_transform(**{**config, **FGVC_CROP}, is_training=False)
     samples, within = {}, _Within(folder)
     for split, table in tables.items():
         unknown = sorted(set(table.values()) - set(classes), key=str)
@@ -94,19 +95,17 @@ def fgvc(name: str, root: Path, config: dict) -> tuple[dict[str, Any], int]:
 def from_timm(name: str, root: Path, config: dict) -> tuple[dict[str, Any], int]:
     """Splits and number of classes of a data set that `timm.data.create_dataset` reads.
 
-    | split    | with train, validation and test | with train and one more split            |
-    | -------- | ------------------------------- | ---------------------------------------- |
-    | trainval | train                           | train                                    |
-    | train    | train                           | nine tenths of train                     |
-    | val      | validation                      | a tenth of train, drawn by a fixed seed  |
-    | test     | test                            | that split                               |
+    | split    | with train and validation | with train and test alone               |
+    | -------- | ------------------------- | --------------------------------------- |
+    | trainval | train                     | train                                   |
+    | train    | train                     | nine tenths of train                    |
+    | val      | validation                | a tenth of train, drawn by a fixed seed |
+    | test     | test, where there is one  | test                                    |
     """
     whole = _timm_split(name, root, ("train",))
     classes = getattr(getattr(whole, "reader", None), "class_to_idx", None)
     val = _timm_split(name, root, ("validation", "val"), classes, missing_ok=True)
     test = _timm_split(name, root, ("test",), classes, missing_ok=val is not None)
-    if test is None:
-        val, test = None, val
     evaluated, plain = copy.copy(whole), timm.data.create_transform(**config, is_training=False)
     whole.transform = timm.data.create_transform(**config, is_training=True)
     for dataset in (evaluated, val, test):
@@ -114,6 +113,8 @@ def from_timm(name: str, root: Path, config: dict) -> tuple[dict[str, Any], int]
             dataset.transform = plain
     whole.eval_transform = plain
     splits = {"trainval": whole, "train": whole, "val": val, "test": test}
+    if test is None:
+        del splits["test"]
     if val is None:
         order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0)).tolist()
         held_out = max(1, len(order) // 10)
@@ -131,9 +132,6 @@ def _timm_split(
 ) -> Any:
     failures = []
     for split in candidates:
-        if name in ("", "folder") and not (root / split).is_dir():
-            failures.append(f"no folder {root / split}")  # timm would read the whole root instead
-            continue
         try:
             dataset = timm.data.create_dataset(
                 name,

@@ -25,13 +25,14 @@ S = "search m.safetensors --task digits --budget 0.7"
 TABLE = f"""
 trian                                        | No such command 'trian'. Did you mean 'train'
 --bogus                                      | No such option
-train                                        | Missing option '--task'
-train --task digits                          | Missing option '--out'
-train --task digits --out new                | lr: give lr or base_lr
-train --out new --lr 1                       | Missing option '--task'
-train digits --out new --lr 1                | Missing option '--task'
+train                                        | PHOTOS: got none; give a folder of photos, or --task
+train --task digits --method full --out new  | lr: give lr or base_lr
+train --out new --lr 1                       | PHOTOS: got none
+train digits --task digits --out new         | PHOTOS: got both, digits and --task digits
+train ./nowhere --out new                    | nowhere: no such folder
 {T} --bogus 1                                | No such option: --bogus
-{T} extra                                    | unexpected extra argument
+{T} extra                                    | PHOTOS: got both, extra and --task digits
+{T} --task2 x                                | No such option
 {T} --epochs                                 | --epochs
 {T} --epochs x                               | --epochs
 {T} --epochs 1.5                             | --epochs
@@ -94,14 +95,14 @@ train --task digits --out new --base-lr 0    | base_lr: 0.0
 {T} --config kind.toml                       | --config: kind.toml: epochs
 {T} --config latin.toml                      | --config: latin.toml, line 1: it is not UTF-8
 train --task letters --out new --lr 1        | name: 'letters'
-train --task "" --out new --lr 1             | name: ''
+train --task "" --out new --lr 1             | data: no such folder
 train --task sprites:x --out new --lr 1      | name: 'sprites:x'
 train --task sprites: --out new --lr 1       | name: 'sprites:'
 train --task vtab:x --out new --lr 1         | name: 'vtab:x'
 train --task vtab:dtd --out new --lr 1       | not found, expected a folder of VTAB
 train --task fgvc:cub --out new --lr 1       | not found, expected a folder with train.json
-train --task folder --out new --lr 1         | name: 'folder'
-train --task folder --root no --out new --lr 1 | name: 'folder'
+train --task folder --out new --lr 1         | data: no such folder
+train --task folder --root no --out new --lr 1 | no: no such folder
 train --task torch/nothing --out new --lr 1  | name: 'torch/nothing'
 train --task fgvc:broken --root . --out new --lr 1 | train.json, line 1: not JSON
 train --task fgvc:out --root . --out new --lr 1    | leads out of
@@ -111,8 +112,8 @@ train --task digits --out m.safetensors --lr 1 | --out: m.safetensors exists; gi
 train --task digits --out half --lr 1        | --out: half.ckpt holds the checkpoint
 {T} --resume --out half --epochs 9           | resume: .* is of another run
 condense                                     | Missing argument 'model'
-condense m.safetensors                       | Missing option '--task'
-condense m.safetensors --task digits         | Missing option '--out'
+condense m.safetensors                       | PHOTOS: got none
+condense m.safetensors digits --task digits  | PHOTOS: got both
 condense none --task digits --out new        | path: no file none
 condense text.txt --task digits --out new    | path: text.txt is not a whole safetensors file
 condense flipped --task digits --out new     | path: flipped is damaged
@@ -137,7 +138,19 @@ condense linear.safetensors --task digits --out new --lr 1 | model: a Linear
 {C} --backbone vit_tiny_patch16_224 --weights no.pth | --weights: no file no.pth
 {C} --task sprites:count                     | --task: sprites:count has 8 classes
 eval                                         | Missing argument 'model'
-eval m.safetensors                           | Missing option '--task'
+eval m.safetensors                           | PHOTOS: got none
+predict                                      | Missing argument 'images'
+predict a.jpg                                | Missing option '--model'
+predict --model m.safetensors                | Missing argument 'images'
+predict none.jpg --model m.safetensors       | images: none.jpg: no such file
+predict no*.jpg --model m.safetensors        | images: no*.jpg: no such file
+predict m.safetensors --model m.safetensors  | images: none of 1 is an image; the first is m.saf
+predict m.safetensors --model none.safetensors | none.safetensors
+predict m.safetensors --model m.safetensors --top 0 | top: 0
+predict m.safetensors --model m.safetensors --top x | --top
+predict m.safetensors --model m.safetensors --out p.txt | --out: p.txt, expected a name that ends
+predict m.safetensors --model m.safetensors --amp int8 | amp: got 'int8'
+predict m.safetensors --model m.safetensors --batch-size 0 | batch_size: 0
 eval none --task digits                      | path: no file none
 eval . --task digits                         | path: no file .
 eval text.txt --task digits                  | path: text.txt is not a whole safetensors file
@@ -230,7 +243,7 @@ def test_there_are_as_many_as_there_should_be():
 @pytest.fixture
 def ended(monkeypatch, capsys):
     """Runs a line; gives the exit code, and what stands on the standard error."""
-    monkeypatch.setattr("pcx.tasks.digits", DIGITS)
+    monkeypatch.setattr("pcx.tasks.read_digits", DIGITS)
     monkeypatch.setattr("signal.signal", lambda *given: None)  # of this process
 
     def run(line):

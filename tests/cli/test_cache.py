@@ -34,8 +34,8 @@ def run(*arguments):
 
 
 def test_commands_read_each_photo_once_and_find_the_same(root, tmp_path, monkeypatch):
-    opened, decode = [], images._opened
-    monkeypatch.setattr(images, "_opened", lambda *a: opened.append(1) or decode(*a))
+    opened, decode = [], images.opened
+    monkeypatch.setattr(images, "opened", lambda *a: opened.append(1) or decode(*a))
     common = ["--task", "vtab:eurosat", "--root", root, "--batch-size", 4, "--epochs", 2]
     cache, plain, trained = ["--cache", tmp_path / "cache"], tmp_path / "a", tmp_path / "b"
     rest = ["--prompts", 2, "--lr", "0.1"]
@@ -56,8 +56,8 @@ def test_commands_read_each_photo_once_and_find_the_same(root, tmp_path, monkeyp
 
 
 def test_tokens_are_computed_once_and_photos_read_once(root, tmp_path, monkeypatch):
-    opened, decode = [], images._opened
-    monkeypatch.setattr(images, "_opened", lambda *a: opened.append(a[1]) or decode(*a))
+    opened, decode = [], images.opened
+    monkeypatch.setattr(images, "opened", lambda *a: opened.append(a[1]) or decode(*a))
     common = ["--task", "vtab:eurosat", "--root", root, "--batch-size", 4, "--epochs", 3]
     rest = ["--prompts", 2, "--lr", "0.1", "--split", "trainval"]
     run("train", *common, "--out", tmp_path / "plain", *rest)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import timm
 import torch
 from families import CONFIG
 from PIL import Image
@@ -228,46 +229,54 @@ def test_fgvc_errors(fgvc_root):
         load_task("fgvc:CUB", CONFIG, root=fgvc_root)
 
 
-def folders(root, split, names, count=1):
-    for name in names:
-        (root / split / name).mkdir(parents=True)
-        for i in range(count):
-            Image.new("RGB", (40, 40)).save(root / split / name / f"{i}.png")
+class Reads:
+    """What timm.data.create_dataset gives for the splits that a data set has."""
+
+    def __init__(self, **sizes):
+        self.sizes = sizes
+
+    def __call__(self, name, root, split, class_map=None):
+        if split not in self.sizes:
+            raise ValueError(f"no {split}")
+        return FakeData(split, self.sizes[split])
 
 
-def test_timm_reads_folders(tmp_path):
-    folders(tmp_path, "train", ("ant", "bee", "cat"), 10)
-    folders(tmp_path, "validation", ("bee", "cat"))
-    task = load_task("", CONFIG, root=tmp_path)
-    assert task.num_classes == 3
-    assert {k: len(v) for k, v in task.splits.items()} == {
-        "trainval": 30,
-        "train": 27,
-        "val": 3,
-        "test": 2,
-    }
-    assert [task.splits["test"][i][1] for i in range(2)] == [1, 2]  # numbered as in training
-    assert task.splits["train"][0][0].shape == (3, 32, 32)
-    assert not set(task.splits["train"].indices) & set(task.splits["val"].indices)
-    folders(tmp_path, "test", ("ant", "bee"))
-    sizes = {k: len(v) for k, v in load_task("", CONFIG, root=tmp_path).splits.items()}
-    assert sizes == {"trainval": 30, "train": 30, "val": 2, "test": 2}
+class FakeData:
+    def __init__(self, split, size):
+        self.split, self.size, self.classes = split, size, ["ant", "bee"]
+
+    def __len__(self):
+        return self.size
 
 
-def test_a_corrupt_image_in_a_folder_is_named(tmp_path):
-    folders(tmp_path, "train", ("ant", "bee"), 2)
-    folders(tmp_path, "test", ("ant", "bee"), 2)
-    file = sorted((tmp_path / "test" / "bee").iterdir())[0]
-    file.write_bytes(file.read_bytes()[:60])
-    dataset = load_task("folder", CONFIG, root=tmp_path).splits["test"]
-    with pytest.raises(ValueError, match=rf"bee/{file.name}: not a whole image file"):
-        [dataset[i] for i in range(len(dataset))]
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [
+        (
+            {"train": 30, "validation": 6, "test": 5},
+            {"trainval": 30, "train": 30, "val": 6, "test": 5},
+        ),
+        ({"train": 30, "val": 6}, {"trainval": 30, "train": 30, "val": 6}),
+        ({"train": 30, "test": 5}, {"trainval": 30, "train": 27, "val": 3, "test": 5}),
+    ],
+)
+def test_splits_of_timm_are_what_they_are_called(monkeypatch, tmp_path, there, expected):
+    monkeypatch.setattr(timm.data, "create_dataset", Reads(**there))
+    task = load_task("torch/insects", CONFIG, root=tmp_path)
+    assert {k: len(v) for k, v in task.splits.items()} == expected
+    assert task.held_out == ("test" if "test" in there else "val")
+    if "test" not in there:
+        assert task.splits["val"].split == "val"
+        with pytest.raises(ValueError, match="no test split, and val is what no training"):
+            task.loader("test")
+    if len(there) == 2 and "test" in there:
+        assert not set(task.splits["train"].indices) & set(task.splits["val"].indices)
 
 
-def test_a_folder_without_a_test_split_is_refused(tmp_path):
-    folders(tmp_path, "train", ("ant", "bee"))
+def test_data_of_timm_without_a_second_split_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(timm.data, "create_dataset", Reads(train=3))
     with pytest.raises(ValueError, match="has no split .test. that timm"):
-        load_task("", CONFIG, root=tmp_path)
+        load_task("torch/insects", CONFIG, root=tmp_path)
 
 
 def test_unknown_names_say_what_there_is(tmp_path):

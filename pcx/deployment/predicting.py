@@ -1,0 +1,241 @@
+"""Predictions of a tuned model: from photos to names of classes and probabilities."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from pcx.arguments import whole_number
+from pcx.backbones.outputs import logits_of
+from pcx.models.base import TunedModel, check_module, keeping_modes
+from pcx.models.peft_model import tuned
+from pcx.tasks.images import as_rgb, opened
+from pcx.tasks.photos import image_files
+from pcx.training.evaluation import accelerator_for
+from pcx.training.execution import check_execution, compiled, prepared
+from pcx.training.objectives import MultiLabel, Regression, SingleLabel, SoftTargets
+
+PROBABILITIES: dict[str | None, Callable[[Tensor], Tensor]] = {
+    SingleLabel.loss_name: lambda logits: logits.softmax(-1),
+    SoftTargets.loss_name: lambda logits: logits.softmax(-1),
+    MultiLabel.loss_name: lambda logits: logits.sigmoid(),
+}
+_MAGIC = ("*", "?", "[")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one image: its classes from the most probable on.
+
+    Attributes:
+        source: the image's path as it was found, or its place among the images, such as "[3]".
+        labels: numbers of the classes, [k].
+        names: their names, or their numbers as text where the model knows no names.
+        probabilities: of each, 0..1. They sum to 1 over all classes, but of a multi-label model.
+    """
+
+    source: str
+    labels: list[int]
+    names: list[str]
+    probabilities: list[float]
+
+    @property
+    def name(self) -> str:
+        """The name of the most probable class."""
+        return self.names[0]
+
+    @property
+    def probability(self) -> float:
+        """The probability of the most probable class."""
+        return self.probabilities[0]
+
+
+class Predictions(list[Prediction]):
+    """A list of a `Prediction` for each image that could be read, in the order given.
+
+    Attributes:
+        skipped: (path, reason) of each file that is no image.
+    """
+
+    def __init__(self, rows: Iterable[Prediction], skipped: Sequence[tuple[str, str]]):
+        super().__init__(rows)
+        self.skipped = list(skipped)
+
+
+def predict(
+    model: nn.Module,
+    images: Any,
+    *,
+    top: int | None = 1,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    amp: str = "no",
+    execution: str = "auto",
+) -> Predictions:
+    """The most probable classes of images, of files, PIL images or tensors.
+
+    Images of files and of PIL are prepared by `model.transform()`, as in evaluation: 16 bits are
+    scaled to 8, and what is transparent shows white. Tensors are taken as they are.
+
+    Args:
+        model: a tuned model, or a model of peft. It is put in eval mode for the call.
+        images: a path, of a file, of a folder (all images in it and below) or with wildcards
+            ("photos/*.jpg"); a PIL image; a tensor [3, H, W] or [B, 3, H, W] as the backbone
+            expects it; or a sequence of these.
+        top: how many classes of each image are given, None for all.
+        batch_size: images that are computed at once.
+        num_workers: processes that read images.
+        amp: "no", "bf16" or "fp16".
+        execution: as that of `pcx.evaluate`.
+
+    Returns:
+        One `Prediction` for each image; `skipped` lists the files that are no images.
+
+    Raises:
+        ValueError: an argument is out of range, `images` holds something else, none of the files is
+            an image, or the model gives no probabilities of classes (a regression, features).
+        FileNotFoundError: a path leads to nothing.
+    """
+    check_module("model", model)
+    known = tuned(model)
+    count = known.num_classes if top is None else whole_number("top", top, 1)
+    batch_size = whole_number("batch_size", batch_size, 1)
+    probable = _probable(known)
+    items = list(_items(images))
+    if not items:
+        raise ValueError("images: none given")
+    with accelerator_for(amp, 0) as accelerator:
+        device = accelerator.device
+        check_execution(execution, device)
+        placed: Any = known.to(device)
+        loader = DataLoader(
+            _Read(items, known),
+            batch_size,
+            num_workers=whole_number("num_workers", num_workers),
+            collate_fn=list,
+            pin_memory=device.type == "cuda",
+        )
+        called = compiled(placed, execution)
+
+        def run(batch: Tensor) -> tuple[Tensor, Tensor]:
+            with accelerator.autocast():
+                logits = logits_of(called(batch))
+            found = probable(logits.float()).topk(min(count, logits.shape[-1]), dim=-1)
+            return found.values, found.indices
+
+        step, rows, skipped = prepared(lambda: run, device, execution), [], []
+        with keeping_modes(placed), torch.no_grad():
+            placed.eval()
+            for batch in loader:
+                skipped += [(source, why) for source, why in batch if isinstance(why, str)]
+                good = [(source, x) for source, x in batch if not isinstance(x, str)]
+                if good:
+                    values, labels = step(_stacked(good).to(device, non_blocking=True))
+                    rows += _rows([source for source, _ in good], values, labels, known)
+    if not rows:
+        raise ValueError(
+            f"images: none of {len(items)} is an image; the first is {skipped[0][0]} "
+            f"({skipped[0][1]})"
+        )
+    return Predictions(rows, skipped)
+
+
+def _probable(model: TunedModel) -> Callable[[Tensor], Tensor]:
+    """From logits to probabilities, by the loss that the model was trained with."""
+    if model.num_classes == 0:
+        raise ValueError("model: it has no head, and so no classes; give it num_classes")
+    loss = (model.record.recipe or {}).get("criterion")
+    if loss == Regression.loss_name:
+        raise ValueError("model: it was trained on numbers, and gives no classes; call it itself")
+    return PROBABILITIES.get(loss, PROBABILITIES[SingleLabel.loss_name])
+
+
+def _rows(
+    sources: list[str], values: Tensor, labels: Tensor, model: TunedModel
+) -> list[Prediction]:
+    names = model.class_names or [str(i) for i in range(model.num_classes)]
+    return [
+        Prediction(source, numbers, [names[i] for i in numbers], probabilities)
+        for source, numbers, probabilities in zip(
+            sources, labels.tolist(), values.tolist(), strict=True
+        )
+    ]
+
+
+def _items(images: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """(source, path | PIL image | tensor [3, H, W]) of each image."""
+    if isinstance(images, str | os.PathLike):
+        for path in _files(os.fspath(images)):
+            yield str(path), path
+    elif isinstance(images, Image.Image):
+        yield place or "[0]", images
+    elif isinstance(images, Tensor):
+        if images.dim() not in (3, 4) or not images.is_floating_point():
+            raise ValueError(
+                f"images{place}: a tensor {list(images.shape)} of {images.dtype}, expected "
+                "[3, H, W] or [B, 3, H, W], normalised as model.transform() does it"
+            )
+        batch = images if images.dim() == 4 else images[None]
+        for i, image in enumerate(batch):
+            yield (place if images.dim() == 3 and place else f"{place}[{i}]"), image
+    elif isinstance(images, Iterable) and not isinstance(images, bytes | dict):
+        for i, each in enumerate(images):
+            yield from _items(each, f"{place}[{i}]")
+    else:
+        raise ValueError(
+            f"images{place}: a {type(images).__name__}, expected a path, a PIL image, a tensor, or "
+            "a sequence of these"
+        )
+
+
+def _files(given: str) -> list[Path]:
+    """The files that a path, a folder or a pattern stands for; folders give their images alone."""
+    path = Path(given).expanduser()
+    if path.is_dir():
+        found = list(image_files(path))
+        if not found:
+            raise ValueError(f"images: {given} has no files that are named like images")
+        return found
+    if path.exists():
+        return [path]
+    matched = sorted(glob.glob(str(path), recursive=True)) if set(given) & set(_MAGIC) else []
+    if not matched:
+        raise FileNotFoundError(f"images: {given}: no such file or folder")
+    return [file for each in matched for file in _files(each)]
+
+
+class _Read(Dataset):
+    """Prepared images, or the reason why a file is none."""
+
+    def __init__(self, items: list[tuple[str, Any]], model: TunedModel):
+        self.items, self.transform = items, model.transform()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> tuple[str, Tensor | str]:
+        source, item = self.items[i]
+        if isinstance(item, Tensor):
+            return source, item
+        if isinstance(item, Image.Image):
+            return source, self.transform(as_rgb(item))
+        try:
+            return source, self.transform(opened(item, item))
+        except (ValueError, FileNotFoundError) as error:
+            return source, str(error).removeprefix(f"{item}: ")
+
+
+def _stacked(good: list[tuple[str, Tensor]]) -> Tensor:
+    shapes = {tuple(image.shape) for _, image in good}
+    if len(shapes) > 1:
+        raise ValueError(f"images: tensors of shapes {sorted(shapes)}, expected one shape for all")
+    return torch.stack([image for _, image in good])
