@@ -1,65 +1,93 @@
-"""What a training run says while it goes: its facts, a bar, and a note for each epoch."""
+"""What a training calls while it goes: a small protocol, and early stopping."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
+from torch import Tensor
 
-from pcx.backbones.inputs import data_config
-from pcx.models.base import TunedModel
-from pcx.training.recipe import Recipe
+from pcx.arguments import whole_number
 
-
-def say_facts(
-    console: Console, model: nn.Module, names: Sequence[str], recipe: Recipe, device: object
-) -> None:
-    """Prints what is trained at which rate, and what images the backbone expects."""
-    parameters = dict(model.named_parameters())
-    trained = sum(parameters[n].numel() for n in names)
-    total = sum(p.numel() for p in parameters.values())
-    console.print(
-        f"training {trained:,} of {total:,} parameters ({100 * trained / total:.2f}%), "
-        f"lr {recipe.lr:g}, {recipe.epochs} epochs, on {device}"
-    )
-    widths = {str(p.dtype).removeprefix("torch.") for p in parameters.values()}
-    own = {str(parameters[n].dtype).removeprefix("torch.") for n in names}
-    if own != widths:
-        console.print(f"trained in {', '.join(sorted(own))} over {', '.join(sorted(widths - own))}")
-    if not isinstance(model, TunedModel):
-        return
-    config = data_config(model)
-    console.print(
-        f"the backbone expects images of {'x'.join(map(str, config['input_size']))} normalised by "
-        f"mean {tuple(config['mean'])} and std {tuple(config['std'])}"
-    )
+LOWER = ("loss", "error")  # ends of the names of measures of which less is better
 
 
-def bar_of(console: Console) -> Progress:
-    """A bar over epochs, with a note behind it."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        disable=console.quiet,
-    )
+class Callback:
+    """Called by `pcx.fit` while it goes; a subclass overrides what it needs.
+
+    With several processes it is called in each of them, with the same history.
+    """
+
+    def on_step(self, epoch: int, step: int, losses: Tensor) -> None:
+        """Called behind each batch.
+
+        Args:
+            epoch, step: of the batch, each counted from 1.
+            losses: of each sample, [B], on the device; reading them waits for a GPU.
+        """
+
+    def on_epoch(self, history: Sequence[dict[str, Any]]) -> bool | None:
+        """Called behind each epoch, once its checkpoint is written.
+
+        Args:
+            history: a row for each epoch so far, also for those before a resumed run.
+
+        Returns:
+            True to end the training here.
+        """
+        return None
+
+    def on_end(self, history: Sequence[dict[str, Any]]) -> None:
+        """Called once at the end of a training that was not interrupted."""
 
 
-def note_of(row: dict) -> str:
-    """The loss and the first metric of an epoch, of its validation, and what limits the run."""
-    metric = list(row)[2]  # behind epoch and loss
-    note = f"loss {row['loss']:.3f}  {metric} {row[metric]:.1f}"
-    if f"val_{metric}" in row:
-        note += f"  validation {row[f'val_{metric}']:.1f}"
-    return f"{note}  {limit_of(row)}" if "loader_share" in row else note
+class EarlyStopping(Callback):
+    """Ends a training whose measure has not improved for some epochs.
+
+    What it decides follows from the history alone, so that a resumed training ends where an
+    undisturbed one does.
+
+    Args:
+        metric: a column of the history, such as "val_accuracy" or "val_loss". Less is better of
+            names that end with "loss" or "error", more of all others.
+        patience: epochs without an improvement after which the training ends.
+
+    Raises:
+        ValueError: the patience is no positive whole number.
+    """
+
+    def __init__(self, metric: str = "val_accuracy", patience: int = 10):
+        self.metric, self.patience = metric, whole_number("patience", patience, 1)
+
+    def on_epoch(self, history: Sequence[dict[str, Any]]) -> bool | None:
+        """True once the best epoch is as long ago as the patience."""
+        values = [measure(row, self.metric) for row in history]
+        return len(values) - 1 - values.index(max(values)) >= self.patience
 
 
-def limit_of(row: dict) -> str:
-    """The share of an epoch's training pass that waited for the loader, and whether it limits."""
-    share = row["loader_share"]
-    return f"limited by the loader ({share:.0%})" if share > 0.5 else f"loader {share:.0%}"
+def measure(row: dict[str, Any], metric: str) -> float:
+    """The measure of an epoch, of which more is better.
+
+    Raises:
+        ValueError: the history has no such column; the message lists those that it has.
+    """
+    if metric not in row or not isinstance(row[metric], int | float):
+        hint = "; give fit a val_loader" if metric.startswith("val_") else ""
+        raise ValueError(f"metric: {metric!r} is none of the history's {sorted(row)}{hint}")
+    return -row[metric] if metric.endswith(LOWER) else row[metric]
+
+
+def check_callbacks(callbacks: Any) -> list[Callback]:
+    """The callbacks as a list.
+
+    Raises:
+        ValueError: one of them lacks a function of `Callback`.
+    """
+    given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+    for i, each in enumerate(given):
+        if not all(callable(getattr(each, f, None)) for f in ("on_step", "on_epoch", "on_end")):
+            raise ValueError(
+                f"callbacks[{i}]: a {type(each).__name__}, expected a subclass of "
+                "pcx.training.callbacks.Callback"
+            )
+    return given

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from pcx.backbones.architecture import architecture_of
 from pcx.checkpoints.torch_file import read_torch
 from pcx.models.base import TunedModel
+from pcx.training.recipe import Recipe
 
 LAST = "last.pt"
 _ENTRIES = {"recipe", "parameters", "optimizer", "history", "updates", "generators"}
+_ADDED = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING}
 VERSION = 3  # of that file; 1 had no buffers, 2 no description of the model
 
 
@@ -92,7 +95,7 @@ def check_same_run(
     parameters: Mapping[str, Tensor],
 ) -> None:
     """Raises a ValueError that says what differs where a checkpoint is of another run."""
-    pairs = [(dict(state["recipe"]), dict(recipe))]
+    pairs = [({**_ADDED, **state["recipe"]}, dict(recipe))]
     mine, theirs = description_of(model), state.get("model")
     if theirs is not None:  # older files say nothing of it
         pairs.append((theirs, mine or {}))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from pcx.backbones.spec import check_unwrapped
 from pcx.checkpoints.fingerprint import fingerprint
@@ -17,17 +18,17 @@ from pcx.models.base import check_choice, check_module, state_of
 from pcx.models.heads import trained_dtype
 from pcx.models.peft_model import known_by
 from pcx.training.batches import check_loader
-from pcx.training.callbacks import bar_of, note_of, say_facts
+from pcx.training.callbacks import Callback, check_callbacks
 from pcx.training.checkpoint import (
     LAST,
     check_place,
 )
 from pcx.training.class_names import keep_names
+from pcx.training.display import Display, say_facts
 from pcx.training.evaluation import accelerator_for
 from pcx.training.objectives import Criterion, Objective, objective_for
 from pcx.training.recipe import (
     Recipe,
-    check_recipe,
     checked_settings,
     rates_of,
 )
@@ -54,6 +55,10 @@ def fit(
     amp: str = "no",
     execution: str = "auto",
     cache: str | None = None,
+    accumulate: int = 1,
+    ema: float | None = None,
+    best: str | None = None,
+    callbacks: Callback | Sequence[Callback] = (),
     seed: int = 0,
     checkpoint_dir: str | os.PathLike | None = None,
     resume: bool = False,
@@ -62,63 +67,62 @@ def fit(
 ) -> list[dict]:
     """Trains what a method adds to a backbone, as the VPT paper does (Appendix, Table 6).
 
-    SGD with momentum, weight decay on prompts and head weight but not on the head's bias, linear
-    warm-up, then cosine to zero, cross-entropy. The schedule moves with every update.
+    SGD with momentum, weight decay on prompts and head weight but not on its bias, linear warm-up,
+    then cosine to zero, cross-entropy. The schedule moves with every update.
 
     Args:
         model: a tuned model, or any module some of whose parameters require gradients.
-        loader: yields (images [B, 3, H, W], labels), or dicts of "pixel_values" and "labels", and
-            has a length; images fit the backbone.
-        epochs: passes over the loader.
+        loader: yields (images [B, 3, H, W], labels), or dicts of "pixel_values" and "labels".
+        epochs, val_loader: passes over the loader; what is evaluated after each.
         lr, base_lr: the learning rate itself, or one that is scaled by batch / 256 as in the paper.
-        val_loader: evaluated after each epoch.
         weight_decay, momentum, opt: as timm's factory takes them ("sgd" is Nesterov's form).
-        warmup_epochs: a tenth of the epochs by default (the paper's 10 of 100).
-        clip_grad: largest gradient norm, None for no clipping.
+        warmup_epochs, clip_grad: a tenth of the epochs by default; largest gradient norm.
         criterion: (logits, labels) -> one loss per sample [B]; the objective's own by default.
         objective: a name in `pcx.training.OBJECTIVES`, or an `Objective`: what labels look like.
         amp: "no", "bf16" or "fp16".
-        execution: "auto" records a step in a CUDA graph where that is possible and replays it, to
-            the bits of "eager". Replayed steps run no Python of criterion or model. "cuda-graph"
-            makes it an error where it is not possible; "compile" compiles the model too.
-        cache: "tokens" computes what the first block is given once for each image and trains from
-            that, without images: for transforms without random parts, and what fits in memory.
+        execution: "auto" replays a step from a CUDA graph where it can be recorded, to the bits of
+            "eager"; "cuda-graph" does or raises; "compile" compiles the model too.
+        cache: "tokens" computes what the first block is given once for each image, and trains from
+            that: for transforms without random parts, and what fits in memory.
+        accumulate: batches whose mean gradient makes an update.
+        ema: decay of a moving average of the weights, validated and kept in the end; None for none.
+        best: a column of the history, such as "val_accuracy" (of "...loss" and "...error" the
+            lowest): the model ends with the weights of the epoch where it is best.
+        callbacks: of `pcx.training.callbacks`, such as EarlyStopping(patience=10).
         seed: of Python's, NumPy's and torch's generators, which each epoch seeds anew.
-        checkpoint_dir: folder for `last.pt`, written whole or not at all after every epoch, and
-            for the run's config.json, environment.json and history.csv. Persistent workers then
-            start anew with each epoch, so that a resumed run draws as an undisturbed one.
-        resume, overwrite, progress: continue from last.pt, where it exists, or replace it (without
-            either an existing one is an error); show a bar and the run's facts.
+        checkpoint_dir: folder for `last.pt`, written whole after every epoch, and the run's files.
+        resume, overwrite, progress: continue from last.pt, or replace it; show how it goes.
 
     Returns:
         One dict per epoch: epoch, loss, accuracy (percent, or the objective's metrics), samples,
-        lr, loader_share (0..1: how much of the pass waited for the loader), seconds, and with
-        a val_loader val_loss, val_accuracy. The model stays in training mode.
+        lr, loader_share (0..1: how much of it waited for the loader), seconds, and with a
+        val_loader val_loss, val_accuracy. The model stays in training mode.
 
     Raises:
         ValueError: an argument or a batch does not fit, or the checkpoint is another run's.
-        NonFiniteLoss: the loss became NaN or infinite, of which the message names the image where
-            one is. The model is back at the start of that epoch, and the last checkpoint stays.
+        NonFiniteLoss: the loss became NaN or infinite, by which image where one is. The model is
+            back at the start of that epoch, and the last checkpoint stays.
     """
-    _check(model, loader, val_loader, cache)
+    called = _checked(model, loader, val_loader, cache, best, callbacks)
     check_place(checkpoint_dir, resume=resume, overwrite=overwrite)
     names, chosen = _trainable(model), objective_for(objective, criterion)
-    given = checked_settings(opt, weight_decay, clip_grad, seed, momentum)
-    given |= {"amp": amp, "criterion": chosen.described}
+    given = checked_settings(opt, weight_decay, clip_grad, seed, momentum, ema)
     with accelerator_for(amp, seed) as accelerator:
-        rates = rates_of(epochs, lr, base_lr, warmup_epochs, loader, accelerator)
-        recipe = Recipe(**rates, **given, frozen=_frozen(model, names, checkpoint_dir))
-        check_recipe(recipe)
+        rates = rates_of(epochs, lr, base_lr, warmup_epochs, loader, accelerator, accumulate)
+        given |= {"amp": amp, "criterion": chosen.described, **rates}
+        recipe = Recipe(**given, frozen=_frozen(model, names, checkpoint_dir))
         folder = None if checkpoint_dir is None else RunFolder(checkpoint_dir)
         console = Console(quiet=not (progress and accelerator.is_main_process))
-        shared, data = (accelerator, model, names, recipe), (loader, val_loader)
-        say_facts(console, *shared[1:], accelerator.device)
-        with Run(*shared, data, chosen, execution, cache) as run:
-            return _train(run, folder, resume, console)
+        say_facts(console, model, names, recipe, accelerator.device)
+        data, how = (loader, val_loader), (chosen, execution, cache, best)
+        with Run(accelerator, model, names, recipe, data, *how) as run:
+            return _train(run, folder, resume, console, called)
 
 
-def _check(model: Any, loader: Any, val_loader: Any, cache: str | None) -> None:
-    """Raises a ValueError where arguments do not fit, before anything is moved or read."""
+def _checked(
+    model: Any, loader: Any, val_loader: Any, cache: str | None, best: str | None, callbacks: Any
+) -> list[Callback]:
+    """The callbacks; a ValueError where arguments do not fit, before anything is moved or read."""
     check_module("model", model)
     check_unwrapped(model, "model", "give execution='compile', or run several processes")
     if not torch.is_grad_enabled():
@@ -130,9 +134,16 @@ def _check(model: Any, loader: Any, val_loader: Any, cache: str | None) -> None:
     if val_loader is not None:
         check_loader(val_loader, "val_loader")
     check_choice("cache", cache, CACHES)
+    if best is not None and not isinstance(best, str):
+        raise ValueError(f"best: {best!r}, expected a column of the history, such as 'val_loss'")
+    if val_loader is None and best is not None and best.startswith("val_"):
+        raise ValueError(f"best: {best!r} needs a val_loader; give one, or best='loss'")
+    return check_callbacks(callbacks)
 
 
-def _train(run: Run, folder: RunFolder | None, resume: bool, console: Console) -> list[dict]:
+def _train(
+    run: Run, folder: RunFolder | None, resume: bool, console: Console, called: list[Callback]
+) -> list[dict]:
     epochs = run.recipe.epochs
     file = None if folder is None else folder.path / LAST
     if resume and file is not None and file.exists():
@@ -143,19 +154,38 @@ def _train(run: Run, folder: RunFolder | None, resume: bool, console: Console) -
     if folder is not None:
         config = {"recipe": asdict(run.recipe), **run.facts}
         folder.start(config, str(run.accelerator.device), run.history)
-    with bar_of(console) as bar:
-        task = bar.add_task("training", total=epochs, completed=len(run.history), note="")
-        while len(run.history) < epochs:
+    with Display(console, epochs, len(run.loader)).shown(len(run.history)) as display:
+
+        def on_step(epoch: int, step: int, losses: Tensor) -> None:
+            display.step(epoch, step)
+            for each in called:
+                each.on_step(epoch, step, losses)
+
+        run.on_step = on_step
+        stopped = bool(run.history) and any([c.on_epoch(run.history) for c in called])
+        while len(run.history) < epochs and not stopped:
             row = run.epoch()
             if folder is not None and file is not None:
                 run.save(file)
                 folder.add_epoch(run.history)
-            bar.update(task, advance=1, note=note_of(row))
+            display.epoch(row)
+            stopped = any([c.on_epoch(run.history) for c in called])
+    run.finish()
+    _say_end(run, console, stopped)
+    for each in called:
+        each.on_end(run.history)
     known = known_by(run.model)
     if known is not None:
         known.record.set_recipe(asdict(run.recipe))
         keep_names(known, run.classes)
     return run.history
+
+
+def _say_end(run: Run, console: Console, stopped: bool) -> None:
+    if stopped and len(run.history) < run.recipe.epochs:
+        console.print(f"stopped after epoch {len(run.history)}")
+    if run.best is not None:
+        console.print(f"the weights are those of epoch {run.best.epoch}, by {run.best.metric}")
 
 
 def _trainable(model: nn.Module) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,37 @@ class Rates:
             for group, rate, tensor in zip(groups, rates, self.tensors, strict=True):
                 group["lr"] = tensor.fill_(rate)
         return rates[0]
+
+
+class Gradients:
+    """Gradients of several batches, for one update by their mean.
+
+    Args:
+        wanted: how many batches an update takes.
+
+    Attributes:
+        count: of batches whose gradients wait.
+    """
+
+    def __init__(self, wanted: int):
+        self.wanted, self.count = wanted, 0
+        self._sum: list[Tensor | None] = []
+
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Adds those of a batch, in the order of the parameters; the tensors may be kept."""
+        self._sum = [
+            b if a is None else a if b is None else a + b
+            for a, b in zip(self._sum or [None] * len(gradients), gradients, strict=True)
+        ]
+        self.count += 1
+
+    def mean(self) -> list[Tensor | None]:
+        """Their mean; none wait behind it."""
+        found, self._sum = self._sum, []
+        if self.count > 1:
+            found = [None if g is None else g / self.count for g in found]
+        self.count = 0
+        return found
 
 
 FORMS = ("capturable", "fused", "foreach")

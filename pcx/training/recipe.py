@@ -17,7 +17,11 @@ from pcx.training.loaders import is_divided
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings that a run depends on besides its data; a resumed run must have the same."""
+    """The settings that a run depends on besides its data; a resumed run must have the same.
+
+    Raises:
+        ValueError: the warm-up is not shorter than the training.
+    """
 
     epochs: int
     lr: float
@@ -31,6 +35,14 @@ class Recipe:
     updates_per_epoch: int
     criterion: str
     frozen: str | None  # fingerprint of the frozen weights, of a run that writes checkpoints
+    accumulate: int = 1  # batches whose gradients an update averages
+    ema: float | None = None  # decay of the weights' moving average
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(
+                f"warmup_epochs: {self.warmup_epochs}, expected 0 or more and under {self.epochs}"
+            )
 
 
 def rates_of(
@@ -40,25 +52,28 @@ def rates_of(
     warmup_epochs: float | None,
     loader: Any,
     accelerator: Accelerator,
+    accumulate: int = 1,
 ) -> dict[str, Any]:
-    """A recipe's epochs, lr, warmup_epochs and updates_per_epoch.
+    """A recipe's epochs, lr, warmup_epochs, updates_per_epoch and accumulate.
 
     Raises:
         ValueError: one of them does not fit, or the loader has no length.
     """
     epochs = whole_number("epochs", epochs, 1)
+    accumulate = whole_number("accumulate", accumulate, 1)
     return {
         "epochs": epochs,
-        "lr": learning_rate_of(lr, base_lr, loader, accelerator),
+        "accumulate": accumulate,
+        "lr": learning_rate_of(lr, base_lr, loader, accelerator, accumulate),
         "warmup_epochs": epochs / 10
         if warmup_epochs is None
         else real_number("warmup_epochs", warmup_epochs, least=0),
-        "updates_per_epoch": updates_per_epoch_of(loader, accelerator),
+        "updates_per_epoch": math.ceil(batches_of(loader, accelerator) / accumulate),
     }
 
 
-def learning_rate_of(lr, base_lr, loader, accelerator: Accelerator) -> float:
-    """The learning rate itself, from lr or from base_lr times the batch over all processes / 256.
+def learning_rate_of(lr, base_lr, loader, accelerator: Accelerator, accumulate: int = 1) -> float:
+    """The learning rate itself, from lr or from base_lr times the images of an update / 256.
 
     Raises:
         ValueError: none or both are given, or the rate is not a positive number.
@@ -70,20 +85,17 @@ def learning_rate_of(lr, base_lr, loader, accelerator: Accelerator) -> float:
         if batch is None:
             raise ValueError("base_lr: the loader has no batch_size to scale it by; give lr")
         rate = real_number("base_lr", base_lr, above=0, expected="a positive number")
-        return rate * batch * accelerator.num_processes / 256
+        return rate * batch * accumulate * accelerator.num_processes / 256
     return real_number("lr", lr, above=0, expected="a positive number")
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Raises a ValueError where the warm-up is not shorter than the training."""
-    if not 0 <= recipe.warmup_epochs < recipe.epochs:
-        raise ValueError(
-            f"warmup_epochs: {recipe.warmup_epochs}, expected 0 or more and under {recipe.epochs}"
-        )
-
-
 def checked_settings(
-    opt: Any, weight_decay: Any, clip_grad: Any, seed: Any, momentum: Any = 0.9
+    opt: Any,
+    weight_decay: Any,
+    clip_grad: Any,
+    seed: Any,
+    momentum: Any = 0.9,
+    ema: Any = None,
 ) -> dict[str, Any]:
     """The settings by name, as plain numbers.
 
@@ -103,11 +115,12 @@ def checked_settings(
         "momentum": real_number("momentum", momentum, least=0, below=1),
         "clip_grad": clip_grad,
         "seed": whole_number("seed", seed),
+        "ema": None if ema is None else real_number("ema", ema, above=0, below=1),
     }
 
 
-def updates_per_epoch_of(loader, accelerator: Accelerator) -> int:
-    """How many updates one process makes in an epoch, by the length of the loader."""
+def batches_of(loader, accelerator: Accelerator) -> int:
+    """How many batches one process has in an epoch, by the length of the loader."""
     try:
         parts = 1 if is_divided(loader) else accelerator.num_processes
         return max(1, math.ceil(len(loader) / parts))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,11 @@ from pcx.training.checkpoint import (
 from pcx.training.class_names import agreed_names
 from pcx.training.evaluation import Evaluation, divided, gathered
 from pcx.training.execution import check_execution, compiled, prepared
+from pcx.training.kept_weights import Average, Best
 from pcx.training.loaders import set_epoch, start_workers_anew
 from pcx.training.losses import Losses, NonFiniteInput, NonFiniteLoss, seen_losses
 from pcx.training.objectives import Objective
-from pcx.training.optimizers import Rates, load_plain, make_recordable, plain_state
+from pcx.training.optimizers import Gradients, Rates, load_plain, make_recordable, plain_state
 from pcx.training.processes import Together
 from pcx.training.recipe import (
     Recipe,
@@ -54,6 +57,7 @@ class Run:
         objective: Objective,
         execution: str,
         cache: str | None,
+        best: str | None = None,
     ):
         device, (loader, val_loader) = accelerator.device, data
         check_execution(execution, device)
@@ -90,11 +94,15 @@ class Run:
         self.check = BatchCheck(objective, model, self.classes)
         self.called = compiled(self.from_tokens or self.model, execution)
         # What other processes or the optimiser do in between cannot be recorded.
-        self.whole = self.recordable and accelerator.num_processes == 1
+        alone = accelerator.num_processes == 1 and recipe.accumulate == 1
+        self.whole = self.recordable and alone
         self.step: Any = prepared(
             lambda: self._whole_step if self.whole else self._gradients, device, execution
         )
         self.evaluation = Evaluation(accelerator, model, objective, execution, self.classes)
+        self.average = None if recipe.ema is None else Average(self.parameters, recipe.ema)
+        self.best = None if best is None else Best(best)
+        self.on_step: Callable[[int, int, Tensor], None] = lambda *given: None
         self.history: list[dict] = []
         self.updates = 0
 
@@ -114,6 +122,9 @@ class Run:
     def epoch(self) -> dict:
         start, number = time.perf_counter(), len(self.history)
         good = {k: v.detach().clone() for k, v in state_of(self.model).items()}
+        averages = {} if self.average is None else dict(self.average.state)
+        if self.average is not None:
+            self.average.state = {k: v.clone() for k, v in averages.items()}
         _seed_everything(self.recipe.seed, number, self.accelerator.process_index)
         if self.recipe.frozen is not None:
             start_workers_anew(self.loader)
@@ -122,20 +133,36 @@ class Run:
         try:
             row = {"epoch": number + 1, **self._pass(number)}
             self._check_parameters(number)
-            if self.val_loader is not None:
-                found = self._validated()
-                del found["samples"]
-                row |= {"val_loss": found.pop("loss"), **{f"val_{k}": v for k, v in found.items()}}
+            with self.averaged():
+                if self.val_loader is not None:
+                    row |= self._validated()
+                row["seconds"] = time.perf_counter() - start
+                if self.best is not None:
+                    self.best.look_at(row, state_of(self.model))
         except NonFiniteLoss:
             copy_state(good, state_of(self.model))
+            if self.average is not None:
+                self.average.state = averages
             raise
-        row["seconds"] = time.perf_counter() - start
         self.history.append(row)
         return row
 
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the weights are their moving averages, where the recipe has them."""
+        return nullcontext() if self.average is None else self.average.in_place()
+
+    def finish(self) -> None:
+        """Gives the model the weights that the training is for: the best, the average, the last."""
+        if self.best is not None and self.best.state:
+            copy_state(self.best.state, state_of(self.model))
+        elif self.average is not None:
+            copy_state(self.average.state, self.parameters)
+
     def _validated(self) -> dict:
         try:
-            return self.evaluation.of(self.val_loader)
+            found = self.evaluation.of(self.val_loader)
+            del found["samples"]
+            return {"val_loss": found.pop("loss"), **{f"val_{k}": v for k, v in found.items()}}
         except (ValueError, NonFiniteLoss) as error:
             if not str(error).startswith("loader:"):
                 raise
@@ -155,18 +182,23 @@ class Run:
     def _pass(self, number: int) -> dict:
         metrics, losses, rate = self.objective.metrics(), Losses(f"epoch {number + 1}"), 0.0
         start, wait, device = time.perf_counter(), LoaderWait(), self.accelerator.device
+        waiting = Gradients(self.recipe.accumulate)
         try:
-            for images, labels in placed(self.loader, device, self.check, wait):
-                self.scheduler.step_update(self.updates)
-                rate = self.rates.hand_over()
+            batches = placed(self.loader, device, self.check, wait)
+            for step, (images, labels) in enumerate(batches, 1):
+                if not waiting.count:
+                    self.scheduler.step_update(self.updates)
+                    rate = self.rates.hand_over()
                 found, *seen = self.step(images, labels)
                 if not self.whole:
                     *seen, gradients = seen
-                    self._update(gradients)
-                self.updates += 1
+                    waiting.add(gradients)
+                self._follow(waiting, full=True)
                 found, *rows = gathered(self.accelerator, found, *seen)
                 metrics.update(*rows)
                 losses.add(found)
+                self.on_step(number + 1, step, found)
+            self._follow(waiting, full=False)
             loss = losses.mean()
         except NonFiniteLoss as error:
             if isinstance(error, NonFiniteInput):
@@ -175,6 +207,23 @@ class Run:
         # The mean loss has waited for the device.
         share = {"loader_share": wait.seconds / (time.perf_counter() - start)}
         return {"loss": loss, **metrics.compute(), "samples": losses.samples, "lr": rate, **share}
+
+    def _follow(self, waiting: Gradients, *, full: bool) -> None:
+        """Makes the update that gradients wait for, and what follows one.
+
+        Args:
+            waiting: the gradients, none where the step itself has made the update.
+            full: whether more batches may come, so that the gradients of all are waited for.
+        """
+        if not self.whole:
+            if not waiting.count or (full and waiting.count < waiting.wanted):
+                return
+            self._update(waiting.mean())
+        elif not full:
+            return
+        self.updates += 1
+        if self.average is not None:
+            self.average.update()
 
     def _whole_step(self, images: Any, labels: Tensor) -> tuple[Tensor, ...]:
         """One update; gives the losses [B] and what the metrics need."""
@@ -217,6 +266,10 @@ class Run:
             "updates": self.updates,
             "generators": [g.get_state() for g in self.generators],
         }
+        if self.average is not None:
+            state["average"] = {k: v.cpu() for k, v in self.average.state.items()}
+        if self.best is not None:
+            state["best"] = self.best.as_state()
         write_torch(state, file)
 
     def restore(self, file: Path) -> None:
@@ -228,6 +281,17 @@ class Run:
         for generator, saved in zip(self.generators, state["generators"], strict=True):
             generator.set_state(saved)
         self.history, self.updates = state["history"], state["updates"]
+        if self.average is not None:
+            copy_state(state["average"], self.average.state)
+        if self.best is not None:
+            saved = state.get("best")
+            if saved is None or saved["metric"] != self.best.metric:
+                then = None if saved is None else saved["metric"]
+                raise ValueError(
+                    f"resume: {file} is of a run with best={then!r} (now {self.best.metric!r}); "
+                    "use the same"
+                )
+            self.best.restore(saved)
 
 
 def _generators(loader) -> list[torch.Generator]:

@@ -13,7 +13,7 @@ import pcx
 from pcx.tasks import FileImages, Task, cached
 from pcx.tasks.images import MemoryImages
 from pcx.training.batches import BatchCheck, LoaderWait, placed
-from pcx.training.callbacks import note_of
+from pcx.training.display import note_of
 from pcx.training.objectives import objective_for
 from pcx.training.run import Run
 
