@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -37,6 +38,34 @@ def logits_of(output: Any) -> Tensor:
             "with 'logits', or a tuple that begins with them"
         )
     return found
+
+
+def output_of(logits: Tensor, labels: Tensor | None = None) -> Any:
+    """An output as Hugging Face's image classifiers give it; a dict where transformers is missing.
+
+    Args:
+        logits: [B, C].
+        labels: classes [B], or floats: several labels [B, C], or numbers [B] or [B, 1] where C is
+            1. The loss is the mean cross-entropy, binary cross-entropy or squared error, which is
+            the choice of Hugging Face's models.
+    """
+    found: dict[str, Any] = {"logits": logits}
+    if labels is not None:
+        found = {"loss": _loss(logits, labels), **found}
+    try:
+        from transformers.modeling_outputs import ImageClassifierOutput
+    except ImportError:
+        return found
+    return ImageClassifierOutput(**found)
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    if not labels.is_floating_point():
+        return F.cross_entropy(logits, labels)
+    wanted = labels.reshape(logits.shape).to(logits.dtype)
+    if logits.shape[-1] == 1:
+        return F.mse_loss(logits, wanted)
+    return F.binary_cross_entropy_with_logits(logits, wanted)
 
 
 def feature_maps(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pcx.arguments import whole_number
 from pcx.backbones.inputs import data_config
-from pcx.backbones.outputs import feature_maps, logits_of
+from pcx.backbones.outputs import feature_maps, logits_of, output_of
 from pcx.backbones.residual import Wrapper, plain_names
 from pcx.backbones.spec import (
     BackboneSpec,
@@ -25,6 +25,7 @@ from pcx.backbones.spec import (
 )
 from pcx.models import HEAD_INITS
 from pcx.models.block_forward import found_on
+from pcx.models.configuration import ConfigMethod
 from pcx.models.head_reads import run_for_head
 from pcx.models.heads import (
     draw_head,
@@ -73,6 +74,7 @@ class TunedModel(nn.Module):
 
     method: ClassVar[str]
     backbone_mode: ClassVar[str] = "eval"  # of the backbone in training: one of BACKBONE_MODES
+    accepts_loss_kwargs: ClassVar[bool] = False  # what Trainer would pass on to the backbone
 
     backbone: Any
     spec: BackboneSpec
@@ -219,6 +221,12 @@ class TunedModel(nn.Module):
         """What `from_config` needs besides the backbone and the weights, as JSON."""
         return {"num_classes": self.num_classes}
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Makes the class's `config` also what Hugging Face's tools expect at that name."""
+        super().__init_subclass__(**options)
+        if not isinstance(vars(cls).get("config"), ConfigMethod):
+            cls.config = ConfigMethod(cls.config)  # type: ignore[assignment,method-assign]
+
     @classmethod
     def from_config(cls, backbone: nn.Module, config: Mapping[str, Any]) -> Any:
         """A model of this configuration over a backbone with any head; its weights are to be set.
@@ -239,12 +247,28 @@ class TunedModel(nn.Module):
 
     # What training and users call.
 
-    def forward(self, x: Tensor, **inputs: Any) -> Tensor:
+    def forward(
+        self, x: Any = None, *, pixel_values: Any = None, labels: Any = None, **inputs: Any
+    ) -> Any:
         """Images [B, 3, H, W], or what the backbone takes -> logits [B, C], or features [B, D].
 
-        Further keyword arguments go to the backbone: masks, `interpolate_pos_encoding`, ...
+        Called by the names of Hugging Face's models, it answers as they do, so that their Trainer
+        trains it.
+
+        Args:
+            x: the images; the logits themselves are returned.
+            pixel_values: the images in place of `x`; an output with `logits` is returned.
+            labels: classes [B], or several [B, C] or numbers [B, 1] as floats; the output has the
+                mean `loss` too.
+            inputs: go to the backbone: masks, `interpolate_pos_encoding`, ...
         """
-        return logits_of(run_for_head(self.backbone, x, **inputs))
+        if (x is None) == (pixel_values is None):
+            raise TypeError("x: give the images, as x or as pixel_values")
+        images = x if pixel_values is None else pixel_values
+        logits = logits_of(run_for_head(self.backbone, images, **inputs))
+        if pixel_values is None and labels is None:
+            return logits
+        return output_of(logits, labels)
 
     def features(
         self,

@@ -17,7 +17,7 @@ from pcx.token_pruning import stages
 from pcx.token_pruning.handles import (
     Handle,
     blocks_of,
-    make_ready,
+    clear,
     patches_of,
     places_at_first_step,
     spec_of,
@@ -148,7 +148,7 @@ def zero_tprune(
         "measure": measure,
         "variances": variances,
     }
-    make_ready(model, blocks, [step.layer for step in steps])
+    clear(model, blocks, [step.layer for step in steps])
     return Pruning(
         steps,
         [

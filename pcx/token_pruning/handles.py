@@ -199,7 +199,7 @@ def patches_of(model: Any) -> int | None:
     return None
 
 
-def make_ready(model: nn.Module, blocks: Sequence[Any], layers: Sequence[int]) -> None:
+def clear(model: nn.Module, blocks: Sequence[Any], layers: Sequence[int]) -> None:
     """Makes a model ready for a reduction: every other one is removed from it.
 
     timm's functions that give maps of tokens then refuse, for as long as tokens are reduced: a map

@@ -21,7 +21,7 @@ from pcx.token_pruning.handles import (
     backbone_of,
     biased,
     blocks_of,
-    make_ready,
+    clear,
     of_last_batch,
     one_each,
     spec_of,
@@ -97,7 +97,7 @@ def tome(model: nn.Module, *, r: int | Sequence[int]) -> Merging:
     blocks = blocks_of(model, spec)
     pairs = _pairs(r, len(blocks))
     first = next((i for i, pair in enumerate(pairs) if pair), len(blocks))
-    make_ready(model, blocks, range(first + 1, len(blocks) + 1))
+    clear(model, blocks, range(first + 1, len(blocks) + 1))
     return Merging(
         pairs,
         [

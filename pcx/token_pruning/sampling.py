@@ -22,8 +22,8 @@ from pcx.token_pruning.handles import (
     biased,
     blocks_of,
     check_still_reads_cls,
+    clear,
     listed,
-    make_ready,
     of_last_batch,
     one_each,
     patches_of,
@@ -124,7 +124,7 @@ def ats(model: nn.Module, *, layers: Sequence[int], tokens: int | Sequence[int])
     steps = _steps(layers, tokens, len(blocks), patches_of(model))
     sizes = {step.layer: step.tokens for step in steps}
     after = range(steps[0].layer, len(blocks) + 1)
-    make_ready(model, blocks, after)
+    clear(model, blocks, after)
     return Sampling(
         steps,
         [

@@ -33,7 +33,7 @@ from pcx.token_pruning.handles import (
     biased,
     blocks_of,
     check_still_reads_cls,
-    make_ready,
+    clear,
     of_last_batch,
     patches_of,
     spec_of,
@@ -92,7 +92,7 @@ def soft_prune(
     if patches is not None:
         check_counts(steps, patches, "none")
     first, last = steps[0].layer, len(blocks)
-    make_ready(model, blocks, range(first, last + 1))
+    clear(model, blocks, range(first, last + 1))
     settings = _MaskSettings(
         spec.prefix_tokens, temperature, cls_boost, variances, backbone_of(model)
     )
