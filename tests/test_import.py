@@ -80,3 +80,54 @@ def test_no_name_hides_a_module():
     packages = [(importlib.import_module(n.rpartition(".")[0]), n) for n in names]
     hidden = [n for p, n in packages if vars(p)[n.rpartition(".")[2]] is not sys.modules[n]]
     assert hidden == []
+
+
+LIGHT = """
+import importlib.util, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("matplotlib", "optuna", "sklearn", "torchmetrics"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda n, *a: None if n in ("matplotlib", "optuna", "sklearn",
+                                                       "torchmetrics") else found(n, *a)
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "needs"),
+    [
+        ("train --task digits --out m.safetensors", "the task 'digits' needs scikit-learn"),
+        ("search m.safetensors --task digits --budget 0.5", "pcx search needs optuna"),
+    ],
+)
+def test_commands_say_which_extra_they_need(tmp_path, line, needs):
+    code = LIGHT + f"sys.argv = ['pcx', *{line.split()!r}]; from pcx.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert f"pcx: {needs}, which is not installed; run: pip install 'pcx[study]'" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_everything_else_works_without_extras():
+    said = printed(
+        LIGHT + "import pkgutil, pcx, importlib\n"
+        "for m in pkgutil.walk_packages(pcx.__path__, 'pcx.'):\n"
+        "    if not any(p in m.name for p in ('._C', 'kernels', 'hugging_face')):\n"
+        "        importlib.import_module(m.name)\n"
+        "from pcx.backbones import scenes_vit\nimport torch\n"
+        "model = pcx.VPT(scenes_vit(), 2, num_classes=3)\n"
+        "data = torch.utils.data.TensorDataset(torch.randn(6, 3, 64, 64), torch.arange(6) % 3)\n"
+        "loader = torch.utils.data.DataLoader(data, 3)\n"
+        "pcx.fit(model, loader, epochs=1, lr=0.1, progress=False)\n"
+        "pcx.condense(model, loader, 0.5, epochs=0, progress=False)\n"
+        "pcx.zero_tprune(model, layers=(2,), keep=0.5, iters=3)\n"
+        "print(len(pcx.predict(model, torch.randn(2, 3, 64, 64))))"
+    )
+    assert said == "2"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
+
+from pcx.extras import need
 
 if TYPE_CHECKING:
     from pcx.models.record import Condensation
@@ -59,6 +60,9 @@ def accuracy_by_keep(result: dict, file: Path) -> None:
 
 
 def _figure(x: str, y: str):
+    need("matplotlib", "a figure")
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(x)
@@ -67,6 +71,6 @@ def _figure(x: str, y: str):
     return figure, axes
 
 
-def _write(figure: Figure, file: Path) -> None:
+def _write(figure: Any, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
+
+from pcx.extras import need
 
 if TYPE_CHECKING:
     from pcx.token_pruning.dropping import Pruning
@@ -62,6 +63,9 @@ def draw_kept(images: Tensor, pruning: Pruning, file: Path) -> None:
     """
     batch, _, height, width = images.shape
     masks = kept_masks(pruning, height, width)
+    need("matplotlib", "a picture of kept patches")
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(1.6 * (1 + len(masks)), 1.6 * batch + 0.3), layout="constrained")
     grid = figure.subplots(batch, 1 + len(masks), squeeze=False)
     shown = images.detach().cpu().float().clamp(0, 1)

@@ -75,6 +75,10 @@ Rate = Annotated[
 BaseRate = Annotated[float | None, option("learning rate, scaled by batch / 256", OPTIMISATION)]
 WeightDecay = Annotated[float, option("on prompts and head weight", OPTIMISATION)]
 ClipGrad = Annotated[float | None, option("norm to which the gradient is clipped", OPTIMISATION)]
+Patience = Annotated[
+    int | None,
+    option("end after so many epochs without a better validation, and keep the best", OPTIMISATION),
+]
 Amp = Annotated[str, option("no, bf16 or fp16", OPTIMISATION)]
 Execution = Annotated[str, option("auto, eager, cuda-graph or compile", OPTIMISATION)]
 Seed = Annotated[int, option("seed of all random numbers", OPTIMISATION)]

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from pcx.cli import options as o
+from pcx.extras import need
 
 
 def search(
@@ -42,6 +43,7 @@ def search(
     config: o.Config = None,
 ) -> None:
     """Searches settings of pcx prune at a budget, and evaluates the best (Zero-TPrune, 4.1)."""
+    need("optuna", "pcx search")
     import optuna
 
     from pcx.token_pruning.budget_search import search as search_settings

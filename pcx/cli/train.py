@@ -42,6 +42,7 @@ def train(
     ] = "train",
     head_init: Annotated[str, typer.Option(help=", ".join(HEAD_INITS))] = HEAD_INITS[0],
     clip_grad: o.ClipGrad = None,
+    patience: o.Patience = None,
     root: o.Root = None,
     amp: o.Amp = "no",
     execution: o.Execution = "auto",
@@ -56,8 +57,7 @@ def train(
     """Trains a method on a task: the parameters that it adds to the backbone, and the head."""
     import torch
 
-    from pcx.checkpoints.saving import save
-    from pcx.training.fitting import fit
+    import pcx
 
     name = o.one_task(photos, task)
     out = out or _default_out(name)
@@ -73,7 +73,7 @@ def train(
     )
     o.set_task(model, data)
     val = data.loader("val", batch_size, num_workers=workers) if split == "train" else None
-    history = fit(
+    history = pcx.fit(
         model,
         data.loader(split, batch_size, num_workers=workers),
         epochs=epochs,
@@ -85,15 +85,27 @@ def train(
         amp=amp,
         execution=execution,
         cache="tokens" if cache_tokens else None,
+        **_stopping(patience, split),
         seed=seed,
         checkpoint_dir=o.run_folder_of(out),
         resume=resume,
         overwrite=overwrite,
     )
     o.check_converged(history, data.num_classes, model.record.trained_lr)
-    save(model, out)
+    pcx.save(model, out)
     o.say(f"wrote {out}")
     o.say_accuracy(model, data, batch_size, amp, workers=workers)
+
+
+def _stopping(patience: int | None, split: str) -> dict[str, Any]:
+    """The arguments of fit that end a training early and keep its best epoch."""
+    from pcx.training.callbacks import EarlyStopping
+
+    if patience is None:
+        return {}
+    if split != "train":
+        raise ValueError(f"--patience: it goes by val, which --split {split} trains on; use train")
+    return {"best": "val_accuracy", "callbacks": EarlyStopping("val_accuracy", patience)}
 
 
 def _default_out(task: str) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pcx.extras import need
+
 NUM_CLASSES = 10
 SIZES = {"train": 200, "val": 200}  # the rest, 1397, is the test split
 
@@ -14,6 +16,7 @@ def read_digits() -> dict[str, tuple[Tensor, Tensor]]:
 
     The split is always the same.
     """
+    need("sklearn", "the task 'digits'")
     from sklearn.datasets import load_digits  # loads scipy, which nothing else here needs
 
     data = load_digits()

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, SequentialSampler, Subset
 from pcx.arguments import real_number, whole_number
 from pcx.backbones.inputs import data_config
 from pcx.backbones.outputs import logits_of
+from pcx.extras import need
 from pcx.models.base import keeping_modes
 from pcx.models.block_forward import found_on
 from pcx.token_pruning.budget_space import Space
@@ -139,6 +140,7 @@ def search(
         >>> found = pcx.token_pruning.search(model, val_loader, budget=0.65)
         >>> pruning = pcx.zero_tprune(model, **found.best)
     """
+    need("optuna", "pcx.token_pruning.search")
     fixed = dict(fixed or {})
     _check_arguments(model, budget, {"trials": trials, "images": images}, seed, fixed, amp)
     space = Space(model, fixed)

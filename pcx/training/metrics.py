@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pcx.extras import need
+
 
 class Metrics:
     """Adds up what an objective observed of each batch; a subclass says how."""
@@ -53,6 +55,7 @@ class AveragePrecision(Metrics):
 
     def compute(self) -> dict[str, float]:
         """{"mean_average_precision": percent}; classes without a positive sample are left out."""
+        need("torchmetrics", "the mean average precision of objective 'multi-label'")
         from torchmetrics.functional.classification import multilabel_average_precision
 
         if not self.scores:

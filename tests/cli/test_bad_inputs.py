@@ -56,6 +56,9 @@ train ./nowhere --out new                    | nowhere: no such folder
 {T} --method linear --prompts 2              | --prompts: --method linear has no such option
 {T} --method full --kind deep                | --kind: --method full has no such option
 {T} --head-init zero                         | head_init: got 'zero'
+{T} --patience 0                             | patience: 0
+{T} --patience x                             | --patience
+{T} --patience 2 --split trainval            | --patience: it goes by val
 {T} --base-lr 0.1                            | lr: give lr or base_lr, one of them
 train --task digits --out new --lr x         | --lr
 train --task digits --out new --lr 0         | lr: 0.0
