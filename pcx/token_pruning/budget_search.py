@@ -140,7 +140,6 @@ def search(
         >>> found = pcx.token_pruning.search(model, val_loader, budget=0.65)
         >>> pruning = pcx.zero_tprune(model, **found.best)
     """
-    need("optuna", "pcx.token_pruning.search")
     fixed = dict(fixed or {})
     _check_arguments(model, budget, {"trials": trials, "images": images}, seed, fixed, amp)
     space = Space(model, fixed)
@@ -166,6 +165,7 @@ def search(
 def _check_arguments(
     model: nn.Module, budget: float, counts: dict[str, int], seed: int, fixed: dict, amp: str
 ) -> None:
+    need("optuna", "pcx.token_pruning.search")
     for name, value in {**counts, "seed": seed}.items():
         whole_number(name, value, int(name != "seed"))
     real_number(

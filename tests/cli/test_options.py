@@ -59,7 +59,7 @@ def test_train_is_what_the_functions_give_for_the_seed(tmp_path, monkeypatch):
     reads = []
     read = backbones.load
     monkeypatch.setattr(backbones, "load", lambda data: reads.append(1) or read(data))
-    monkeypatch.setattr(options, "say_accuracy", lambda *arguments: None)
+    monkeypatch.setattr(options, "say_accuracy", lambda *arguments, **more: None)
     out = tmp_path / "a.safetensors"
     arguments = ["--task", "digits", "--out", str(out), "--prompts", "2", "--epochs", "1"]
     arguments += ["--lr", "0.1", "--seed", "3", "--clip-grad", "1", "--split", "trainval"]
@@ -95,7 +95,7 @@ def test_env_says_what_runs_and_why_not_the_rest(monkeypatch):
 
 
 def test_train_takes_any_method_that_is_built_from_a_backbone(tmp_path, monkeypatch):
-    monkeypatch.setattr(options, "say_accuracy", lambda *arguments: None)
+    monkeypatch.setattr(options, "say_accuracy", lambda *arguments, **more: None)
     out = tmp_path / "a.safetensors"
     arguments = ["train", "--task", "digits", "--out", str(out), "--epochs", "1", "--lr", "0.1"]
     arguments += ["--overwrite"]
