@@ -36,7 +36,7 @@ def check_prefix_attention(
         if key in _CHECKED:
             return
     _check_all(q, k, v, prefix_k, prefix_v, index, lengths, bias)
-    if key is not None:
+    if key is not None and not torch.jit.is_tracing():  # whose sizes are tensors
         if len(_CHECKED) >= _MOST:
             _CHECKED.clear()
         _CHECKED.add(key)
