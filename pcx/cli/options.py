@@ -126,30 +126,44 @@ def loaded_model(file: Path, backbone: str | None, weights: Path | None) -> Any:
 
 
 def check_out(out: Path, *, replaced: bool) -> None:
+    """Checks before anything is computed that the file of a run can be written.
+
+    Args:
+        out: the file.
+        replaced: whether it and its run's checkpoint may exist already.
+
+    Raises:
+        ValueError: as `check_file`, or a run that was stopped has its checkpoint beside it.
+    """
+    from pcx.training.checkpoint import LAST
+
+    check_file(out, replaced=replaced, hint=" (--resume continues its run)")
+    run = run_folder_of(out)
+    if (run / LAST).exists() and not replaced:
+        raise ValueError(
+            f"--out: {run} holds the checkpoint of a run that has not written {out.name}; give "
+            "--resume to continue it, --overwrite to replace it, or another name"
+        )
+
+
+def check_file(out: Path, *, replaced: bool, hint: str = "") -> None:
     """Checks before anything is computed that a file can be written.
 
     Args:
         out: the file.
         replaced: whether it may exist already.
+        hint: what else can be done where it exists, for the message.
 
     Raises:
         ValueError: it exists, a folder is in its place, or its own folder cannot be written to.
     """
-    from pcx.training.checkpoint import LAST
     from pcx.training.run_folder import writable_folder
 
     if out.is_dir():
         raise ValueError(f"--out: {out} is a folder, expected a file, such as model.safetensors")
     if out.exists() and not replaced:
         raise ValueError(
-            f"--out: {out} exists; give --overwrite to replace it, or another name (--resume "
-            "continues its run)"
-        )
-    run = run_folder_of(out)
-    if (run / LAST).exists() and not replaced:
-        raise ValueError(
-            f"--out: {run} holds the checkpoint of a run that has not written {out.name}; give "
-            "--resume to continue it, --overwrite to replace it, or another name"
+            f"--out: {out} exists; give --overwrite to replace it, or another name{hint}"
         )
     try:
         writable_folder(out.parent)

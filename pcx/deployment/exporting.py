@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import shutil
@@ -13,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pcx import __version__
 from pcx.backbones.inputs import data_config, input_size
 from pcx.backbones.outputs import logits_of
 from pcx.checkpoints.files import written_whole
-from pcx.deployment.formats import FORMATS, Format, Job, Run, quiet
+from pcx.deployment.formats import FORMATS, Format, Job, quiet
 from pcx.deployment.freezing import Frozen, freeze
 from pcx.models.base import TunedModel, check_module, keeping_modes
 from pcx.models.peft_model import known_by
@@ -193,7 +193,7 @@ def _metadata(model: Any, deployed: nn.Module) -> dict[str, str]:
     record = getattr(model, "record", None) if tuned is None else tuned.record
     transform = None if record is None else record.transform
     found = {
-        "pcx": importlib.metadata.version("pcx"),
+        "pcx": __version__,
         "transform": json.dumps(data_config(deployed) if transform is None else transform),
     }
     if tuned is not None:

@@ -70,8 +70,10 @@ def _write_onnx(job: Job, path: Path) -> None:
             f"format: 'onnx' holds {MOST_OF_ONNX / 1e9:.2f} GB in a file, and the weights are "
             f"{size / 1e9:.2f} GB; choose 'exported' or 'aoti'"
         )
-    names = {"input_names": [INPUT], "output_names": [OUTPUT]}
-    written: Any = torch.onnx.export(job.program(), dynamo=True, verbose=False, **names)
+    program: Any = job.program()
+    written: Any = torch.onnx.export(
+        program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT]
+    )
     proto = written.model_proto
     symbol = proto.graph.input[0].type.tensor_type.shape.dim[0].dim_param
     for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
