@@ -96,6 +96,7 @@ pcx.freeze(vpt(), execution="fast")                     | execution: got 'fast'
 pcx.export("m", "new.ts")                               | model: got 'm'
 pcx.export(torch.nn.Linear(2, 2), "new.ts")             | model: a Linear
 pcx.export(torch.compile(vpt()), "new.ts")              | model: a OptimizedModule.*wraps
+pcx.export(vit().to("meta"), "new.ts")                  | model: cls_token is on the device meta
 pcx.export(vpt(), None)                                 | path: None, expected the path of a file
 pcx.export(vpt(), "")                                   | path: '', expected the path of a file
 pcx.export(vpt(), "new")                                | path: new ends in '', which names no format

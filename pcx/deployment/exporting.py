@@ -124,6 +124,11 @@ def check_target(
 
 def _deployed(model: nn.Module) -> nn.Module:
     """The model for inference alone: frozen, or where its prompts do not fold a copy of it."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"model: {name} is on the device meta, which holds no values; load the weights first"
+            )
     if isinstance(model, Frozen):
         return model
     if isinstance(model, TunedModel) and not model.folds:
@@ -172,9 +177,12 @@ def _write_checked(
     except (ValueError, OSError, MemoryError):
         raise
     except Exception as error:  # of exporters, compilers and runtimes, which have no common class
-        said = next((line for line in str(error).splitlines() if line.strip()), "")
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        said = next((line for line in str(cause).splitlines() if line.strip()), "")
         raise ValueError(
-            f"format: {name!r} cannot hold this model ({type(error).__name__}: {said[:200]}); try "
+            f"format: {name!r} cannot hold this model ({type(cause).__name__}: {said[:200]}); try "
             f"one of {others}"
         ) from error
     bits = 16 if _amp(job.model) else torch.finfo(job.images.dtype).bits
