@@ -127,7 +127,8 @@ def _deployed(model: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(
-                f"model: {name} is on the device meta, which holds no values; load the weights first"
+                f"model: {name} is on the device meta, which holds no values; load the weights "
+                "first"
             )
     if isinstance(model, Frozen):
         return model
