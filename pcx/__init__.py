@@ -24,6 +24,7 @@ __all__ = [
     "condense",
     "ensemble",
     "evaluate",
+    "export",
     "fit",
     "freeze",
     "load",
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from pcx.condensation.condensing import condense
     from pcx.condensation.scoring import score
     from pcx.condensation.selection import select
+    from pcx.deployment.exporting import export
     from pcx.deployment.freezing import freeze
     from pcx.deployment.multi_task import ensemble
     from pcx.deployment.predicting import predict
@@ -72,6 +74,7 @@ _MODULES = {
     "condense": "pcx.condensation.condensing",
     "score": "pcx.condensation.scoring",
     "select": "pcx.condensation.selection",
+    "export": "pcx.deployment.exporting",
     "freeze": "pcx.deployment.freezing",
     "ensemble": "pcx.deployment.multi_task",
     "predict": "pcx.deployment.predicting",

@@ -93,6 +93,16 @@ pcx.freeze(pcx.freeze(vpt()))                           | model: it is frozen al
 pcx.freeze(pcx.VPT(vit(), 2, kind="shallow"))           | model: the prompts of kind='shallow'
 pcx.freeze(vpt(), amp="half")                           | amp: got 'half'
 pcx.freeze(vpt(), execution="fast")                     | execution: got 'fast'
+pcx.export("m", "new.ts")                               | model: got 'm'
+pcx.export(torch.nn.Linear(2, 2), "new.ts")             | model: a Linear
+pcx.export(torch.compile(vpt()), "new.ts")              | model: a OptimizedModule.*wraps
+pcx.export(vit().to("meta"), "new.ts")                  | model: cls_token is on the device meta
+pcx.export(vpt(), None)                                 | path: None, expected the path of a file
+pcx.export(vpt(), "")                                   | path: '', expected the path of a file
+pcx.export(vpt(), "new")                                | path: new ends in '', which names no format
+pcx.export(vpt(), "new.pt")                             | path: new.pt ends in '.pt', which names no
+pcx.export(vpt(), "new.ts", format="ts")                | format: got 'ts', expected one of ('onnx',
+pcx.export(vpt(), "new.ts", format="aoti")              | path: new.ts ends in '.ts'; format 'aoti'
 pcx.ensemble([])                                        | models: none given
 pcx.ensemble([vit()])                                   | models[0]: a VisionTransformer
 pcx.ensemble([vpt(), pcx.VPT(vit(1), 2)])               | models[1]: its backbone's weights
@@ -269,6 +279,8 @@ FILES = """
 pcx.save(vit(), here / "a")                             | model: a VisionTransformer
 pcx.save("m", here / "a")                               | model: a str
 pcx.save(vpt(), here)                                   | is a folder
+pcx.export(vpt(), here, format="torchscript")           | is a folder, expected a file, such as
+pcx.export(vpt(), a_file / "m.ts")                      | a_file
 pcx.save(vpt(), a_file / "m")                           | a_file
 pcx.save(vpt(), None)                                   | path: None
 pcx.load(here / "none", vit())                          | path: no file

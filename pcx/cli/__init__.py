@@ -30,6 +30,9 @@ COMMANDS = {
     "train": Listed("pcx.cli.train:train", "Trains a method on a task."),
     "predict": Listed("pcx.cli.predict:predict", "Names and probabilities of photos' classes."),
     "condense": Listed("pcx.cli.condense:condense", "Scores, selects and fine-tunes prompts."),
+    "export": Listed(
+        "pcx.cli.export:export", "Writes a saved model to a file that runs without pcx."
+    ),
     "eval": Listed("pcx.cli.evaluate:evaluate", "Accuracy of a saved model on a split."),
     "prune": Listed(
         "pcx.cli.prune:prune", "Accuracy of a saved model, whole and with tokens pruned."

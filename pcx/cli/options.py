@@ -152,18 +152,18 @@ def loaded_model(file: Path, backbone: str | None, weights: Path | None) -> Any:
 
 
 def check_out(out: Path, *, replaced: bool) -> None:
-    """Checks before anything is computed that a file can be written.
+    """Checks before anything is computed that the file of a run can be written.
 
     Args:
         out: the file.
-        replaced: whether it may exist already.
+        replaced: whether it and its run's checkpoint may exist already.
 
     Raises:
-        ValueError: it exists, a folder is in its place, or its own folder cannot be written to.
+        ValueError: as `check_file`, or a run that was stopped has its checkpoint beside it.
     """
     from pcx.training.checkpoint import LAST
 
-    check_new(out, replaced, " (--resume continues its run)")
+    check_file(out, replaced=replaced, hint=" (--resume continues its run)")
     run = run_folder_of(out)
     if (run / LAST).exists() and not replaced:
         raise ValueError(
@@ -172,8 +172,13 @@ def check_out(out: Path, *, replaced: bool) -> None:
         )
 
 
-def check_new(out: Path, replaced: bool, hint: str = "") -> None:
-    """Checks that a file of results can be written, and takes no other's place.
+def check_file(out: Path, *, replaced: bool, hint: str = "") -> None:
+    """Checks before anything is computed that a file can be written.
+
+    Args:
+        out: the file.
+        replaced: whether it may exist already.
+        hint: what else can be done where it exists, for the message.
 
     Raises:
         ValueError: it exists, a folder is in its place, or its own folder cannot be written to.

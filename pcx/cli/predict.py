@@ -64,7 +64,7 @@ def predict(
 def _check_out(out: Path, overwrite: bool) -> None:
     if out.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--out: {out}, expected a name that ends in .csv or .json")
-    o.check_new(out, overwrite)
+    o.check_file(out, replaced=overwrite)
 
 
 def _print(found: Predictions) -> None:

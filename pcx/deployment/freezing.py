@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -19,7 +20,8 @@ from pcx.models.base import TunedModel, check_choice, check_module
 from pcx.models.block_forward import StandIn, without_stand_ins
 from pcx.models.head_reads import run_for_head
 from pcx.models.memory import over_same_memory
-from pcx.models.peft_model import is_peft, tuned
+from pcx.models.peft_model import is_peft, known_by, tuned
+from pcx.models.record import Record
 from pcx.training.execution import EXECUTIONS, compiled, prepared
 from pcx.training.precision import AMP, cast_weights
 
@@ -32,6 +34,7 @@ class Frozen(nn.Module):
     `pcx.freeze` and `pcx.ensemble` make it.
     """
 
+    record: Record | None = None  # of the tuned model that was frozen
     _run: Any  # what `prepared` gave, None before the first call
     _made_at: int  # of StandIn.changes
 
@@ -143,7 +146,10 @@ def freeze(model: nn.Module, *, amp: str = "no", execution: str = "auto") -> Fro
         _straighten(backbone, spec, stand_ins)
     if dtype is not None:
         _cast(backbone, dtype)
-    return Frozen(backbone, dtype, execution)
+    frozen = Frozen(backbone, dtype, execution)
+    known = known_by(model)
+    frozen.record = None if known is None else copy.deepcopy(known.record)
+    return frozen
 
 
 def _deployed(model: nn.Module) -> tuple[nn.Module, BackboneSpec]:

@@ -241,6 +241,11 @@ class TunedModel(nn.Module):
             wanted = None  # the head that is there
         return cls(backbone, num_classes=wanted, head_init="keep", **settings)
 
+    @property
+    def folds(self) -> bool:
+        """Whether `deployed` has a backbone to give, which computes what the model does."""
+        return True
+
     def deployed(self) -> nn.Module:
         """A backbone in eval mode that computes what the model does, for inference alone."""
         return self.copy().eval().backbone

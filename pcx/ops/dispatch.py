@@ -190,8 +190,8 @@ def report() -> list[Line]:
 
 
 def exporting() -> bool:
-    """Whether torch.export is tracing.
+    """Whether a program that runs without pcx is recorded, by torch.export or torch.jit.trace.
 
     `torch.compiler.is_exporting()` does not tell: in torch 2.11 it is true under torch.compile too.
     """
-    return torch.compiler._is_exporting_flag
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def check_prefix_attention(
         if key in _CHECKED:
             return
     _check_all(q, k, v, prefix_k, prefix_v, index, lengths, bias)
-    if key is not None:
+    if key is not None and not torch.jit.is_tracing():  # whose sizes are tensors
         if len(_CHECKED) >= _MOST:
             _CHECKED.clear()
         _CHECKED.add(key)
@@ -79,7 +80,7 @@ def _check_all(
     sets = prefix_k.shape[:-3]
     _expect("prefix_k", prefix_k, (*sets, heads, m, dim))
     _expect("prefix_v", prefix_v, (*sets, heads, m, v.shape[-1]))
-    _check_sets(torch.Size(lead), sets, m, index, lengths)
+    _check_sets(tuple(lead), sets, m, index, lengths)
     if bias is not None:
         _check_bias(bias, q.dtype, (*lead, heads, n, own))
 
@@ -120,9 +121,14 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _check_sets(
-    lead: torch.Size, sets: torch.Size, m: int, index: Tensor | None, lengths: Tensor | None
+    lead: tuple[int, ...],
+    sets: torch.Size,
+    m: int,
+    index: Tensor | None,
+    lengths: Tensor | None,
 ) -> None:
-    batch, count = lead.numel(), sets[0] if sets else None
+    # A torch.Size of the same numbers would fix the sizes that an export leaves open.
+    batch, count = math.prod(lead), sets[0] if sets else None
     for name, given in {"prefix_index": index, "prefix_lengths": lengths}.items():
         if given is not None and count is None:
             raise ValueError(
@@ -136,7 +142,7 @@ def _check_sets(
                 "give the index of each sample's set"
             )
     else:
-        if tuple(index.shape) != tuple(lead) or index.dtype not in (torch.int64, torch.int32):
+        if tuple(index.shape) != lead or index.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"prefix_index: {index.dtype} of shape {tuple(index.shape)}, expected int64 "
                 f"or int32 {list(lead)}"

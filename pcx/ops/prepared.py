@@ -47,7 +47,8 @@ class Prepared:
             return run(q, k, v, prefix_k, prefix_v, scale)
         out = prefix_attention(q, k, v, prefix_k, prefix_v, scale=scale)
         alike = q.dtype == k.dtype == v.dtype == prefix_k.dtype == prefix_v.dtype == out.dtype
-        if alike and type(q) is Tensor and q.dim() == 4:
+        # The sizes of a trace by torch.jit are tensors, which would stay in the table.
+        if alike and type(q) is Tensor and q.dim() == 4 and not torch.jit.is_tracing():
             if len(self._chosen) >= 100:
                 self._chosen.clear()
             self._chosen[key] = _choice(q, k, v, prefix_k, prefix_v, scale)

@@ -15,7 +15,7 @@ from pcx.backbones.spec import BackboneSpec, pools_by_token
 from pcx.models.block_forward import Carried, StandIn
 from pcx.ops.dispatch import exporting
 from pcx.ops.reference.attention import without_autocast
-from pcx.ops.reference.token_choice import pick
+from pcx.ops.reference.token_choice import pick, ranked
 from pcx.token_pruning.handles import (
     Handle,
     backbone_of,
@@ -147,7 +147,7 @@ def match(features: Tensor, r: int, *, protected: int) -> Tensor:
     a, b = (slice(protected + (protected + odd) % 2, None, 2) for odd in (0, 1))
     with without_autocast(unit):
         alike, best = (unit[:, a] @ unit[:, b].transpose(1, 2)).max(2)  # [B, |A|]
-    order = alike.sort(dim=1, descending=True, stable=True).indices
+    order = ranked(alike)
     goes, stays = order[:, :r], order[:, r:].sort(1).values
     start = protected + stays.shape[1]  # where B begins
     places = new.clone()  # protected tokens keep their places

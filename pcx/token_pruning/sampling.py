@@ -197,7 +197,10 @@ def sample(scores: Tensor, tokens: int) -> Tensor:
     sums = scores.cumsum(1)
     sums = sums / sums[:, -1:]  # the last one is exactly 1, above all points
     points = (torch.arange(tokens, device=scores.device, dtype=scores.dtype) + 0.5) / tokens
-    found = torch.searchsorted(sums, points.expand(batch, -1).contiguous())
+    if exporting():  # ONNX has no searchsorted; this counts the sums below each point
+        found = (~(sums[:, None] >= points[:, None])).sum(2)
+    else:
+        found = torch.searchsorted(sums, points.expand(batch, -1).contiguous())
     return found.clamp(max=patches - 1)  # NaN has no place, and stays in its sample so
 
 

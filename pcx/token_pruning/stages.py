@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from pcx.ops.dispatch import exporting
 from pcx.ops.reference import attention
 from pcx.ops.reference.token_choice import (
     VARIANCES,
@@ -148,7 +149,8 @@ def without_similar(
     a = a.sort(1).values
     likeness = _likeness(pick(features, a), pick(features, b), measure)  # [B, |A|, |B|]
     if partition == "none":
-        likeness.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+        same = torch.eye(patches, dtype=torch.bool, device=likeness.device)
+        likeness = likeness.masked_fill(same, -torch.inf)
     left = least_alike(likeness, a, drop)
     stays = left if partition == "none" else torch.cat([b, left], 1)
     return with_protected(stays + protected, protected)
@@ -289,4 +291,8 @@ def _likeness(a: Tensor, b: Tensor, measure: str | float) -> Tensor:
     if measure in MEASURES:
         return cosines(a, b) if measure == "cosine" else products(a, b)
     wide = torch.promote_types(a.dtype, torch.float32)
-    return -torch.cdist(a.to(wide), b.to(wide), p=float(measure))
+    a, b, p = a.to(wide), b.to(wide), float(measure)
+    if not exporting():
+        return -torch.cdist(a, b, p=p)
+    apart = (a[:, :, None] - b[:, None]).abs()  # [B, n, m, F]; ONNX has no cdist
+    return -(apart.amax(-1) if math.isinf(p) else apart.pow(p).sum(-1).pow(1 / p))

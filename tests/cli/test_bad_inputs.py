@@ -192,6 +192,17 @@ search m.safetensors --task digits           | Missing option '--budget'
 {S} --storage study.db                       | storage: 'study.db' cannot be used
 {S} --storage sqlite:////no/such/s.db        | storage: .* cannot be used
 {S} --storage foo://x                        | storage: .* cannot be used
+export                                       | Missing argument 'model'
+export m.safetensors                         | Missing option '--out'
+export m.safetensors --out new               | --out: new ends in '', which names no format
+export m.safetensors --out new.pt2 --format x | --format: got 'x'
+export m.safetensors --out new.pt2 --format onnx | --out: new.pt2 ends in '.pt2'; --format 'onnx'
+export m.safetensors --out .                 | --out: . is a folder
+export m.safetensors --out text.ts           | --out: text.ts exists; give --overwrite
+export m.safetensors --out text.txt/new.ts   | --out: text.txt is a file
+export none --out new.ts                     | path: no file none
+export text.txt --out new.ts                 | path: text.txt is not a whole safetensors file
+export m.safetensors --out new.ts --backbone x | --backbone: timm knows no 'x'
 env extra                                    | unexpected extra argument
 demo --bogus                                 | No such option: --bogus
 """
@@ -214,6 +225,7 @@ def folder(tmp_path_factory):
     (here / "flipped").write_bytes(whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:])
     (here / "few.safetensors").write_bytes((here / "linear.safetensors").read_bytes())
     (here / "text.txt").write_text("hello")
+    (here / "text.ts").write_text("hello")
     (here / "typo.toml").write_text("epoch = 3\n")
     (here / "kind.toml").write_text('epochs = "three"\n')
     (here / "latin.toml").write_bytes('a = "ü"\n'.encode("latin-1"))

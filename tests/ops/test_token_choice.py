@@ -100,3 +100,24 @@ def test_opcheck():
         (scores, rand(3, 4, 14, 6), 3, 2, 0.01, 0.7),
         test_utils=tests,
     )
+
+
+def test_an_export_ranks_equal_scores_as_a_stable_sort_does():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 4, (5, 23), generator=generator).float()
+    scores[1, ::3], scores[2, 5:9], scores[3, 1::4] = torch.nan, torch.inf, -torch.inf
+    scores[4] = 1.0
+    expected = scores.sort(dim=1, descending=True, stable=True).indices
+    assert torch.equal(reference.ranked(scores), expected)
+    places = reference.places_by_rank(scores)
+    assert torch.equal(places.gather(1, expected), torch.arange(23).expand(5, -1))
+
+    class Ranked(torch.nn.Module):
+        def forward(self, scores):
+            return reference.ranked(scores)
+
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(Ranked(), (scores,), dynamic_shapes=({0: batch},))
+    assert not any("sort" in str(node.target) for node in program.graph.nodes)
+    for count in (1, 3, 5):
+        assert torch.equal(program.module()(scores[:count]), expected[:count])

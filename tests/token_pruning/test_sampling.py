@@ -78,6 +78,21 @@ def removed(model, image, tokens_after):
     return model.forward_head(model.norm(tokens)), counts
 
 
+def test_an_export_samples_the_same():
+    class Sample(torch.nn.Module):
+        def forward(self, scores):
+            return sample(scores, 6)
+
+    scores = rand(5, 11).abs().float()
+    scores[1], scores[2, 3:9], scores[3, 1:] = 1.0, 0.0, 0.0
+    scores[4, 2] = torch.nan
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(Sample(), (scores,), dynamic_shapes=({0: batch},))
+    assert not any("searchsorted" in str(node.target) for node in program.graph.nodes)
+    for count in (1, 5):
+        assert torch.equal(program.module()(scores[:count]), sample(scores[:count], 6))
+
+
 @pytest.mark.parametrize("family", ["vit", "deit-distilled", "dinov2-reg"])
 def test_masked_slots_are_as_good_as_removed(family):
     model, x = peaked(family), images(family, batch=4)

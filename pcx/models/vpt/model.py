@@ -228,9 +228,14 @@ class VPT(TunedModel):
             layer.make_constant(layer.constants_of_prompts())
         return copied.backbone
 
+    @property
+    def folds(self) -> bool:
+        """Whether prompts can become constants: not those of kind "shallow"."""
+        return self.kind != "shallow"
+
     def check_folds(self, name: str = "model") -> None:
         """Raises a ValueError where prompts cannot become constants; `name` is the argument's."""
-        if self.kind == "shallow":
+        if not self.folds:
             raise ValueError(
                 f"{name}: the prompts of kind='shallow' do not fold: their outputs travel on"
             )

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pcx.ops.dispatch import exporting
 from pcx.ops.reference.attention import without_autocast
 
 VARIANCES = (0.01, 0.7)  # bounds on the variance of a head's scores, scaled to a mean of 1
@@ -107,8 +108,29 @@ def check_keep(keep: int, patches: int) -> None:
 
 
 def ranked(scores: Tensor) -> Tensor:
-    """Indices [B, N] from the highest to the lowest score; equal scores keep their order."""
-    return scores.sort(dim=1, descending=True, stable=True).indices
+    """Indices [B, N] from the highest to the lowest score; equal scores keep their order.
+
+    NaN comes before every number.
+    """
+    if not exporting():
+        return scores.sort(dim=1, descending=True, stable=True).indices
+    places = places_by_rank(scores)
+    ascending = torch.arange(scores.shape[1], device=scores.device).expand_as(places)
+    return torch.zeros_like(places).scatter(1, places, ascending)
+
+
+def places_by_rank(scores: Tensor) -> Tensor:
+    """The place [B, N] of each score in the order that `ranked` gives.
+
+    It counts the scores that come before, since ONNX has no stable sort. The order of equal scores
+    then depends on no runtime.
+    """
+    other, own = scores[:, :, None], scores[:, None]  # [B, N, 1] and [B, 1, N]
+    n = torch.arange(scores.shape[1], device=scores.device)
+    earlier = n[:, None] < n  # [N, N]
+    higher = (other > own) | (other.isnan() & ~own.isnan())
+    equal = (other == own) | (other.isnan() & own.isnan())
+    return (higher | (equal & earlier)).sum(1)
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:
