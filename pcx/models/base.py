@@ -257,14 +257,12 @@ class TunedModel(nn.Module):
     ) -> Any:
         """Images [B, 3, H, W], or what the backbone takes -> logits [B, C], or features [B, D].
 
-        Called by the names of Hugging Face's models, it answers as they do, so that their Trainer
-        trains it.
+        Called by the names of Hugging Face's models it answers as they do, for their Trainer.
 
         Args:
             x: the images; the logits themselves are returned.
             pixel_values: the images in place of `x`; an output with `logits` is returned.
-            labels: classes [B], or several [B, C] or numbers [B, 1] as floats; the output has the
-                mean `loss` too.
+            labels: classes [B], or floats [B, C] or [B, 1]; the output has the mean `loss` too.
             inputs: go to the backbone: masks, `interpolate_pos_encoding`, ...
         """
         if (x is None) == (pixel_values is None):
