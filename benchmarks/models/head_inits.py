@@ -3,8 +3,8 @@
 `python benchmarks/models/head_inits.py` trains two tasks with each of `head_init`'s ways, in short
 and long trainings, with three seeds, and writes `results/head_inits.csv`: the first loss and the
 test accuracy. Rates are those that pcx's own programs use and their neighbours; none is chosen by
-its result. It takes a GPU with 14 processes 4 minutes, and two CPU cores several hours. `--quick` runs two epochs of
-one task and checks that what comes out is sound, without a file.
+its result. With 14 processes it takes a GPU 4 minutes, and two CPU cores several hours. `--quick`
+runs two epochs of one task and checks that what comes out is sound, without a file.
 """
 
 from __future__ import annotations
