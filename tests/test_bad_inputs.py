@@ -112,6 +112,36 @@ pcx.ensemble([vpt(), pruned()])                         | models[1]: its tokens 
 """
 
 TRAINING = """
+pcx.predict(vpt(), "no/such.jpg")                       | images: no/such.jpg: no such file
+pcx.predict(vpt(), "no/*.jpg")                          | images: no/*.jpg: no such file
+pcx.predict(vpt(), "/dev/null")                         | images: none of 1 is an image
+pcx.predict(vpt(), [])                                  | images: none given
+pcx.predict(vpt(), 3)                                   | images: a int
+pcx.predict(vpt(), [3])                                 | images[0]: a int
+pcx.predict(vpt(), b"jpeg")                             | images: a bytes
+pcx.predict(vpt(), torch.zeros(2, 2))                   | images: a tensor [2, 2]
+pcx.predict(vpt(), torch.zeros(3, 32, 32).byte())       | images: a tensor [3, 32, 32] of torch.uint8
+pcx.predict(vpt(), [torch.zeros(3, 32, 32), torch.zeros(3, 32, 48)]) | images: tensors of shapes
+pcx.predict(vit(), torch.zeros(1, 3, 32, 32))           | model: a VisionTransformer
+pcx.predict("vit", torch.zeros(1, 3, 32, 32))           | model: got 'vit'
+pcx.predict(vpt(), torch.zeros(1, 3, 32, 32), top=0)    | top: 0
+pcx.predict(vpt(), torch.zeros(1, 3, 32, 32), top=1.5)  | top: 1.5
+pcx.predict(vpt(), torch.zeros(1, 3, 32, 32), batch_size=0) | batch_size: 0
+pcx.predict(vpt(), torch.zeros(1, 3, 32, 32), num_workers=-1) | num_workers: -1
+pcx.predict(vpt(), torch.zeros(1, 3, 32, 32), amp="int8") | amp: got 'int8'
+pcx.predict(vpt(), torch.zeros(1, 3, 32, 32), execution="fast") | execution: got 'fast'
+pcx.fit(vpt(), loader, epochs=1, lr=0.1, ema=1.0)       | ema: 1.0
+pcx.fit(vpt(), loader, epochs=1, lr=0.1, ema=0)         | ema: 0
+pcx.fit(vpt(), loader, epochs=1, lr=0.1, ema="0.9")     | ema: '0.9'
+pcx.fit(vpt(), loader, epochs=1, lr=0.1, accumulate=0)  | accumulate: 0
+pcx.fit(vpt(), loader, epochs=1, lr=0.1, accumulate=1.5) | accumulate: 1.5
+pcx.fit(vpt(), loader, epochs=1, lr=0.1, best="val_loss") | best: 'val_loss' needs a val_loader
+pcx.fit(vpt(), loader, epochs=1, lr=0.1, best=True)     | best: True
+pcx.fit(vpt(), loader, epochs=1, lr=0.1, best="f1")     | metric: 'f1' is none of the history's
+pcx.fit(vpt(), loader, epochs=1, lr=0.1, callbacks=[3]) | callbacks[0]: a int
+pcx.fit(vpt(), loader, epochs=1, lr=0.1, callbacks=3)   | callbacks[0]: a int
+pcx.fit(vpt(), loader, epochs=1, lr=0.1, callbacks=EarlyStopping("f1")) | metric: 'f1' is none
+EarlyStopping(patience=0)                               | patience: 0
 pcx.fit("vit", loader, epochs=1, lr=0.1)                | model: got 'vit'
 pcx.fit(None, loader, epochs=1, lr=0.1)                 | model: got a NoneType
 pcx.fit(vpt(), loader.dataset, epochs=1, lr=0.1)        | loader: a TensorDataset

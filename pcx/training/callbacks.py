@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -83,7 +83,9 @@ def check_callbacks(callbacks: Any) -> list[Callback]:
     Raises:
         ValueError: one of them lacks a function of `Callback`.
     """
-    given = [callbacks] if isinstance(callbacks, Callback) else list(callbacks)
+    if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
+        callbacks = [callbacks]
+    given = list(callbacks)
     for i, each in enumerate(given):
         if not all(callable(getattr(each, f, None)) for f in ("on_step", "on_epoch", "on_end")):
             raise ValueError(
