@@ -10,6 +10,9 @@ EXTRAS = {
     "optuna": ("optuna", "study"),
     "sklearn": ("scikit-learn", "study"),
     "torchmetrics": ("torchmetrics", "study"),
+    "onnx": ("onnx", "export"),
+    "onnxscript": ("onnxscript", "export"),
+    "onnxruntime": ("onnxruntime", "export"),
 }
 
 

@@ -137,7 +137,8 @@ pcx.fit(vpt(), loader, epochs=1, lr=0.1, accumulate=0)  | accumulate: 0
 pcx.fit(vpt(), loader, epochs=1, lr=0.1, accumulate=1.5) | accumulate: 1.5
 pcx.fit(vpt(), loader, epochs=1, lr=0.1, best="val_loss") | best: 'val_loss' needs a val_loader
 pcx.fit(vpt(), loader, epochs=1, lr=0.1, best=True)     | best: True
-pcx.fit(vpt(), loader, epochs=1, lr=0.1, best="f1")     | metric: 'f1' is none of the history's
+pcx.fit(vpt(), loader, epochs=1, lr=0.1, best="f1")     | best: 'f1' is none of the history's
+pcx.fit(vpt(), loader, epochs=1, lr=0.1, callbacks=EarlyStopping) | callbacks[0]: a type
 pcx.fit(vpt(), loader, epochs=1, lr=0.1, callbacks=[3]) | callbacks[0]: a int
 pcx.fit(vpt(), loader, epochs=1, lr=0.1, callbacks=3)   | callbacks[0]: a int
 pcx.fit(vpt(), loader, epochs=1, lr=0.1, callbacks=EarlyStopping("f1")) | metric: 'f1' is none
@@ -528,6 +529,7 @@ def names(tmp_path_factory):
         "config": data_config(vit()),
         "build_backbone": build_backbone,
         "load_task": load_task,
+        "EarlyStopping": EarlyStopping,
         "SimpleNamespace": SimpleNamespace,
     }
 

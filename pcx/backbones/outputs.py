@@ -45,9 +45,12 @@ def output_of(logits: Tensor, labels: Tensor | None = None) -> Any:
 
     Args:
         logits: [B, C].
-        labels: classes [B], or floats: several labels [B, C], or numbers [B] or [B, 1] where C is
-            1. The loss is the mean cross-entropy, binary cross-entropy or squared error, which is
-            the choice of Hugging Face's models.
+        labels: classes [B], several labels [B, C] as floats, or numbers [B] or [B, 1] where C is 1.
+            The loss is the mean cross-entropy, binary cross-entropy or squared error, which is the
+            choice of Hugging Face's models.
+
+    Raises:
+        ValueError: the labels have another shape.
     """
     found: dict[str, Any] = {"logits": logits}
     if labels is not None:
@@ -60,11 +63,16 @@ def output_of(logits: Tensor, labels: Tensor | None = None) -> Any:
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    if logits.shape[-1] == 1 and labels.numel() == len(logits):
+        return F.mse_loss(logits, labels.reshape(logits.shape).to(logits.dtype))
     if not labels.is_floating_point():
         return F.cross_entropy(logits, labels)
-    wanted = labels.reshape(logits.shape).to(logits.dtype)
-    if logits.shape[-1] == 1:
-        return F.mse_loss(logits, wanted)
+    if labels.shape != logits.shape:
+        raise ValueError(
+            f"labels: floats {list(labels.shape)} for logits {list(logits.shape)}; give whole "
+            "numbers [B], or floats of the shape of the logits"
+        )
+    wanted = labels.to(logits.dtype)
     return F.binary_cross_entropy_with_logits(logits, wanted)
 
 

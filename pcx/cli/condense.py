@@ -79,7 +79,7 @@ def condense(
     )
     save(small, out)
     o.say(f"kept {small.counts} of {whole.counts}; wrote {out}")
-    o.say_accuracy(small, data, batch_size, amp, workers=workers)
+    o.say_accuracy(small, data, batch_size, amp, workers=workers, trained_on=split)
 
 
 def _say_cost(model: VPT) -> None:

@@ -275,7 +275,7 @@ def run_folder_of(out: Path) -> Path:
 
 def say(text: str) -> None:
     """Prints a line of results."""
-    Console().print(text)
+    Console(soft_wrap=True, highlight=False).print(text, markup=False)
 
 
 def say_accuracy(
@@ -285,11 +285,18 @@ def say_accuracy(
     amp: str,
     split: str | None = None,
     workers: int = 0,
+    trained_on: str = "train",
 ) -> None:
-    """Evaluates a model on a split, the held-out one for None; prints accuracy and loss."""
+    """Evaluates a model on a split, the held-out one for None; prints accuracy and loss.
+
+    Nothing is evaluated where the split was trained on.
+    """
     from pcx.training.evaluation import evaluate, standard_error
 
     split = split or data.held_out
+    if split == trained_on or (split, trained_on) == ("val", "trainval"):
+        say(f"{data.name}: no held-out split, since {trained_on} was trained on; not evaluated")
+        return
     found = evaluate(model, data.loader(split, batch_size, num_workers=workers), amp=amp)
     say(
         f"{data.name} {split}: {found['accuracy']:.2f} ± {standard_error(found):.2f}% "

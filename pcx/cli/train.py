@@ -94,7 +94,7 @@ def train(
     o.check_converged(history, data.num_classes, model.record.trained_lr)
     pcx.save(model, out)
     o.say(f"wrote {out}")
-    o.say_accuracy(model, data, batch_size, amp, workers=workers)
+    o.say_accuracy(model, data, batch_size, amp, workers=workers, trained_on=split)
 
 
 def _stopping(patience: int | None, split: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pcx.backbones.outputs import logits_of
 from pcx.checkpoints.files import written_whole
 from pcx.deployment.formats import FORMATS, Format, Job, quiet
 from pcx.deployment.freezing import Frozen, freeze
+from pcx.extras import need
 from pcx.models.base import TunedModel, check_module, keeping_modes
 from pcx.models.peft_model import known_by
 
@@ -60,7 +61,8 @@ def export(model: nn.Module, path: str | os.PathLike, *, format: str | None = No
 
     Raises:
         ValueError: the model cannot be exported, the path is a folder or has another suffix, there
-            is no such format, packages are missing, or the check failed. Nothing was written then.
+            is no such format, or the check failed. Nothing was written then.
+        ImportError: a package that the format needs is not installed.
         OSError: the file cannot be written; what was there is as it was.
 
     Example:
@@ -91,7 +93,8 @@ def check_target(
         names: of these two arguments, for messages.
 
     Raises:
-        ValueError: as `export` says of path, format and missing packages.
+        ValueError: as `export` says of path and format.
+        ImportError: as `export` says of missing packages.
     """
     if not isinstance(path, str | os.PathLike) or not str(path):
         raise ValueError(f"{names[0]}: {path!r}, expected the path of a file, such as model.onnx")
@@ -113,12 +116,8 @@ def check_target(
             f"{names[0]}: {path} ends in {path.suffix!r}; {names[1]} {name!r} needs a name that "
             f"ends in {FORMATS[name].suffix!r}"
         )
-    missing = FORMATS[name].missing()
-    if missing:
-        raise ValueError(
-            f"{names[1]}: {name!r} needs {', '.join(missing)}, not installed here; "
-            "pip install 'pcx[export]'"
-        )
+    for package in FORMATS[name].needs:
+        need(package, f"{names[1]} {name!r}")
     return path, name
 
 

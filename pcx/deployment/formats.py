@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import warnings
@@ -50,17 +49,13 @@ class Format:
         suffix: how its files' names end.
         write: writes a job to a path, and takes a path whose name ends so.
         read: reads such a file as a function that maps images to logits, on the images' device.
-        needs: packages that writing and reading import.
+        needs: packages of `pcx.extras` that writing and reading import.
     """
 
     suffix: str
     write: Callable[[Job, Path], None]
     read: Callable[[Path], Run]
     needs: tuple[str, ...] = ()
-
-    def missing(self) -> list[str]:
-        """The packages that are needed and not installed."""
-        return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 
 def _write_onnx(job: Job, path: Path) -> None:

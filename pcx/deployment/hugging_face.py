@@ -24,8 +24,10 @@ from pcx.backbones.inputs import data_config
 from pcx.checkpoints.files import written_whole
 from pcx.checkpoints.fingerprint import backbone_name
 from pcx.checkpoints.saving import load, save
+from pcx.deployment.predicting import objective_of
 from pcx.models.base import TunedModel
 from pcx.models.peft_model import tuned
+from pcx.training.objectives import MultiLabel, Regression, Segmentation
 
 FILE = "pcx.safetensors"
 CARD = "README.md"
@@ -48,8 +50,11 @@ class PcxForImageClassification(PreTrainedModel):
     Args:
         model: a tuned model, or a model of peft.
 
+    The pipeline reads images by transformers' own functions, which show what lies under transparent
+    pixels and cut 16 bits off; pcx shows white there, and scales.
+
     Raises:
-        ValueError: the model is of another kind, or has no head.
+        ValueError: the model is of another kind, or gives no probabilities of several classes.
 
     Example:
         >>> classifier = PcxForImageClassification(pcx.load("cars.safetensors"))
@@ -66,11 +71,14 @@ class PcxForImageClassification(PreTrainedModel):
         known = tuned(model)
         if known.num_classes == 0:
             raise ValueError("model: it has no head, and so no classes; give it num_classes")
+        if objective_of(known) in (Regression.name, Segmentation.name) or known.num_classes == 1:
+            raise ValueError("model: it gives no probabilities of several classes; call it itself")
         names = known.class_names or [str(i) for i in range(known.num_classes)]
         super().__init__(
             PcxConfig(  # type: ignore[call-arg]  # it keeps whatever it is given
                 id2label=dict(enumerate(names)),
                 label2id={n: i for i, n in enumerate(names)},
+                problem_type=_problem_of(known),
                 pretrained_cfg=_prepared_by(known),  # by which AutoImageProcessor knows timm's
             )
         )
@@ -131,6 +139,12 @@ class PcxForImageClassification(PreTrainedModel):
             chosen = {k: v for k, v in options.items() if k in known}
             file = Path(hf_hub_download(str(pretrained_model_name_or_path), FILE, **chosen))
         return cls(load(file, backbone))
+
+
+def _problem_of(model: TunedModel) -> Any:
+    """By which `pipeline` turns logits into probabilities, as `pcx.predict` does."""
+    several = objective_of(model) == MultiLabel.name
+    return "multi_label_classification" if several else "single_label_classification"
 
 
 def _prepared_by(model: TunedModel) -> dict[str, Any]:

@@ -15,20 +15,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from pcx.arguments import whole_number
-from pcx.backbones.outputs import logits_of
 from pcx.models.base import TunedModel, check_module, keeping_modes
 from pcx.models.peft_model import tuned
-from pcx.tasks.images import as_rgb, opened
+from pcx.tasks.images import as_rgb, opened, upright
 from pcx.tasks.photos import image_files
+from pcx.training import OBJECTIVES
+from pcx.training.batches import logits_from
 from pcx.training.evaluation import accelerator_for
 from pcx.training.execution import check_execution, compiled, prepared
-from pcx.training.objectives import MultiLabel, Regression, SingleLabel, SoftTargets
+from pcx.training.objectives import MultiLabel, Regression, Segmentation, SingleLabel
 
-PROBABILITIES: dict[str | None, Callable[[Tensor], Tensor]] = {
-    SingleLabel.loss_name: lambda logits: logits.softmax(-1),
-    SoftTargets.loss_name: lambda logits: logits.softmax(-1),
-    MultiLabel.loss_name: lambda logits: logits.sigmoid(),
-}
 _MAGIC = ("*", "?", "[")
 
 
@@ -83,8 +79,9 @@ def predict(
 ) -> Predictions:
     """The most probable classes of images, of files, PIL images or tensors.
 
-    Images of files and of PIL are prepared by `model.transform()`, as in evaluation: 16 bits are
-    scaled to 8, and what is transparent shows white. Tensors are taken as they are.
+    Images of files and of PIL are prepared by `model.transform()`, as in evaluation. Their EXIF data
+    turns them, 16 bits are scaled to 8, and what is transparent shows white. Tensors are taken as
+    they are.
 
     Args:
         model: a tuned model, or a model of peft. It is put in eval mode for the call.
@@ -107,62 +104,90 @@ def predict(
     """
     check_module("model", model)
     known = tuned(model)
-    count = known.num_classes if top is None else whole_number("top", top, 1)
+    count = max(2, known.num_classes) if top is None else whole_number("top", top, 1)
     batch_size = whole_number("batch_size", batch_size, 1)
     probable = _probable(known)
     items = list(_items(images))
     if not items:
         raise ValueError("images: none given")
     with accelerator_for(amp, 0) as accelerator:
-        device = accelerator.device
-        check_execution(execution, device)
-        placed: Any = known.to(device)
+        check_execution(execution, accelerator.device)
+        placed: Any = known.to(accelerator.device)
         loader = DataLoader(
             _Read(items, known),
             batch_size,
             num_workers=whole_number("num_workers", num_workers),
             collate_fn=list,
-            pin_memory=device.type == "cuda",
         )
         called = compiled(placed, execution)
 
         def run(batch: Tensor) -> tuple[Tensor, Tensor]:
             with accelerator.autocast():
-                logits = logits_of(called(batch))
-            found = probable(logits.float()).topk(min(count, logits.shape[-1]), dim=-1)
-            return found.values, found.indices
+                logits = logits_from(placed, called, batch, "images: the model cannot take them")
+            found = probable(logits.float())
+            values, labels = found.topk(min(count, found.shape[-1]), dim=-1)
+            return values, labels
 
-        step, rows, skipped = prepared(lambda: run, device, execution), [], []
+        step = prepared(lambda: run, accelerator.device, execution)
         with keeping_modes(placed), torch.no_grad():
             placed.eval()
-            for batch in loader:
-                skipped += [(source, why) for source, why in batch if isinstance(why, str)]
-                good = [(source, x) for source, x in batch if not isinstance(x, str)]
-                if good:
-                    values, labels = step(_stacked(good).to(device, non_blocking=True))
-                    rows += _rows([source for source, _ in good], values, labels, known)
+            return _predicted(loader, step, known, accelerator.device)
+
+
+def _predicted(
+    loader: DataLoader, step: Callable[..., Any], model: TunedModel, device: torch.device
+) -> Predictions:
+    rows: list[Prediction] = []
+    skipped: list[tuple[str, str]] = []
+    for batch in loader:
+        skipped += [(source, why) for source, why in batch if isinstance(why, str)]
+        good = [(source, x) for source, x in batch if not isinstance(x, str)]
+        if good:
+            values, labels = step(_stacked(good).to(device))
+            rows += _rows([source for source, _ in good], values, labels, model)
     if not rows:
         raise ValueError(
-            f"images: none of {len(items)} is an image; the first is {skipped[0][0]} "
+            f"images: none of {len(skipped)} is an image; the first is {skipped[0][0]} "
             f"({skipped[0][1]})"
         )
     return Predictions(rows, skipped)
 
 
+def objective_of(model: TunedModel) -> str:
+    """The name of the objective that a model was trained with, "single-label" where not known."""
+    recipe = model.record.recipe or {}
+    by_loss = {OBJECTIVES[name].loss_name: name for name in OBJECTIVES}
+    found = recipe.get("objective") or by_loss.get(recipe.get("criterion"))  # of older files
+    return found or SingleLabel.name
+
+
 def _probable(model: TunedModel) -> Callable[[Tensor], Tensor]:
-    """From logits to probabilities, by the loss that the model was trained with."""
+    """From logits to probabilities, by the objective that the model was trained with."""
     if model.num_classes == 0:
         raise ValueError("model: it has no head, and so no classes; give it num_classes")
-    loss = (model.record.recipe or {}).get("criterion")
-    if loss == Regression.loss_name:
-        raise ValueError("model: it was trained on numbers, and gives no classes; call it itself")
-    return PROBABILITIES.get(loss, PROBABILITIES[SingleLabel.loss_name])
+    objective = objective_of(model)
+    if objective in (Regression.name, Segmentation.name):
+        raise ValueError(
+            f"model: it was trained for {objective}, and gives no classes of an image; call it "
+            "itself"
+        )
+    if objective == MultiLabel.name:
+        return torch.sigmoid
+    if model.num_classes == 1:  # above 0 for class 1, as in evaluation
+        return lambda logits: torch.cat([torch.sigmoid(-logits), torch.sigmoid(logits)], -1)
+    return lambda logits: logits.softmax(-1)
 
 
 def _rows(
     sources: list[str], values: Tensor, labels: Tensor, model: TunedModel
 ) -> list[Prediction]:
-    names = model.class_names or [str(i) for i in range(model.num_classes)]
+    broken = values.isnan().any(-1).tolist()
+    if any(broken):
+        raise ValueError(
+            f"images: {sources[broken.index(True)]} gives NaN; its numbers are not finite, or the "
+            "model's weights are not"
+        )
+    names = model.class_names or [str(i) for i in range(max(2, model.num_classes))]
     return [
         Prediction(source, numbers, [names[i] for i in numbers], probabilities)
         for source, numbers, probabilities in zip(
@@ -199,18 +224,21 @@ def _items(images: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 def _files(given: str) -> list[Path]:
     """The files that a path, a folder or a pattern stands for; folders give their images alone."""
+    if not given:
+        raise ValueError("images: an empty path; give a file, a folder or a pattern")
     path = Path(given).expanduser()
-    if path.is_dir():
-        found = list(image_files(path))
-        if not found:
-            raise ValueError(f"images: {given} has no files that are named like images")
-        return found
     if path.exists():
-        return [path]
-    matched = sorted(glob.glob(str(path), recursive=True)) if set(given) & set(_MAGIC) else []
-    if not matched:
-        raise FileNotFoundError(f"images: {given}: no such file or folder")
-    return [file for each in matched for file in _files(each)]
+        found = list(image_files(path)) if path.is_dir() else [path]
+    else:
+        pattern = set(given) & set(_MAGIC)
+        matched = [Path(p) for p in sorted(glob.glob(str(path), recursive=True))] if pattern else []
+        if not matched:
+            raise FileNotFoundError(f"images: {given}: no such file or folder")
+        each = (image_files(p) if p.is_dir() else [p] for p in matched)
+        found = list(dict.fromkeys(file for files in each for file in files))
+    if not found:
+        raise ValueError(f"images: {given} has no files that are named like images")
+    return found
 
 
 class _Read(Dataset):
@@ -227,7 +255,10 @@ class _Read(Dataset):
         if isinstance(item, Tensor):
             return source, item
         if isinstance(item, Image.Image):
-            return source, self.transform(as_rgb(item))
+            try:
+                return source, self.transform(as_rgb(upright(item)))
+            except (ValueError, ZeroDivisionError) as error:  # modes, and images without pixels
+                raise ValueError(f"images{source}: {error}; give another image") from error
         try:
             return source, self.transform(opened(item, item))
         except (ValueError, FileNotFoundError) as error:

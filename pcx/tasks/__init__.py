@@ -26,6 +26,8 @@ NAMES = (
     "digits, sprites:count|ori|loc, vtab:<name>, fgvc:<name>, the path of a folder of photos with "
     "a folder for each class, or a name that timm.data.create_dataset reads"
 )
+# How names of data sets begin that timm reads; of any other it would read the root instead.
+TIMM = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 # An image as a whole, made to fit: what `timm.data.create_transform` calls so.
 SQUASHED = {"crop_pct": 1.0, "crop_mode": "squash"}
 
@@ -137,8 +139,13 @@ def _loaded(name: str, config: dict, root: str | os.PathLike | None) -> Task:
     elif family == "fgvc":
         splits, classes = listed.fgvc(detail, folder, config)
         transform = {**config, **listed.FGVC_CROP}
-    elif "/" in name:
+    elif name.lower().startswith(TIMM):
         splits, classes = listed.from_timm(name, folder, config)
+    elif "/" in name:
+        raise FileNotFoundError(
+            f"name: no folder {name}; expected a folder of photos with a folder for each class, or "
+            f"a data set of timm, whose name begins with one of {TIMM}"
+        )
     else:
         raise ValueError(f"name: {name!r}, expected one of: {NAMES}")
     return Task(name, classes, splits, transform)

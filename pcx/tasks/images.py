@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ExifTags import Base
 from torch import Tensor
 from torch.utils.data import Dataset
+
+ORIENTATION = Base.Orientation
 
 
 class MemoryImages(Dataset):
@@ -108,7 +111,7 @@ class ReaderImages(Dataset):
 def opened(file: Any, name: Any) -> Image.Image:
     try:
         with Image.open(file) as image:
-            return as_rgb(image)
+            return as_rgb(upright(image))
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{name}: listed in the split, but there is no file; add it, or take it off the list"
@@ -119,6 +122,13 @@ def opened(file: Any, name: Any) -> Image.Image:
         raise ValueError(f"{name}: not a whole image file ({error}); fetch it again") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF data says that the camera was held; others as they are."""
+    if image.getexif().get(ORIENTATION, 1) == 1:
+        return image
+    return ImageOps.exif_transpose(image)
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

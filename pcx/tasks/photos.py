@@ -16,13 +16,14 @@ from typing import Any
 import timm.data
 from PIL import Image, UnidentifiedImageError
 
-from pcx.tasks.images import FileImages
+from pcx.tasks.images import FileImages, as_rgb
 
 SPLITS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
+UNREADABLE = ("MPEG", "EPS", "WMF", "HDF5", "GRIB", "BUFR", "FITS")  # by Pillow alone
 PARTS = 10  # of which val and test are one each, where there are no folders for them
 SHOWN = 3  # files in a message
 Sample = tuple[Path, int]
@@ -37,6 +38,7 @@ class Photos:
         samples: by split, (file, label) of each photo; a split that is empty is not there.
         how: which photos are in which split, and why, in words.
         left_out: files named like images that are none, with the reason.
+        passed_over: names of what lies beside the class folders: other folders, and photos.
         digest: of the files in each split, by their places in the folder.
     """
 
@@ -44,6 +46,7 @@ class Photos:
     samples: dict[str, list[Sample]]
     how: str
     left_out: list[tuple[Path, str]] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
     digest: str = ""
 
     def described(self) -> str:
@@ -54,6 +57,8 @@ class Photos:
             some = "; ".join(f"{path} ({why})" for path, why in self.left_out[:SHOWN])
             more = f"; and {len(self.left_out) - SHOWN} more" if len(self.left_out) > SHOWN else ""
             lines.append(f"left out {len(self.left_out)} files that are no images: {some}{more}")
+        if self.passed_over:
+            lines.append(f"not in a class folder, so not used: {_some(self.passed_over)}")
         return "\n".join(lines)
 
 
@@ -66,8 +71,8 @@ def find_photos(root: Path) -> Photos:
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no class folders with photos, a single class, or too few photos for a
-            split; or a class is in val or test that is not in train.
+        ValueError: it holds no class folders with photos, a single class, a class without a usable
+            photo, or too few photos for a split; or a class is in val or test that is not in train.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder, expected one with a folder of each class")
@@ -77,10 +82,21 @@ def find_photos(root: Path) -> Photos:
             f"{root}: it has a folder {given[min(given)].name!r} and none named 'train'; add it, "
             "or give the folder of each class directly"
         )
+    names = [p.name.lower() for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    if not given and names and all(any(name in of for of in SPLITS.values()) for name in names):
+        raise ValueError(
+            f"{root}: no photos in folders of {', '.join(sorted(names))}; expected a folder for "
+            f"each class in them, such as {root / names[0] / 'cat' / '1.jpg'}"
+        )
     left_out: list[tuple[Path, str]] = []
     found = {
         split: _by_class(folder, left_out) for split, folder in (given or {"train": root}).items()
     }
+    empty = next((split for split, table in found.items() if not table and split != "train"), None)
+    if empty is not None:
+        raise ValueError(
+            f"{root}: {given[empty]} has no photos in class folders; add some, or take it away"
+        )
     classes = sorted(found["train"])
     _check_classes(root, given.get("train", root), classes, found)
     if len(found) == 3:
@@ -103,7 +119,9 @@ def find_photos(root: Path) -> Photos:
         raise ValueError(
             f"{root}: too few photos to keep some for validation; give at least three of a class"
         )
-    return Photos(classes, samples, how, left_out, _digest(root, samples))
+    return Photos(
+        classes, samples, how, left_out, _passed_over(root, given), _digest(root, samples)
+    )
 
 
 def splits_of(photos: Photos, config: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +155,10 @@ def why_no_image(path: Path) -> str | None:
     try:
         with Image.open(path) as image:
             kind = image.format
-            image.verify()
+            if kind in ("JPEG", "PNG"):
+                image.verify()
+            else:
+                as_rgb(image)  # reads all of it
     except Image.DecompressionBombError:
         return "it has too many pixels"
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
@@ -148,19 +169,48 @@ def why_no_image(path: Path) -> str | None:
 
 
 def _ends_as_jpeg(path: Path) -> bool:
-    """Whether a JPEG's end marker stands near its end; some cameras write more behind it."""
+    """Whether a JPEG's end marker stands near its end; some cameras write more behind it.
+
+    An end marker before the last start of a scan is that of a preview.
+    """
     with open(path, "rb") as file:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - 65536))
-        return b"\xff\xd9" in file.read()
+        tail = file.read()
+    return b"\xff\xd9" in tail[max(0, tail.rfind(b"\xff\xda")) :]
 
 
 def _suffixes() -> set[str]:
-    return {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    """Ends of the names of images, without films and vector formats, which Pillow lists too."""
+    return {
+        suffix
+        for suffix, kind in Image.registered_extensions().items()
+        if kind in Image.OPEN and kind not in UNREADABLE
+    }
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _passed_over(root: Path, given: dict[str, Path]) -> list[str]:
+    """Photos that lie beside the class folders, and folders beside those of splits."""
+    suffixes = _suffixes()
+    beside = [p for place in {root, *given.values()} for p in place.iterdir()]
+    found = {p for p in beside if p.is_file() and p.suffix.lower() in suffixes}
+    if given:
+        found |= {p for p in root.iterdir() if p.is_dir()} - set(given.values())
+    return sorted(p.relative_to(root).as_posix() for p in found if not p.name.startswith("."))
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
-    there = {p.name.lower(): p for p in sorted(root.iterdir()) if p.is_dir()}
+    """The folders named as splits that hold folders themselves, as classes do not."""
+    there = {
+        p.name.lower(): p
+        for p in sorted(root.iterdir())
+        if p.is_dir() and any(inner.is_dir() for inner in p.iterdir())
+    }
     found = {
         split: next((there[name] for name in names if name in there), None)
         for split, names in SPLITS.items()
@@ -169,17 +219,27 @@ def _split_folders(root: Path) -> dict[str, Path]:
 
 
 def _by_class(folder: Path, left_out: list[tuple[Path, str]]) -> dict[str, list[Path]]:
-    """The photos of each class folder that has some."""
+    """The photos of each class folder; empty folders are none.
+
+    Raises:
+        ValueError: a folder has files, and none that can be used, so that its class would vanish.
+    """
     found: dict[str, list[Path]] = {}
     for place in sorted(folder.iterdir()):
         if not place.is_dir() or place.name.startswith("."):
             continue
+        files = [p for p in place.rglob("*") if p.is_file() and not p.name.startswith(".")]
         for path in image_files(place):
             why = why_no_image(path)
             if why is None:
                 found.setdefault(place.name, []).append(path)
             else:
                 left_out.append((path, why))
+        if files and place.name not in found:
+            raise ValueError(
+                f"{place}: none of its {len(files)} files is an image that can be read, such as "
+                f"{files[0].name}; convert them to JPEG or PNG, or take the folder away"
+            )
     return found
 
 

@@ -19,7 +19,8 @@ from torch import nn
 from torchvision import transforms
 from torchvision.transforms import v2
 
-OPENED = 2  # goes up when files are read otherwise: 2 scales 16 bits, and shows white through
+# Goes up when files are read otherwise: 2 scales 16 bits and shows white through, 3 turns images.
+OPENED = 3
 RATIO = 4  # of the longest side to the shortest: longer images of a Resize(int) are not kept
 _RESIZES = (transforms.Resize, v2.Resize)
 _CROPS = (transforms.CenterCrop, v2.CenterCrop, CenterCropOrPad)

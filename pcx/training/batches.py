@@ -41,6 +41,28 @@ def images_and_labels(batch) -> tuple:
     return batch[0], batch[1]
 
 
+def logits_from(model: nn.Module, run: Callable[[Any], Any], images: Any, refused: str) -> Tensor:
+    """What a model gives for images.
+
+    Args:
+        model: the model.
+        run: the function that runs it, such as the compiled model.
+        images: the batch.
+        refused: how the message begins.
+
+    Raises:
+        ValueError: it fails on images that are not what the backbone expects.
+    """
+    try:
+        return logits_of(run(images))
+    except Exception as error:  # of any layer
+        unlike = _unlike(model, images)
+        if unlike is None or isinstance(error, torch.OutOfMemoryError):
+            raise
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{refused} ({said}): {unlike}") from error
+
+
 class BatchCheck:
     """Looks at batches before they go to a GPU, where wrong labels would end the process.
 
@@ -105,16 +127,7 @@ class BatchCheck:
         Raises:
             ValueError: it fails on images that are not what the backbone expects.
         """
-        try:
-            return logits_of(run(images))
-        except Exception as error:  # of any layer
-            unlike = _unlike(self.model, images)
-            if unlike is None or isinstance(error, torch.OutOfMemoryError):
-                raise
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(
-                f"loader: the model cannot take its images ({said}): {unlike}"
-            ) from error
+        return logits_from(self.model, run, images, "loader: the model cannot take its images")
 
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The objective's loss of each sample, once labels are known to fit the logits."""
@@ -184,11 +197,18 @@ def _unlike(model: nn.Module, images: Any) -> str | None:
     cast = torch.is_autocast_enabled(images.device.type) or images.dtype == weight.dtype
     if alike and cast:
         return None
+    wanted = str(weight.dtype).removeprefix("torch.")
+    narrow = weight.dtype in (torch.bfloat16, torch.float16) and not cast
+    remedy = "model.transform() makes such images"
+    if narrow:
+        remedy = f"give amp={AMP_OF[weight.dtype]!r}"
     return (
-        f"they are {shown} {list(images.shape)}, and the backbone expects "
-        f"{str(weight.dtype).removeprefix('torch.')} [B, {', '.join(map(str, size))}]; "
-        "model.transform() makes such images"
+        f"they are {shown} {list(images.shape)}, and the backbone expects {wanted} "
+        f"[B, {', '.join(map(str, size))}]; {remedy}"
     )
+
+
+AMP_OF = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class LoaderWait:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,12 +11,14 @@ from torch import Tensor
 from pcx.arguments import whole_number
 
 LOWER = ("loss", "error")  # ends of the names of measures of which less is better
+NO_MEASURES = ("epoch", "samples", "lr", "loader_share", "seconds")  # columns that say how it went
 
 
 class Callback:
     """Called by `pcx.fit` while it goes; a subclass overrides what it needs.
 
-    With several processes it is called in each of them, with the same history.
+    With several processes it is called in each of them. Losses and metrics are the same in all, but
+    seconds and loader_share are each process's own; the first process decides whether to end.
     """
 
     def on_step(self, epoch: int, step: int, losses: Tensor) -> None:
@@ -28,6 +31,8 @@ class Callback:
 
     def on_epoch(self, history: Sequence[dict[str, Any]]) -> bool | None:
         """Called behind each epoch, once its checkpoint is written.
+
+        The model has the weights that were validated: with `ema` their moving average.
 
         Args:
             history: a row for each epoch so far, also for those before a resumed run.
@@ -53,11 +58,12 @@ class EarlyStopping(Callback):
         patience: epochs without an improvement after which the training ends.
 
     Raises:
-        ValueError: the patience is no positive whole number.
+        ValueError: the patience is no positive whole number, or the metric no column to go by.
     """
 
     def __init__(self, metric: str = "val_accuracy", patience: int = 10):
-        self.metric, self.patience = metric, whole_number("patience", patience, 1)
+        self.metric = checked_metric("metric", metric)
+        self.patience = whole_number("patience", patience, 1)
 
     def on_epoch(self, history: Sequence[dict[str, Any]]) -> bool | None:
         """True once the best epoch is as long ago as the patience."""
@@ -65,16 +71,36 @@ class EarlyStopping(Callback):
         return len(values) - 1 - values.index(max(values)) >= self.patience
 
 
-def measure(row: dict[str, Any], metric: str) -> float:
-    """The measure of an epoch, of which more is better.
+def checked_metric(name: str, metric: Any) -> str:
+    """The metric, a column of the history that may tell good epochs from bad ones.
+
+    Args:
+        name: of the argument.
+        metric: what was given.
+
+    Raises:
+        ValueError: it is no text, or a column such as "seconds".
+    """
+    if not isinstance(metric, str) or metric in NO_MEASURES:
+        raise ValueError(
+            f"{name}: {metric!r}, expected a column of the history that says how good a model is, "
+            "such as 'val_accuracy' or 'loss'"
+        )
+    return metric
+
+
+def measure(row: dict[str, Any], metric: str, name: str = "metric") -> float:
+    """The measure of an epoch, of which more is better; a NaN is worse than anything.
 
     Raises:
         ValueError: the history has no such column; the message lists those that it has.
     """
     if metric not in row or not isinstance(row[metric], int | float):
         hint = "; give fit a val_loader" if metric.startswith("val_") else ""
-        raise ValueError(f"metric: {metric!r} is none of the history's {sorted(row)}{hint}")
-    return -row[metric] if metric.endswith(LOWER) else row[metric]
+        there = sorted(set(row) - set(NO_MEASURES))
+        raise ValueError(f"{name}: {metric!r} is none of the history's {there}{hint}")
+    value = -row[metric] if metric.endswith(LOWER) else row[metric]
+    return float("-inf") if math.isnan(value) else value
 
 
 def check_callbacks(callbacks: Any) -> list[Callback]:
@@ -83,11 +109,13 @@ def check_callbacks(callbacks: Any) -> list[Callback]:
     Raises:
         ValueError: one of them lacks a function of `Callback`.
     """
-    if isinstance(callbacks, Callback) or not isinstance(callbacks, Iterable):
+    if isinstance(callbacks, type) or not isinstance(callbacks, Iterable):
         callbacks = [callbacks]
     given = list(callbacks)
     for i, each in enumerate(given):
-        if not all(callable(getattr(each, f, None)) for f in ("on_step", "on_epoch", "on_end")):
+        if isinstance(each, type) or not all(
+            callable(getattr(each, f, None)) for f in ("on_step", "on_epoch", "on_end")
+        ):
             raise ValueError(
                 f"callbacks[{i}]: a {type(each).__name__}, expected a subclass of "
                 "pcx.training.callbacks.Callback"

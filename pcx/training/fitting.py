@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from pcx.models.base import check_choice, check_module, state_of
 from pcx.models.heads import trained_dtype
 from pcx.models.peft_model import known_by
 from pcx.training.batches import check_loader
-from pcx.training.callbacks import Callback, check_callbacks
+from pcx.training.callbacks import Callback, check_callbacks, checked_metric
 from pcx.training.checkpoint import (
     LAST,
     check_place,
@@ -122,7 +123,7 @@ def fit(
 def _checked(
     model: Any, loader: Any, val_loader: Any, cache: str | None, best: str | None, callbacks: Any
 ) -> list[Callback]:
-    """The callbacks; a ValueError where arguments do not fit, before anything is moved or read."""
+    """The callbacks; a ValueError where arguments do not fit, before anything is read."""
     check_module("model", model)
     check_unwrapped(model, "model", "give execution='compile', or run several processes")
     if not torch.is_grad_enabled():
@@ -134,8 +135,8 @@ def _checked(
     if val_loader is not None:
         check_loader(val_loader, "val_loader")
     check_choice("cache", cache, CACHES)
-    if best is not None and not isinstance(best, str):
-        raise ValueError(f"best: {best!r}, expected a column of the history, such as 'val_loss'")
+    if best is not None:
+        checked_metric("best", best)
     if val_loader is None and best is not None and best.startswith("val_"):
         raise ValueError(f"best: {best!r} needs a val_loader; give one, or best='loss'")
     return check_callbacks(callbacks)
@@ -148,7 +149,7 @@ def _train(
     file = None if folder is None else folder.path / LAST
     if resume and file is not None and file.exists():
         run.restore(file)
-        console.print(f"resumed {file} after epoch {len(run.history)}")
+        console.print(f"resumed {file} after epoch {len(run.history)}", markup=False)
     if not run.accelerator.is_main_process:
         folder = file = None
     if folder is not None:
@@ -162,23 +163,30 @@ def _train(
                 each.on_step(epoch, step, losses)
 
         run.on_step = on_step
-        stopped = bool(run.history) and any([c.on_epoch(run.history) for c in called])
+        stopped = bool(run.history) and _ends(run, called)
         while len(run.history) < epochs and not stopped:
             row = run.epoch()
             if folder is not None and file is not None:
                 run.save(file)
                 folder.add_epoch(run.history)
             display.epoch(row)
-            stopped = any([c.on_epoch(run.history) for c in called])
+            stopped = _ends(run, called)
     run.finish()
     _say_end(run, console, stopped)
     for each in called:
         each.on_end(run.history)
     known = known_by(run.model)
     if known is not None:
-        known.record.set_recipe(asdict(run.recipe))
+        known.record.set_recipe({**asdict(run.recipe), "objective": run.objective.name})
         keep_names(known, run.classes)
     return run.history
+
+
+def _ends(run: Run, called: list[Callback]) -> bool:
+    """Calls the callbacks behind an epoch; whether the first process's end the training."""
+    with run.averaged():
+        asked = [each.on_epoch(run.history) for each in called]
+    return broadcast_object_list([any(asked)])[0]
 
 
 def _say_end(run: Run, console: Console, stopped: bool) -> None:

@@ -16,6 +16,9 @@ from pcx.training.callbacks import measure
 class Average:
     """The exponential moving average of weights (EMA).
 
+    Its decay in the nth update is (1 + n) / (10 + n) until that exceeds the one given, so that a
+    short training does not keep its start.
+
     Args:
         weights: those that are trained, by name.
         decay: how much of the average stays in each update.
@@ -26,10 +29,11 @@ class Average:
         self.state = {name: tensor.detach().clone() for name, tensor in weights.items()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Takes in the weights of now."""
+    def update(self, number: int) -> None:
+        """Takes in the weights of now, behind that many updates."""
+        decay = min(self.decay, (1 + number) / (10 + number))
         held, now = list(self.state.values()), [w.detach() for w in self.weights.values()]
-        torch._foreach_lerp_(held, now, 1 - self.decay)
+        torch._foreach_lerp_(held, now, 1 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -57,8 +61,8 @@ class Best:
 
     def look_at(self, row: dict[str, Any], state: Mapping[str, Tensor]) -> None:
         """Keeps a copy of the state where the epoch is the best so far."""
-        value = measure(row, self.metric)
-        if value > self.value:
+        value = measure(row, self.metric, "best")
+        if value > self.value or not self.epoch:
             self.epoch, self.value = row["epoch"], value
             self.state = {name: tensor.detach().clone() for name, tensor in state.items()}
 

@@ -56,7 +56,7 @@ class AveragePrecision(Metrics):
     def compute(self) -> dict[str, float]:
         """{"mean_average_precision": percent}; classes without a positive sample are left out."""
         need("torchmetrics", "the mean average precision of objective 'multi-label'")
-        from torchmetrics.functional.classification import multilabel_average_precision
+        from torchmetrics.functional.classification import binary_average_precision
 
         if not self.scores:
             return {}
@@ -64,10 +64,10 @@ class AveragePrecision(Metrics):
         seen = targets.any(0)
         if not seen.any():
             return {"mean_average_precision": float("nan")}
-        # As probabilities: torchmetrics would take logits in [0, 1] for these.
-        found = multilabel_average_precision(
-            scores[:, seen].sigmoid(), targets[:, seen], num_labels=int(seen.sum()), average="macro"
-        )
+        # As probabilities: torchmetrics would take logits in [0, 1] for these. Class by class, since
+        # it has no mean over a single one.
+        pairs = zip(scores[:, seen].sigmoid().T, targets[:, seen].T, strict=True)
+        found = torch.stack([binary_average_precision(*pair) for pair in pairs]).mean()
         return {"mean_average_precision": 100 * float(found)}
 
 

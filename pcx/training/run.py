@@ -223,7 +223,7 @@ class Run:
             return
         self.updates += 1
         if self.average is not None:
-            self.average.update()
+            self.average.update(self.updates)
 
     def _whole_step(self, images: Any, labels: Tensor) -> tuple[Tensor, ...]:
         """One update; gives the losses [B] and what the metrics need."""
@@ -275,6 +275,12 @@ class Run:
     def restore(self, file: Path) -> None:
         state = read_checkpoint(file)
         check_same_run(file, state, asdict(self.recipe), self.model, self.parameters)
+        then = (state.get("best") or {}).get("metric")
+        now = None if self.best is None else self.best.metric
+        if then != now:
+            raise ValueError(
+                f"resume: {file} is of a run with best={then!r} (now {now!r}); use the same"
+            )
         copy_state(state["parameters"], self.parameters)
         copy_state(state.get("buffers", {}), self._buffers())
         load_plain(self.optimizer, state["optimizer"])
@@ -284,14 +290,7 @@ class Run:
         if self.average is not None:
             copy_state(state["average"], self.average.state)
         if self.best is not None:
-            saved = state.get("best")
-            if saved is None or saved["metric"] != self.best.metric:
-                then = None if saved is None else saved["metric"]
-                raise ValueError(
-                    f"resume: {file} is of a run with best={then!r} (now {self.best.metric!r}); "
-                    "use the same"
-                )
-            self.best.restore(saved)
+            self.best.restore(state["best"])
 
 
 def _generators(loader) -> list[torch.Generator]:

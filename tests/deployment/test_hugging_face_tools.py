@@ -108,6 +108,10 @@ def test_calls_by_name_give_outputs():
     wanted = torch.tensor([0.1, 0.2, 0.3, 0.4])
     found = number(pixel_values=images, labels=wanted)
     torch.testing.assert_close(found.loss, (found.logits[:, 0] - wanted).square().mean())
+    whole = number(pixel_values=images, labels=labels).loss  # whole numbers too, as HF has it
+    torch.testing.assert_close(whole, (found.logits[:, 0] - labels).square().mean())
+    with pytest.raises(ValueError, match=r"labels: floats \[4\] for logits \[4, 3\]"):
+        model(pixel_values=images, labels=wanted)
     with pytest.raises(TypeError, match="x: give the images, as x or as pixel_values"):
         model(labels=labels)
 

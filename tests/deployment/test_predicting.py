@@ -126,7 +126,7 @@ def test_probabilities_are_those_of_the_loss_trained_with():
     numbers = pcx.VPT(scenes_vit(), 2, num_classes=1)
     values = DataLoader(TensorDataset(images, torch.randn(8)), 4)
     pcx.fit(numbers, values, epochs=1, lr=0.01, objective="regression", progress=False)
-    with pytest.raises(ValueError, match="model: it was trained on numbers, and gives no classes"):
+    with pytest.raises(ValueError, match="trained for regression, and gives no classes"):
         pcx.predict(numbers, images)
     with pytest.raises(ValueError, match="model: it has no head"):
         pcx.predict(pcx.VPT(scenes_vit(), 2, num_classes=0), images)
@@ -166,3 +166,54 @@ def test_the_command(model, photos, tmp_path, monkeypatch):
     assert done.exit_code == 0
     (first, *_) = json.loads((tmp_path / "p.json").read_text())
     assert [c["class"] for c in first["classes"]] == expected[0].names
+
+
+def test_probabilities_go_by_the_objective_whatever_the_criterion():
+    def mine(logits, labels):
+        return torch.nn.functional.binary_cross_entropy_with_logits(
+            logits, labels, reduction="none"
+        ).sum(-1)
+
+    model, images = pcx.VPT(scenes_vit(), 2, num_classes=3), torch.randn(4, 3, 64, 64)
+    several = DataLoader(TensorDataset(images, torch.randint(2, (4, 3)).float()), 2)
+    arguments = {"objective": "multi-label", "criterion": mine, "progress": False}
+    pcx.fit(model, several, epochs=1, lr=0.01, **arguments)
+    with torch.no_grad():
+        expected = model.eval()(images).sigmoid().sort(-1, descending=True).values
+    found = pcx.predict(model, images, top=None)
+    assert [row.probabilities for row in found] == [
+        pytest.approx(row, abs=1e-5) for row in expected.tolist()
+    ]
+
+
+def test_one_logit_gives_two_classes():
+    model, images = pcx.VPT(scenes_vit(), 2, num_classes=1).eval(), torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        right = model(images)[:, 0].sigmoid()
+    for row, p in zip(pcx.predict(model, images, top=None), right.tolist(), strict=True):
+        assert dict(zip(row.names, row.probabilities, strict=True)) == {
+            "0": pytest.approx(1 - p, abs=1e-5),
+            "1": pytest.approx(p, abs=1e-5),
+        }
+
+
+def test_patterns_give_each_photo_once(model, photos):
+    found = pcx.predict(model, str(photos / "**" / "*"))
+    assert len(found) == len({row.source for row in found}) == 36
+
+
+def test_images_that_do_not_fit_are_named(model):
+    for images, said in [
+        (torch.randn(3, 100, 100), r"images: the model cannot take them .*\[1, 3, 100, 100\]"),
+        (torch.randn(1, 64, 64), r"images: the model cannot take them .*\[1, 1, 64, 64\]"),
+        (torch.randn(3, 64, 64).double(), "images: the model cannot take them .*float64"),
+        (torch.full((3, 64, 64), float("nan")), r"images: \[0\] gives NaN"),
+        (Image.new("F", (8, 8)), r"images\[0\]: its pixels are of mode 'F'"),
+        ("", "images: an empty path"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            pcx.predict(model, images)
+    narrow = pcx.Linear(scenes_vit().to(torch.bfloat16), num_classes=3)
+    with pytest.raises(ValueError, match="give amp='bf16'"):
+        pcx.predict(narrow, torch.randn(3, 64, 64))
+    assert len(pcx.predict(narrow, torch.randn(3, 64, 64), amp="bf16")) == 1

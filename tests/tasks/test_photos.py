@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from pcx.tasks import load_task
+from pcx.tasks.images import opened
 from pcx.tasks.photos import find_photos
 from pcx.training.class_names import class_names_of
 
@@ -140,3 +141,61 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
         load_task(str(tmp_path / "photoz"), CONFIG)
     with pytest.raises(FileNotFoundError, match=r"photoz: no such folder"):
         load_task("./photoz", CONFIG)
+
+
+def test_a_path_that_is_not_there_does_not_read_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat", "dog"):
+        photos(tmp_path / "data" / name, 6)
+    with pytest.raises(FileNotFoundError, match="name: no folder photos/typo; expected"):
+        load_task("photos/typo", CONFIG)
+
+
+def test_what_lies_beside_the_classes_is_said(tmp_path):
+    for name in ("cat", "dog"):
+        photos(tmp_path / "train" / name, 6)
+        photos(tmp_path / "val" / name, 3)
+    photos(tmp_path / "emu", 3)
+    Image.new("RGB", (8, 8)).save(tmp_path / "loose.png")
+    found = find_photos(tmp_path)
+    assert found.passed_over == ["emu", "loose.png"]
+    assert "not in a class folder, so not used: emu, loose.png" in found.described()
+
+
+def test_a_class_never_vanishes(tmp_path):
+    photos(tmp_path / "cat", 6)
+    photos(tmp_path / "dog", 6)
+    (tmp_path / "bird").mkdir()
+    (tmp_path / "bird" / "1.heic").write_bytes(b"no image that Pillow reads")
+    with pytest.raises(ValueError, match=r"bird: none of its 1 files is an image .* 1\.heic"):
+        find_photos(tmp_path)
+
+
+def test_classes_may_be_named_as_splits_are(tmp_path):
+    for name in ("train", "bus"):
+        photos(tmp_path / name, 6)
+    assert find_photos(tmp_path).classes == ["bus", "train"]
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "gif", "tif", "webp"])
+def test_files_of_other_formats_that_are_cut_short_are_left_out(tmp_path, suffix):
+    photos(tmp_path / "cat", 6)
+    photos(tmp_path / "dog", 6)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "cat" / f"whole.{suffix}")
+    whole = (tmp_path / "cat" / f"whole.{suffix}").read_bytes()
+    (tmp_path / "cat" / f"cut.{suffix}").write_bytes(whole[: len(whole) // 2])
+    assert [path.name for path, _ in find_photos(tmp_path).left_out] == [f"cut.{suffix}"]
+
+
+def test_a_photo_is_turned_as_its_camera_was_held(tmp_path):
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, :10] = 255  # the left quarter is white
+    image = Image.fromarray(pixels)
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    image.save(tmp_path / "turned.png", exif=exif)
+    found = np.asarray(opened(tmp_path / "turned.png", "turned.png"))
+    assert found.shape == (40, 20, 3)
+    assert found[:10].min() == 255
+    assert found[10:].max() == 0

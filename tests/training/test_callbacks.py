@@ -156,8 +156,9 @@ def test_a_moving_average(backbone, loader, tmp_path):
     history = pcx.fit(
         model, loader, epochs=3, lr=0.3, ema=0.8, val_loader=loader, callbacks=Follows(), **QUIET
     )
-    for now in seen:
-        expected = {n: 0.8 * e + 0.2 * now[n] for n, e in expected.items()}
+    for number, now in enumerate(seen, 1):
+        decay = min(0.8, (1 + number) / (10 + number))
+        expected = {n: decay * e + (1 - decay) * now[n] for n, e in expected.items()}
     for name, parameter in model.trainable().items():
         torch.testing.assert_close(parameter.detach(), expected[name])
     assert pcx.evaluate(model, loader)["loss"] == pytest.approx(history[-1]["val_loss"])
@@ -221,3 +222,29 @@ def test_long_epochs_show_that_they_go_on(backbone, loader, capsys, monkeypatch)
     said = capsys.readouterr().out
     assert "epoch 1/1: batch 1 of 3" in said
     assert "epoch 1/1: batch 3 of 3" in said
+
+
+def test_a_refused_resume_changes_nothing(backbone, loader, tmp_path):
+    arguments = {"epochs": 2, "lr": 0.1, "checkpoint_dir": tmp_path, **QUIET}
+    pcx.fit(model_of(backbone), loader, best="loss", **arguments)
+    other = model_of(backbone, seed=1)
+    before = weights(other)
+    with pytest.raises(ValueError, match=r"resume: .* best='loss' \(now None\)"):
+        pcx.fit(other, loader, resume=True, **arguments)
+    assert_equal(weights(other), before)
+
+
+def test_nan_is_no_improvement():
+    stopping, nan = EarlyStopping("val_mean_average_precision", 2), float("nan")
+    rows = [{"epoch": i, "val_mean_average_precision": v} for i, v in enumerate([nan, 1.0, 2.0])]
+    assert not stopping.on_epoch(rows)
+    rows += [{"epoch": 3, "val_mean_average_precision": nan}] * 2
+    assert stopping.on_epoch(rows)
+
+
+@pytest.mark.parametrize("column", ["seconds", "epoch", "loader_share", 3])
+def test_columns_that_say_nothing_of_a_model_are_refused(backbone, loader, column):
+    with pytest.raises(ValueError, match=f"metric: {column!r}, expected a column"):
+        EarlyStopping(column)
+    with pytest.raises(ValueError, match=f"best: {column!r}, expected a column"):
+        pcx.fit(model_of(backbone), loader, epochs=1, lr=0.1, best=column, **QUIET)
