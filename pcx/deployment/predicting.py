@@ -79,9 +79,9 @@ def predict(
 ) -> Predictions:
     """The most probable classes of images, of files, PIL images or tensors.
 
-    Images of files and of PIL are prepared by `model.transform()`, as in evaluation. Their EXIF data
-    turns them, 16 bits are scaled to 8, and what is transparent shows white. Tensors are taken as
-    they are.
+    Images of files and of PIL are prepared by `model.transform()`, as in evaluation. Their EXIF
+    data turns them, 16 bits are scaled to 8, and what is transparent shows white. Tensors are
+    taken as they are.
 
     Args:
         model: a tuned model, or a model of peft. It is put in eval mode for the call.

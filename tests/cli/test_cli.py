@@ -65,7 +65,10 @@ def test_train_condense_and_eval(tmp_path):
     [
         (["eval", "none.safetensors", "--task", "digits"], "pcx: path: no file none.safetensors"),
         (["train", "--task", "letters", "--out", "a", "--lr", "1"], "pcx: name: 'letters'"),
-        (["train", "--task", "digits", "--out", "a"], "pcx: lr: give lr or base_lr"),
+        (
+            ["train", "--task", "digits", "--out", "a", "--method", "full"],
+            "pcx: lr: give lr or base_lr",
+        ),
         (
             ["train", "--task", "digits", "--out", "a", "--lr", "1", "--backbone", "vit_huge_x"],
             "pcx: --backbone: timm knows no 'vit_huge_x'",
