@@ -64,8 +64,8 @@ class AveragePrecision(Metrics):
         seen = targets.any(0)
         if not seen.any():
             return {"mean_average_precision": float("nan")}
-        # As probabilities: torchmetrics would take logits in [0, 1] for these. Each class by itself,
-        # since torchmetrics takes no mean over a single one.
+        # As probabilities: torchmetrics would take logits in [0, 1] for these. Class by class: it
+        # takes no mean over a single one.
         pairs = zip(scores[:, seen].sigmoid().T, targets[:, seen].T, strict=True)
         found = torch.stack([binary_average_precision(*pair) for pair in pairs]).mean()
         return {"mean_average_precision": 100 * float(found)}
