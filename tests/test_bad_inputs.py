@@ -20,6 +20,7 @@ from pcx import token_pruning as tp
 from pcx.backbones.building import build_backbone
 from pcx.backbones.inputs import data_config
 from pcx.tasks import load_task
+from pcx.training.callbacks import EarlyStopping
 
 INF, NAN = float("inf"), float("nan")
 
