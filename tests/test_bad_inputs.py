@@ -336,7 +336,7 @@ load_task("sprites:x", config)                          | name: 'sprites:x'
 load_task("vtab:x", config)                             | name: 'vtab:x'
 load_task("vtab:dtd", config, root=here)                | not found
 load_task("fgvc:cub", config, root=here)                | not found
-load_task("folder", config, root=here)                  | name: 'folder'
+load_task("folder", config, root=here)                  | none of its 1 files is an image
 load_task("fgvc:mixed", config, root=data)              | its classes are of types
 load_task("fgvc:null", config, root=data)               | its classes are of types
 load_task("fgvc:latin", config, root=data)              | not UTF-8
