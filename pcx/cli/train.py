@@ -62,9 +62,9 @@ def train(
     name = o.one_task(photos, task)
     out = out or _default_out(name)
     _check(out, method, split, replaced=overwrite or resume)
+    data = o.new_task(name, o.backbone_data_config(backbone, weights), root, cache)
     if lr is None and base_lr is None:
         lr, clip_grad = _default_rate(method, clip_grad)
-    data = o.new_task(name, o.backbone_data_config(backbone, weights), root, cache)
     torch.manual_seed(seed)
     model = METHODS[method](
         o.new_backbone(backbone, data.num_classes, weights),
