@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from own_states import assert_same, weights
 from torch.utils.data import DataLoader, TensorDataset
 
 import pcx
@@ -32,16 +33,6 @@ class Seen(Callback):
 def model_of(backbone, seed=0):
     torch.manual_seed(seed)
     return pcx.VPT(backbone, 2)
-
-
-def weights(model):
-    return {n: t.detach().clone() for n, t in model.own_state().items()}
-
-
-def assert_equal(a, b):
-    assert a.keys() == b.keys()
-    for name, tensor in a.items():
-        assert torch.equal(tensor, b[name]), name
 
 
 def test_callbacks_are_called_where_they_say(backbone, loader):
@@ -92,7 +83,7 @@ def test_early_stopping_resumes_as_undisturbed(backbone, loader, tmp_path):
     again = model_of(backbone)
     history = pcx.fit(again, loader, checkpoint_dir=tmp_path / "a", resume=True, **stop)
     assert len(history) == len(expected)
-    assert_equal(weights(again), weights(whole))
+    assert_same(weights(again), weights(whole))
 
 
 @pytest.fixture
@@ -118,7 +109,7 @@ def test_the_best_epoch_is_what_the_model_ends_with(backbone, loader, other_labe
     losses = [row["val_loss"] for row in history]
     place = losses.index(min(losses))
     assert place < 5
-    assert_equal(weights(model), kept[place])
+    assert_same(weights(model), kept[place])
     assert pcx.evaluate(model, other_labels)["loss"] == pytest.approx(min(losses))
 
 
@@ -139,7 +130,7 @@ def test_the_best_epoch_survives_resuming(backbone, loader, other_labels, tmp_pa
         pcx.fit(model_of(backbone), loader, callbacks=Breaks(), **arguments, **folder)
     resumed = model_of(backbone, seed=1)
     pcx.fit(resumed, loader, **arguments, **folder, resume=True)
-    assert_equal(weights(resumed), weights(whole))
+    assert_same(weights(resumed), weights(whole))
     with pytest.raises(ValueError, match=r"resume: .* best='val_loss' \(now 'loss'\)"):
         pcx.fit(resumed, loader, **{**arguments, "best": "loss"}, **folder, resume=True)
 
@@ -174,7 +165,7 @@ def test_a_moving_average(backbone, loader, tmp_path):
         pcx.fit(whole, loader, **arguments, callbacks=Breaks(), checkpoint_dir=tmp_path)
     resumed = model_of(backbone, seed=2)
     pcx.fit(resumed, loader, **arguments, checkpoint_dir=tmp_path, resume=True)
-    assert_equal(weights(resumed), weights(model))
+    assert_same(weights(resumed), weights(model))
 
 
 def test_accumulated_batches_are_one(backbone, dataset):
@@ -231,7 +222,7 @@ def test_a_refused_resume_changes_nothing(backbone, loader, tmp_path):
     before = weights(other)
     with pytest.raises(ValueError, match=r"resume: .* best='loss' \(now None\)"):
         pcx.fit(other, loader, resume=True, **arguments)
-    assert_equal(weights(other), before)
+    assert_same(weights(other), before)
 
 
 def test_nan_is_no_improvement():

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import build
+from own_states import assert_same, weights
 from torch.utils.data import DataLoader, TensorDataset
 
 import pcx
@@ -36,16 +37,6 @@ def model_of(dropout=0.0, **arguments):
     torch.manual_seed(1)
     backbone = build("vit", 3, torch.float32).cuda()
     return pcx.VPT(backbone, 5, head_init="keep", dropout=dropout, **arguments)
-
-
-def weights(model):
-    return {n: t.detach().clone() for n, t in model.own_state().items()}
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, tensor in found.items():
-        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.mark.parametrize("opt", ["momentum", "adamw", "lion"])
