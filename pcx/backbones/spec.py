@@ -138,14 +138,20 @@ def check_not_quantised(backbone: nn.Module) -> None:
             )
 
 
-def check_memory(backbone: nn.Module) -> None:
-    """Raises a ValueError where weights have no values yet, or may not be changed."""
-    for name, parameter in backbone.named_parameters():
+def check_values(model: nn.Module, argument: str) -> None:
+    """Raises a ValueError, of the argument of that name, where weights have no values yet."""
+    for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(
-                f"backbone: {name} is on the device meta, which holds no values; load the weights "
-                "first"
+                f"{argument}: {name} is on the device meta, which holds no values; load the "
+                "weights first"
             )
+
+
+def check_memory(backbone: nn.Module) -> None:
+    """Raises a ValueError where weights have no values yet, or may not be changed."""
+    check_values(backbone, "backbone")
+    for name, parameter in backbone.named_parameters():
         if parameter.is_inference() or torch.is_inference_mode_enabled():
             raise ValueError(
                 f"backbone: {name} was made within torch.inference_mode, or this is called there; "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pcx import __version__
 from pcx.backbones.inputs import data_config, input_size
 from pcx.backbones.outputs import logits_of
+from pcx.backbones.spec import check_values
 from pcx.checkpoints.files import written_whole
 from pcx.deployment.formats import FORMATS, Format, Job, quiet
 from pcx.deployment.freezing import Frozen, freeze
@@ -123,12 +124,7 @@ def check_target(
 
 def _deployed(model: nn.Module) -> nn.Module:
     """The model for inference alone: frozen, or where its prompts do not fold a copy of it."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ValueError(
-                f"model: {name} is on the device meta, which holds no values; load the weights "
-                "first"
-            )
+    check_values(model, "model")
     if isinstance(model, Frozen):
         return model
     if isinstance(model, TunedModel) and not model.folds:

@@ -20,7 +20,6 @@ from transformers import (
     TimmWrapperImageProcessor,
 )
 
-from pcx.backbones.inputs import data_config
 from pcx.checkpoints.files import written_whole
 from pcx.checkpoints.fingerprint import backbone_name
 from pcx.checkpoints.saving import load, save
@@ -149,7 +148,7 @@ def _problem_of(model: TunedModel) -> Any:
 
 def _prepared_by(model: TunedModel) -> dict[str, Any]:
     """The configuration of timm by which images are prepared, as `model.transform()` does."""
-    return {**(model.record.transform or data_config(model)), "num_classes": model.num_classes}
+    return {**model.image_config(), "num_classes": model.num_classes}
 
 
 def card_of(model: TunedModel) -> str:

@@ -27,13 +27,7 @@ from pcx.models import HEAD_INITS
 from pcx.models.block_forward import found_on
 from pcx.models.configuration import ConfigMethod
 from pcx.models.head_reads import run_for_head
-from pcx.models.heads import (
-    draw_head,
-    head_size,
-    place_heads,
-    set_head_size,
-    train_in_full,
-)
+from pcx.models.heads import draw_head, head_size, place_heads, set_head_size, train_in_full
 from pcx.models.memory import over_same_memory
 from pcx.models.record import Record
 
@@ -343,8 +337,11 @@ class TunedModel(nn.Module):
         Args:
             train: with timm's augmentation for training.
         """
-        config = self.record.transform or data_config(self)
-        return timm.data.create_transform(**config, is_training=train)
+        return timm.data.create_transform(**self.image_config(), is_training=train)
+
+    def image_config(self) -> dict[str, Any]:
+        """How images are prepared: the task's way where it is known, else the backbone's."""
+        return self.record.transform or data_config(self)
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

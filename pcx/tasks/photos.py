@@ -228,14 +228,16 @@ def _by_class(folder: Path, left_out: list[tuple[Path, str]]) -> dict[str, list[
     for place in sorted(folder.iterdir()):
         if not place.is_dir() or place.name.startswith("."):
             continue
-        files = [p for p in place.rglob("*") if p.is_file() and not p.name.startswith(".")]
         for path in image_files(place):
             why = why_no_image(path)
             if why is None:
                 found.setdefault(place.name, []).append(path)
             else:
                 left_out.append((path, why))
-        if files and place.name not in found:
+        if place.name in found:
+            continue
+        files = [p for p in place.rglob("*") if p.is_file() and not p.name.startswith(".")]
+        if files:
             raise ValueError(
                 f"{place}: none of its {len(files)} files is an image that can be read, such as "
                 f"{files[0].name}; convert them to JPEG or PNG, or take the folder away"
