@@ -1,10 +1,11 @@
-"""Numbers that users give: any type that stands for one is taken, and others are named."""
+"""What users give, in checks and messages: numbers of any type that stands for one, and names."""
 
 from __future__ import annotations
 
 import math
 import numbers
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -65,3 +66,10 @@ def real_number(
         said = expected or " ".join(["a finite number,", " and ".join(parts)]).rstrip(", ")
         raise ValueError(f"{name}: {value!r}, expected {said}")
     return found
+
+
+def some_of(names: Iterable[str], shown: int = 3) -> str:
+    """The first names, and how many more there are, for a message."""
+    listed = list(names)
+    more = f" and {len(listed) - shown} more" if len(listed) > shown else ""
+    return ", ".join(listed[:shown]) + more

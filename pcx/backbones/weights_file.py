@@ -15,10 +15,10 @@ from timm.models import clean_state_dict
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pcx.arguments import some_of
 from pcx.backbones.timm_vit import facts_of
 
 _WITHIN = ("state_dict_ema", "model_ema", "state_dict", "model", "module", "teacher")
-SHOWN = 3  # names in a message
 
 
 def with_weights(name: str, weights: Path, **arguments: Any) -> nn.Module:
@@ -57,9 +57,9 @@ def with_weights(name: str, weights: Path, **arguments: Any) -> nn.Module:
     left = [n for n, p in model.named_parameters() if id(p) not in copies.targets]
     left = [n for n in left if not n.startswith(tuple(f"{head}." for head in heads))]
     if left:
-        has = f"; it has {_some(given)}" if given is not None else ""
+        has = f"; it has {some_of(given)}" if given is not None else ""
         raise ValueError(
-            f"weights: {weights} has no values for {_some(left)} of {name}, which would stay "
+            f"weights: {weights} has no values for {some_of(left)} of {name}, which would stay "
             f"random{has}. Give a file of that model's weights, by timm's names"
         )
     _check_all_used(weights, given or {}, model, name)
@@ -113,12 +113,6 @@ def _check_all_used(file: Path, given: Iterable[str], model: Any, name: str) -> 
     mine = {n for n in model.state_dict() if n.startswith(lists)}
     if mine < of_blocks:
         raise ValueError(
-            f"weights: {file} has more than {name} takes: {_some(sorted(of_blocks - mine))}; give "
-            "a file of that model's weights"
+            f"weights: {file} has more than {name} takes: {some_of(sorted(of_blocks - mine))}; "
+            "give a file of that model's weights"
         )
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
-    return ", ".join(listed[:SHOWN]) + more

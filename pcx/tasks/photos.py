@@ -16,6 +16,7 @@ from typing import Any
 import timm.data
 from PIL import Image, UnidentifiedImageError
 
+from pcx.arguments import some_of
 from pcx.tasks.images import FileImages, as_rgb
 
 SPLITS = {
@@ -58,7 +59,7 @@ class Photos:
             more = f"; and {len(self.left_out) - SHOWN} more" if len(self.left_out) > SHOWN else ""
             lines.append(f"left out {len(self.left_out)} files that are no images: {some}{more}")
         if self.passed_over:
-            lines.append(f"not in a class folder, so not used: {_some(self.passed_over)}")
+            lines.append(f"not in a class folder, so not used: {some_of(self.passed_over)}")
         return "\n".join(lines)
 
 
@@ -187,11 +188,6 @@ def _suffixes() -> set[str]:
         for suffix, kind in Image.registered_extensions().items()
         if kind in Image.OPEN and kind not in UNREADABLE
     }
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
 
 
 def _passed_over(root: Path, given: dict[str, Path]) -> list[str]:
