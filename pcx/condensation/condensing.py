@@ -18,7 +18,7 @@ from pcx.condensation.scoring import check_prompted, score
 from pcx.condensation.selection import checked_scores, select
 from pcx.models.record import Condensation
 from pcx.models.vpt.model import VPT
-from pcx.training.batches import check_loader
+from pcx.tasks.batches import check_loader
 from pcx.training.checkpoint import check_place
 from pcx.training.evaluation import evaluate, standard_error
 from pcx.training.fitting import fit

@@ -15,7 +15,8 @@ from torch.func import functional_call
 from torch.utils.data import IterableDataset
 
 from pcx.models.vpt.model import VPT
-from pcx.training.batches import BatchCheck, images_and_labels, placed
+from pcx.tasks.batches import images_and_labels
+from pcx.training.batches import BatchCheck, placed
 from pcx.training.class_names import agreed_names
 from pcx.training.loaders import is_divided, rebuilt
 from pcx.training.losses import OF_INPUT, Losses

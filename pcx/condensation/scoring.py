@@ -21,7 +21,7 @@ from pcx.condensation.reading import Reader, Scores
 from pcx.condensation.removal import Sums, score_by_removal
 from pcx.condensation.score_methods import ByRemoval, FromPrompts, PerSample
 from pcx.models.vpt.model import VPT
-from pcx.training.batches import check_loader
+from pcx.tasks.batches import check_loader
 from pcx.training.execution import check_execution
 from pcx.training.loaders import plain_loader
 from pcx.training.objectives import Criterion, Objective, objective_for

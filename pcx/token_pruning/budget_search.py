@@ -22,11 +22,11 @@ from pcx.backbones.outputs import logits_of
 from pcx.extras import need
 from pcx.models.base import keeping_modes
 from pcx.models.block_forward import found_on
+from pcx.tasks.batches import images_and_labels, rows_of
 from pcx.token_pruning.budget_space import Space
 from pcx.token_pruning.dropping import zero_tprune
 from pcx.token_pruning.schedule import arguments_of
 from pcx.token_pruning.studies import ask, completed, open_study
-from pcx.training.batches import images_and_labels, rows_of
 from pcx.training.execution import check_execution, prepared
 from pcx.training.loaders import plain_loader, rebuilt
 from pcx.training.objectives import SingleLabel

@@ -12,33 +12,15 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import Dataset
 
 from pcx.backbones.inputs import input_size
 from pcx.backbones.outputs import logits_of
 from pcx.models.base import TunedModel
+from pcx.tasks.batches import check_images, images_and_labels, rows_of
 from pcx.training.class_names import labels_of_text
 from pcx.training.objectives import Objective
 
 AHEAD = 2  # batches that are prepared while the GPU works on others
-
-
-def images_and_labels(batch) -> tuple:
-    """Splits a loader's batch into images and labels.
-
-    The images may themselves be whatever the model takes, such as NaFlexViT's dict of patches.
-    """
-    if isinstance(batch, Mapping) and set(batch) == {"pixel_values", "labels"}:
-        return batch["pixel_values"], batch["labels"]
-    if not isinstance(batch, tuple | list) or len(batch) != 2:
-        what = f"{type(batch).__name__} of {len(batch)}" if hasattr(batch, "__len__") else batch
-        if isinstance(batch, Mapping):
-            what = f"a dict of {sorted(batch)}"
-        raise ValueError(
-            f"loader: it yields {what}, expected (images, labels), or a dict of 'pixel_values' and "
-            "'labels'"
-        )
-    return batch[0], batch[1]
 
 
 def logits_from(model: nn.Module, run: Callable[[Any], Any], images: Any, refused: str) -> Tensor:
@@ -96,7 +78,7 @@ class BatchCheck:
             ValueError: the batch has no images and labels, or they do not fit model or objective.
         """
         images, labels = images_and_labels(batch)
-        _check_images(images)
+        check_images(images)
         labels = self.as_rows(labels)
         if isinstance(images, Tensor) and images.dim() == 4 and len(images) != len(labels):
             raise ValueError(
@@ -135,48 +117,6 @@ class BatchCheck:
         if self._checks:
             self.objective.check_seen(self._seen, logits.shape)
         return self.objective.losses(logits, labels, check=False)
-
-
-def check_loader(loader: Any, name: str = "loader") -> None:
-    """Raises a ValueError where something else is given in the place of a loader of batches."""
-    if isinstance(loader, Dataset) and not hasattr(loader, "__iter__"):
-        raise ValueError(
-            f"{name}: a {type(loader).__name__}, which gives single samples; wrap it in "
-            "torch.utils.data.DataLoader(dataset, batch_size=64)"
-        )
-    batch = isinstance(loader, tuple) and len(loader) == 2 and isinstance(loader[0], Tensor)
-    batches = isinstance(loader, Iterable) or hasattr(loader, "__getitem__")
-    if batch or isinstance(loader, Tensor | str | bytes) or not batches:
-        what = "a single batch" if batch else f"a {type(loader).__name__}"
-        raise ValueError(
-            f"{name}: {what}, expected a DataLoader, or another iterable of (images, labels)"
-        )
-
-
-def rows_of(labels: Any) -> Tensor:
-    """Labels that are a tensor with a row per sample.
-
-    Raises:
-        ValueError: they are something else.
-    """
-    if isinstance(labels, Tensor) and labels.dim():
-        return labels
-    if isinstance(labels, Tensor | int | float):
-        raise ValueError("loader: it yields single samples; give it a batch_size")
-    raise ValueError(
-        f"loader: its labels are a {type(labels).__name__}, expected a tensor with a row per "
-        "sample; let its collate_fn make one"
-    )
-
-
-def _check_images(images: Any) -> None:
-    tensors = [x for x in tree_leaves(images) if isinstance(x, Tensor)]
-    if not tensors:
-        first = images[0] if isinstance(images, list | tuple) and images else images
-        raise ValueError(
-            f"loader: its images are of type {type(first).__name__}, expected a tensor "
-            "[B, 3, H, W]; let its transform make tensors, as model.transform() does"
-        )
 
 
 def _unlike(model: nn.Module, images: Any) -> str | None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pcx.models.base import check_module, keeping_modes
-from pcx.training.batches import BatchCheck, check_loader, placed
+from pcx.tasks.batches import check_loader
+from pcx.training.batches import BatchCheck, placed
 from pcx.training.class_names import agreed_names
 from pcx.training.execution import compiled, prepared
 from pcx.training.loaders import is_divided

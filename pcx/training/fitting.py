@@ -18,7 +18,7 @@ from pcx.checkpoints.fingerprint import fingerprint
 from pcx.models.base import check_choice, check_module, state_of
 from pcx.models.heads import trained_dtype
 from pcx.models.peft_model import known_by
-from pcx.training.batches import check_loader
+from pcx.tasks.batches import check_loader
 from pcx.training.callbacks import Callback, check_callbacks, checked_metric
 from pcx.training.checkpoint import (
     LAST,

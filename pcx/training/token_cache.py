@@ -22,7 +22,7 @@ from torch.utils.data import (
 from pcx.backbones.outputs import logits_of
 from pcx.models.base import TunedModel, keeping_modes
 from pcx.models.peft_model import known_by
-from pcx.training.batches import images_and_labels, rows_of
+from pcx.tasks.batches import images_and_labels, rows_of
 from pcx.training.loaders import is_augmented, rebuilt
 
 CACHES = (None, "tokens")
