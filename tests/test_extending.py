@@ -197,5 +197,9 @@ def test_a_library_of_backbones_is_found(module_of):
     )
     model = pcx.Linear(vit)
     assert set(model.trainable()) == {"backbone.heads.head.weight", "backbone.heads.head.bias"}
-    with pytest.raises(ValueError, match="MultiheadAttention"):
-        pcx.VPT(vit, 3)
+    prompted = pcx.VPT(vit, 3, num_classes=5).eval()
+    images = torch.randn(2, 3, 224, 224)
+    folded = prompted(images)
+    prompted.path = "concat"
+    torch.testing.assert_close(prompted(images), folded, rtol=1e-4, atol=1e-5)
+    assert folded.shape == (2, 5)

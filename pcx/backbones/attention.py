@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pcx.backbones.multihead import fuse_multihead
+
 
 @dataclass(slots=True)  # a frozen one takes four times as long to make
 class Call:
@@ -185,8 +187,28 @@ def _names_of_functional(forward: Any) -> list[str]:
 ROUTED = "_pcx_routed"  # the attribute of a block whose attention module is routed
 
 
+Needs = Sequence[tuple[str, Any]]  # a block's arguments for tokens that have no place
+
+
+def placeless(needs: Needs, like: Tensor) -> dict[str, Any]:
+    """The arguments of a block for tokens that have no place in the image, such as prompts.
+
+    Rotations are of no place, [0, d]; a mask is None.
+
+    Args:
+        needs: of the block's spec.
+        like: a tensor of the dtype and on the device of the tokens.
+    """
+    return {
+        name: tuple(like.new_empty(0, each.shape[-1]) for each in value)
+        if isinstance(value, tuple)
+        else None
+        for name, value in needs
+    }
+
+
 @torch.no_grad()
-def route(block: nn.Module, module: nn.Module, expected: int, dim: int) -> bool:
+def route(block: nn.Module, module: nn.Module, expected: int, dim: int, needs: Needs = ()) -> bool:
     """Prepares a block of a model's own copy, so that its calls are handed over without a mode.
 
     It is proven on a few made-up tokens that all calls of the block come that way and that the
@@ -197,6 +219,7 @@ def route(block: nn.Module, module: nn.Module, expected: int, dim: int) -> bool:
         module: the module in it, or itself, whose forward makes the calls.
         expected: how many calls the block makes.
         dim: width of its tokens.
+        needs: of its spec.
 
     Returns:
         Whether the block is routed now.
@@ -204,6 +227,7 @@ def route(block: nn.Module, module: nn.Module, expected: int, dim: int) -> bool:
     if "forward" in vars(module) or not _names_of_functional(type(module).forward):
         return False
     tokens, calls, routed = made_up_tokens(block, dim), list[Call](), list[Call]()
+    given = placeless(needs, tokens)
 
     def keep(kept: list[Call]) -> Attend:
         def attend(_: int, call: Call) -> Tensor:
@@ -213,13 +237,13 @@ def route(block: nn.Module, module: nn.Module, expected: int, dim: int) -> bool:
         return attend
 
     with intercept(keep(calls), []):
-        expected_out = block(tokens)
+        expected_out = block(tokens, **given)
     Routed(module)
     setattr(block, ROUTED, True)
     missed: list[int] = []
     try:
         with intercept(keep(calls), missed):
-            found = run(block, expected, keep(routed), tokens)
+            found = run(block, expected, keep(routed), tokens, **given)
         proven = not missed and torch.equal(found, expected_out)
         proven = proven and all(map(_same, calls, routed)) and len(calls) == len(routed)
     except (MissedCall, TypeError, NameError):
@@ -259,7 +283,7 @@ def run(block: nn.Module, expected: int, attend: Attend, x: Tensor, *args, **kwa
         raise MissedCall(
             f"{type(block).__name__} made {len(seen)} calls of F.scaled_dot_product_attention "
             f"where {expected} were expected: turn its fused attention on (fused_attn=True, "
-            "attn_implementation='sdpa'); nn.MultiheadAttention and attention written out have none"
+            "attn_implementation='sdpa'); attention that is written out makes none"
         )
     return out
 
@@ -290,18 +314,21 @@ def capture(block: nn.Module, expected: int, x: Tensor, *args, **kwargs) -> list
 
 def fuse(backbone: Any) -> None:
     """Turns fused attention on wherever a model has a switch for it."""
-    if hasattr(backbone, "set_attn_implementation"):
-        backbone.set_attn_implementation("sdpa")
+    for module in backbone.modules():
+        if hasattr(module, "set_attn_implementation"):
+            module.set_attn_implementation("sdpa")
+            break  # the outermost one sets those within
     for module in backbone.modules():
         if getattr(module, "fused_attn", True) is False:
             module.fused_attn = True
+    fuse_multihead(backbone)
 
 
 @torch.no_grad()
-def probe(block: nn.Module, dim: int) -> list[Call]:
+def probe(block: nn.Module, dim: int, needs: Needs = ()) -> list[Call]:
     """Finds the attention calls of a block and proves that prompts can be folded into them.
 
-    Runs the block on a few made-up tokens [1, n, dim].
+    Runs the block on a few made-up tokens [1, n, dim], and what else it needs.
 
     Raises:
         ValueError: the block makes no such call, makes one whose keys depend on another's output,
@@ -314,12 +341,13 @@ def probe(block: nn.Module, dim: int) -> list[Call]:
         calls.append(call)
         return call.empty_output().fill_(float("nan"))
 
+    given = placeless(needs, tokens)
     with intercept(poison, []):
-        block(tokens)
+        block(tokens, **given)
     if not calls:
         raise ValueError(
-            "its block makes no call of F.scaled_dot_product_attention (nn.MultiheadAttention, or "
-            "attention written out)"
+            "its block makes no call of F.scaled_dot_product_attention (its attention is written "
+            "out, or hidden in a function of torch's, as nn.MultiheadAttention's with weights is)"
         )
     if any(call.q.dim() != 4 for call in calls):
         raise ValueError("its attention call is not of the form [B, H, N, d]")
@@ -327,7 +355,7 @@ def probe(block: nn.Module, dim: int) -> list[Call]:
         raise ValueError("its attention calls follow one another within a block")
     other = tokens.clone()
     other[:, -1] += 1
-    out, changed = (_without_attention(block, len(calls), t) for t in (tokens, other))
+    out, changed = (_without_attention(block, len(calls), t, given) for t in (tokens, other))
     if out.shape != tokens.shape or not torch.equal(out[:, :-1], changed[:, :-1]):
         raise ValueError("its block mixes tokens outside of attention")
     return calls
@@ -345,5 +373,7 @@ def made_up(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
     return torch.sin(ramp * 1.7).reshape(tuple(shape)).to(dtype)
 
 
-def _without_attention(block: nn.Module, expected: int, tokens: Tensor) -> Tensor:
-    return run(block, expected, lambda _, call: call.empty_output(), tokens)
+def _without_attention(
+    block: nn.Module, expected: int, tokens: Tensor, given: dict[str, Any]
+) -> Tensor:
+    return run(block, expected, lambda _, call: call.empty_output(), tokens, **given)

@@ -9,6 +9,7 @@ import timm
 from torch import nn
 
 from pcx.backbones import NAME, scenes_vit
+from pcx.backbones.towers import Tower, with_head
 from pcx.backbones.weights_file import with_weights
 
 
@@ -28,8 +29,9 @@ def build_backbone(
         pretrained: whether weights are loaded, timm's from its hub.
         weights: a file of a timm model's weights, in place of timm's download; it is read as data
             alone.
-        num_classes: size of the head; 0 for none. Hugging Face's checkpoints keep their own.
-        arguments: of the model's constructor, such as img_size.
+        num_classes: size of the head; 0 for none, or Hugging Face's own.
+        arguments: of a timm model's constructor, such as img_size; of Hugging Face's the class_name
+            of a model that has no classifier.
 
     Raises:
         ValueError: no such name, or `weights` do not go with it, or do not fill the backbone.
@@ -44,28 +46,40 @@ def build_backbone(
             return with_weights(name, Path(weights), num_classes=num_classes, **arguments)
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **arguments)
     if "/" in name and weights is None:
-        return _hugging_face(name)
+        return _hugging_face(name, num_classes, **arguments)
     raise ValueError(
         f"backbone: neither timm nor pcx knows {name!r}; see timm.list_models(), or give a "
         f"checkpoint of Hugging Face as 'org/name', or {NAME}, the embedded backbone"
     )
 
 
-def _hugging_face(name: str) -> nn.Module:
+def _hugging_face(name: str, num_classes: int, class_name: str | None = None) -> nn.Module:
+    """A checkpoint by its class for image classification, or by the class of that name."""
     try:
-        from transformers import AutoModelForImageClassification
+        import transformers
     except ImportError:
         raise ValueError(
             f"backbone: {name!r} is a checkpoint of Hugging Face; pip install transformers"
         ) from None
-    return AutoModelForImageClassification.from_pretrained(name)
+    built: Any = transformers.AutoModelForImageClassification
+    if class_name is not None:
+        built = getattr(transformers, class_name, None)
+        if not (isinstance(built, type) and issubclass(built, transformers.PreTrainedModel)):
+            raise ValueError(
+                f"backbone: {name!r} is of a class {class_name!r} that the transformers installed "
+                f"here ({transformers.__version__}) has not; install a version that has it"
+            )
+    found = built.from_pretrained(name)
+    return with_head(found, num_classes) if num_classes else found
 
 
 def arguments_of(backbone: Any) -> dict[str, Any]:
-    """The constructor arguments of a timm model that can be read off it, as JSON.
+    """The arguments of `build_backbone` that can be read off a model, as JSON.
 
     Depth, width and the like cannot; a fingerprint tells such models apart.
     """
+    if isinstance(backbone, Tower):
+        return {"class_name": type(backbone.tower).__name__}
     if not hasattr(backbone, "pretrained_cfg"):
         return {}
     found: dict[str, Any] = {}

@@ -9,6 +9,8 @@ from typing import Any
 import timm.data
 from torch import nn
 
+from pcx.backbones.hugging_face import vision_config
+
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
     """(C, H, W) of the images a backbone was made for."""
@@ -17,8 +19,8 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     if hasattr(backbone, "pretrained_cfg"):
         trained_on = timm.data.resolve_model_data_config(backbone)["input_size"]
     else:  # Hugging Face's, or one that was built from its class
-        config = getattr(backbone, "config", None)
-        size = getattr(config, "image_size", 224)
+        config = vision_config(getattr(backbone, "config", None))
+        size = getattr(config, "image_size", None) or getattr(backbone, "image_size", None) or 224
         size = size if isinstance(size, tuple | list) else (size, size)
         trained_on = (getattr(config, "num_channels", 3), *size)
     parts = embed.modules() if isinstance(embed, nn.Module) else ()
@@ -29,9 +31,9 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
 def data_config(model: nn.Module) -> dict:
     """The images a backbone was trained on: input_size (C, H, W), mean, std, crop and so on.
 
-    Read from timm's configuration of the model, or from the image processor that was saved beside
-    a Hugging Face checkpoint. A model that has neither gets mean and std 0.5, ViT's own, and a
-    warning that says so.
+    Read from timm's configuration of the model, from the image processor that was saved beside a
+    Hugging Face checkpoint, or from what open_clip notes on its towers. A model without any of them
+    gets mean and std 0.5, ViT's own, and a warning that says so.
     """
     backbone: Any = getattr(model, "backbone", model)
     if hasattr(backbone, "pretrained_cfg"):
@@ -49,7 +51,10 @@ def data_config(model: nn.Module) -> dict:
 
 
 def _processor_statistics(backbone: nn.Module) -> tuple[tuple, tuple]:
-    """(mean, std) of the image processor of the checkpoint that a Hugging Face model came from."""
+    """(mean, std) that open_clip notes on a tower, or Hugging Face beside a model's checkpoint."""
+    tower: Any = getattr(backbone, "tower", backbone)
+    if hasattr(tower, "image_mean"):
+        return tuple(tower.image_mean), tuple(tower.image_std)
     checkpoint = getattr(getattr(backbone, "config", None), "_name_or_path", "")
     found = _read_processor(checkpoint) if checkpoint else "its checkpoint is not known"
     if not isinstance(found, str):

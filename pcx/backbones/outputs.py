@@ -40,6 +40,29 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
+def pooled_features(output: Any, has_cls: bool) -> Tensor:
+    """The features [B, D] of whole images in what a vision tower gave.
+
+    A tensor is taken as it is. Of a Hugging Face output these are its projected features, else what
+    its pooler gave, else [CLS], else the mean of the tokens.
+
+    Args:
+        output: what the tower gave.
+        has_cls: whether its first token is [CLS].
+
+    Raises:
+        TypeError: there are none; the message says what the tower gave.
+    """
+    for name in ("image_embeds", "pooler_output"):
+        found = getattr(output, name, None)
+        if found is not None:
+            return found.flatten(1)  # convolutional models give [B, D, 1, 1]
+    tokens = getattr(output, "last_hidden_state", None)
+    if tokens is None:
+        return logits_of(output)
+    return tokens[:, 0] if has_cls else tokens.mean(1)
+
+
 def output_of(logits: Tensor, labels: Tensor | None = None) -> Any:
     """An output as Hugging Face's image classifiers give it; a dict where transformers is missing.
 

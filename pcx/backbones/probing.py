@@ -55,6 +55,7 @@ class BlockSpec:
     returns_tuple: bool
     stream: tuple[int, ...]  # shape of one image's stream
     values: tuple[Any, ...]  # of the arguments; a tensor's is a `TensorLike`
+    needs: tuple[tuple[str, Any], ...] = ()  # arguments for tokens without a place, see `needed`
 
 
 @torch.no_grad()
@@ -284,10 +285,37 @@ def _spec_of(model: nn.Module, frame: _Frame, before: str | None, stage: int) ->
         returns_tuple=frame.returns_tuple,
         stream=tuple(frame.tensors[0].shape),
         values=frame.values,
+        needs=needed(frame.module, dict(zip(frame.arguments, frame.values, strict=True))),
     )
 
 
+def needed(block: nn.Module, given: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """What a block has to be given besides tokens that have no place in the image.
+
+    These are its arguments without a default, and pairs of tensors: Hugging Face's rotations, which
+    a block looks for in every call. `attention.placeless` makes the values.
+
+    Args:
+        block: the block.
+        given: what the backbone passes to it, a tensor as a `TensorLike`.
+    """
+    parameters = inspect.signature(type(block).forward).parameters
+    return tuple(
+        (name, value)
+        for name, value in given.items()
+        if _are_tensors(value)
+        or (name in parameters and parameters[name].default is inspect.Parameter.empty)
+    )
+
+
+def _are_tensors(value: Any) -> bool:
+    tensors = isinstance(value, tuple) and all(isinstance(each, TensorLike) for each in value)
+    return tensors and len(value) > 0
+
+
 def _described(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_described, value))
     return TensorLike(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
 
 

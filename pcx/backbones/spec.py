@@ -21,12 +21,15 @@ FINDERS = Registry(
     {
         "timm": "pcx.backbones.timm_vit:facts_of",
         "transformers": "pcx.backbones.hugging_face:facts_of",
+        "open_clip": "pcx.backbones.open_clip:facts_of",
+        "pcx": "pcx.backbones.towers:facts_of",
     },
 )
 PROMPTABLE = (
     "timm's VisionTransformer (ViT, AugReg, DeiT, DeiT-III, DINOv2, CLIP, SigLIP and others), "
     "VisionTransformerDistilled, VisionTransformerRelPos, Eva (EVA-02, DINOv3, RoPE ViTs), Beit, "
-    "NaFlexVit, and Hugging Face's ...ForImageClassification of ViT, DeiT and DINOv2"
+    "NaFlexVit; Hugging Face's ViT, DeiT, BEiT, DINOv2, DINOv3, CLIP and SigLIP, with a classifier "
+    "or as vision towers; open_clip's VisionTransformer"
 )
 
 
@@ -81,14 +84,12 @@ def find_spec(backbone: nn.Module) -> BackboneSpec:
     """
     facts = library_facts(backbone)
     blocks, norm, reason = _blocks(backbone, facts["listed"], facts["dim"])
-    family = type(backbone).__name__
     return BackboneSpec(
-        family=family,
         blocks=blocks,
         norm=norm,
         no_blocks=reason,
         patch_projection=find_patch_projection(backbone, facts["patch_elements"]),
-        **facts,
+        **{"family": type(backbone).__name__, **facts},
     )
 
 
@@ -103,8 +104,8 @@ def library_facts(backbone: nn.Module) -> dict[str, Any]:
         return _finder(backbone)(backbone)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"backbone: {type(backbone).__name__} is not supported: {error}. Give a timm model, or "
-            "a model of Hugging Face for image classification"
+            f"backbone: {type(backbone).__name__} is not supported: {error}. Give a timm model, a "
+            "vision model of Hugging Face, or a vision tower of open_clip"
         ) from error
 
 
@@ -185,7 +186,7 @@ def _blocks(
         None,
         (
             "no block adds what F.scaled_dot_product_attention gives to its input (convolutions, "
-            "nn.MultiheadAttention, or attention written out)"
+            "or attention written out)"
         ),
     )
 
@@ -209,8 +210,10 @@ def check_promptable(backbone: nn.Module, spec: BackboneSpec) -> None:
     try:
         _check_forms(spec.blocks, spec.no_blocks)
         with without_hooks(backbone):
-            for name in spec.listed or [block.name for block in spec.blocks]:
-                attention.probe(backbone.get_submodule(name), spec.blocks[0].dim)
+            needs = {block.name: block.needs for block in spec.blocks}
+            for name in spec.listed or needs:
+                block = backbone.get_submodule(name)
+                attention.probe(block, spec.blocks[0].dim, needs.get(name, ()))
     except (
         AssertionError,
         AttributeError,

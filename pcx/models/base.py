@@ -23,11 +23,12 @@ from pcx.backbones.spec import (
     find_spec,
     library_facts,
 )
+from pcx.backbones.towers import with_head
 from pcx.models import HEAD_INITS
 from pcx.models.block_forward import found_on
 from pcx.models.configuration import ConfigMethod
 from pcx.models.head_reads import run_for_head
-from pcx.models.heads import draw_head, head_size, place_heads, set_head_size, train_in_full
+from pcx.models.heads import draw_head, head_size, place_heads, train_in_full
 from pcx.models.memory import over_same_memory
 from pcx.models.record import Record
 
@@ -50,7 +51,8 @@ class TunedModel(nn.Module):
     line then work on it.
 
     Args:
-        backbone: a timm model, or Hugging Face's ...ForImageClassification.
+        backbone: a timm model, a vision model of Hugging Face, or a vision tower of open_clip. One
+            without a classifier gets a linear layer behind its features.
         num_classes: size of a new head; None keeps the backbone's size, 0 removes the head.
         head_init: "trunc-normal" draws the head anew (0.02; bias zero), "published" as the VPT
             paper's code does (kaiming-normal, fan-out; bias -log 99), whose first steps are rough
@@ -96,9 +98,8 @@ class TunedModel(nn.Module):
                 "backbone that the model was built on"
             )
         self.record = Record()
-        self.backbone = over_same_memory(backbone, backbone.parameters()).eval()
-        if num_classes is not None:
-            set_head_size(self.backbone, num_classes)
+        copied = over_same_memory(backbone, backbone.parameters()).eval()
+        self.backbone = with_head(copied, num_classes)
         self.spec = find_spec(self.backbone)
         self._check_fits()
         self._owned: set[str] = set()  # plain names of the backbone's tensors that are the model's
@@ -231,7 +232,7 @@ class TunedModel(nn.Module):
         settings = dict(config)
         wanted = settings.pop("num_classes")
         heads = [backbone.get_submodule(name) for name in library_facts(backbone)["heads"]]
-        if not hasattr(backbone, "reset_classifier") or head_size(heads) == wanted:
+        if head_size(heads) == wanted:
             wanted = None  # the head that is there
         return cls(backbone, num_classes=wanted, head_init="keep", **settings)
 

@@ -18,7 +18,7 @@ class Full(TunedModel):
     copy's dropout and drop path are on in training.
 
     Args:
-        backbone: a timm model, or Hugging Face's ...ForImageClassification.
+        backbone: a timm model, a vision model of Hugging Face, or a vision tower of open_clip.
         num_classes: size of a new head; None keeps the backbone's size.
         head_init: "trunc-normal" and "published" draw the head anew, "keep" starts from the
             backbone's own.

@@ -10,19 +10,6 @@ import torch
 from torch import nn
 
 
-def set_head_size(backbone: Any, num_classes: int) -> None:
-    """Gives a timm backbone a new head of `num_classes`, or none for 0.
-
-    Raises:
-        ValueError: the backbone is not timm's.
-    """
-    if not hasattr(backbone, "reset_classifier"):
-        raise ValueError(
-            "num_classes: only timm backbones can be given a new head; set the model's own"
-        )
-    backbone.reset_classifier(num_classes)
-
-
 def place_heads(backbone: nn.Module, heads: Iterable[nn.Module]) -> None:
     """Moves heads to the device and dtype of the backbone.
 

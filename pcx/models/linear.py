@@ -9,7 +9,7 @@ class Linear(TunedModel):
     """A linear probe: the backbone is frozen and the head is trained (VPT paper, Sec. 4.1).
 
     Args:
-        backbone: a timm model, or Hugging Face's ...ForImageClassification.
+        backbone: a timm model, a vision model of Hugging Face, or a vision tower of open_clip.
         num_classes: size of a new head; None keeps the backbone's size.
         head_init: "trunc-normal" and "published" draw the head anew, "keep" starts from the
             backbone's own.

@@ -10,8 +10,9 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from pcx.backbones.spec import check_unwrapped, find_spec, library_facts
+from pcx.backbones.towers import with_head
 from pcx.models.base import TunedModel
-from pcx.models.heads import place_heads
+from pcx.models.heads import head_size, place_heads
 from pcx.models.memory import over_same_memory
 from pcx.models.record import Record
 
@@ -116,9 +117,11 @@ class PeftModel(TunedModel):
         from peft import get_peft_config, get_peft_model
 
         shared: Any = over_same_memory(backbone, backbone.parameters())
-        if hasattr(shared, "reset_classifier") and shared.num_classes != config["num_classes"]:
-            shared.reset_classifier(config["num_classes"])
-        place_heads(shared, map(shared.get_submodule, library_facts(shared)["heads"]))
+        heads = _heads(shared)
+        if head_size(heads) != config["num_classes"]:
+            shared = with_head(shared, config["num_classes"])
+            heads = _heads(shared)
+        place_heads(shared, heads)
         settings = {**config["peft"], "inference_mode": False}
         model = cls(get_peft_model(shared, get_peft_config(settings)))
         for tensor in model.own_state().values():  # peft's bias="all" trains the backbone's own
@@ -169,6 +172,10 @@ def tuned(model: Any) -> TunedModel:
         f"model: a {type(model).__name__}, expected a tuned model, such as pcx.VPT or pcx.Full, or "
         "a model of peft"
     )
+
+
+def _heads(backbone: nn.Module) -> list[nn.Module]:
+    return [backbone.get_submodule(name) for name in library_facts(backbone)["heads"]]
 
 
 def _stands_twice(name: str) -> bool:

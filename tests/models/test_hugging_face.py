@@ -84,11 +84,6 @@ def test_checkpointing_asked_for_in_the_backbone(x):
         torch.testing.assert_close(a, b.grad)
 
 
-def test_a_model_without_a_classifier_is_refused():
-    with pytest.raises(ValueError, match="no linear classifier"):
-        pcx.VPT(transformers.ViTModel(transformers.ViTConfig(**SIZE)), 2)
-
-
 def test_normalisation_is_the_checkpoint_s_own(tmp_path):
     vit().save_pretrained(tmp_path)
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)

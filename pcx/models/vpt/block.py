@@ -51,6 +51,7 @@ class PromptedBlock(Wrapper):
         dropout_groups: prompt-dropout masks per batch, None for one per sample.
         calls: attention calls the block makes.
         head_dims: (H, d, dv) of them.
+        needs: what the block has to be given with prompts alone, of its spec.
         prefix_tokens: tokens before the prompts.
         read_tokens: of the last block, the tokens to compute where that saves time and nothing but
             the head's output is taken, None for all.
@@ -71,6 +72,7 @@ class PromptedBlock(Wrapper):
         dropout_groups: int | None,
         calls: int,
         head_dims: tuple[int, int, int],
+        needs: attention.Needs,
         prefix_tokens: int,
         read_tokens: int | None,
         last: bool,
@@ -82,6 +84,7 @@ class PromptedBlock(Wrapper):
         self.dropout_groups = dropout_groups
         self.calls = calls
         self.head_dims = head_dims
+        self.needs = needs
         self.prefix_tokens = prefix_tokens
         self.read_tokens = read_tokens
         self.last = last
@@ -107,7 +110,8 @@ class PromptedBlock(Wrapper):
         """The block's output."""
         if self.path == "folded" and not self.checkpoint:
             if self._is_small(x):  # prompts behind the tokens are cut off without a copy
-                found = self._concat(x.shape[1], x, *args, **kwargs)
+                behind = self.prefix_tokens if self.needs else x.shape[1]
+                found = self._concat(behind, x, *args, **kwargs)
                 return found.contiguous() if self._forward_hooks else found
             return self._folded(None, x, *args, **kwargs)
         return self.run_watched(None, x, *args, **kwargs)
@@ -230,7 +234,8 @@ class PromptedBlock(Wrapper):
         full = None
         if self._leaves_out(x):
             full = attention.capture(block, self.calls, x, *args, **kwargs)
-            x, args, kwargs = x[:, : self.read_tokens], (), {}
+            x, args = x[:, : self.read_tokens], ()
+            kwargs = attention.placeless(self.needs, x)
         elif prefixes is None and watch is None:
             return block(x, *args, **kwargs)
 
@@ -278,7 +283,8 @@ class PromptedBlock(Wrapper):
             keys, values = prompts.unflatten(-1, (heads, -1)).transpose(-3, -2).unbind(-4)
             return [(keys, values)]
         tokens = prompts if prompts.dim() == 3 else prompts[None]
-        calls = attention.capture(self.block, self.calls, tokens)
+        given = attention.placeless(self.needs, tokens)
+        calls = attention.capture(self.block, self.calls, tokens, **given)
         if prompts.dim() == 3:
             return [(call.k, call.v) for call in calls]
         return [(call.k[0], call.v[0]) for call in calls]

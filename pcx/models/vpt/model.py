@@ -36,7 +36,7 @@ class VPT(TunedModel):
     several VPTs); its modules, modes and flags are not touched. VPT keeps its own copy of the head.
 
     Args:
-        backbone: a timm vision transformer, or Hugging Face's ...ForImageClassification.
+        backbone: a vision transformer of timm, Hugging Face or open_clip.
         num_prompts: prompts per layer, or a sequence with one count per layer; 0 is allowed.
         kind: "deep", "shallow" or "prefix".
         dropout: share of prompt elements dropped in training; the paper's code has 0.1 for deep.
@@ -248,7 +248,7 @@ class VPT(TunedModel):
                 block.gradient_checkpointing = False
             with without_hooks(block):
                 module = self.backbone.get_submodule(spec.attention)
-                attention.route(block, module, spec.calls, spec.dim)
+                attention.route(block, module, spec.calls, spec.dim, spec.needs)
             wrapped = PromptedBlock(
                 block,
                 i,
@@ -257,6 +257,7 @@ class VPT(TunedModel):
                 dropout_groups=self.dropout_groups,
                 calls=spec.calls,
                 head_dims=(spec.heads, spec.head_dim, spec.value_dim),
+                needs=spec.needs,
                 prefix_tokens=self.spec.prefix_tokens,
                 read_tokens=self.spec.read_tokens if self.read_only else None,
                 last=i == len(self.spec.blocks) - 1,
