@@ -9,7 +9,7 @@
 namespace pcx {
 
 // Equal to SCHEMAS in pcx/ops/library.py, which does not use an extension with another number.
-constexpr int kSchemas = 14;
+constexpr int kSchemas = 15;
 
 using Implement = void (*)(torch::Library&);
 

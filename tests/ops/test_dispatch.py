@@ -9,6 +9,7 @@ from pcx.ops import dispatch, hardware, library
 from pcx.ops.add_layer_norm import add_layer_norm
 from pcx.ops.logit_gate import logit_gate
 from pcx.ops.prompt_score import prompt_score
+from pcx.ops.salient_linear import salient_linear
 from pcx.ops.token_choice import dissimilar_tokens, important_tokens
 
 Q = torch.linspace(-1, 1, 2 * 3 * 6 * 8).view(2, 3, 6, 8)
@@ -30,6 +31,9 @@ CALLS = {
         Q.mean(3).softmax(2), Q, 2, protected=1, backend=b
     ),
     "add_layer_norm": lambda b: add_layer_norm(Q, Q, None, None, backend=b),
+    "salient_linear": lambda b: salient_linear(
+        Q.clone(), torch.arange(3), Q[0, 0, :3, :3], Q[0, 0, 0, :3], backend=b
+    ),
 }
 
 

@@ -1,0 +1,296 @@
+"""A linear map among a few channels, in place, and the LayerNorm that reads the result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pcx.arguments import real_number
+from pcx.ops import hardware
+from pcx.ops.add_layer_norm import add_layer_norm
+from pcx.ops.checks import TRITON_TYPES, transformed, values_known
+from pcx.ops.dispatch import Backend, Dispatch, exporting
+from pcx.ops.library import EXTENSION, LIBRARY, read_in, wide
+from pcx.ops.reference import salient_linear as reference
+
+Norm = tuple[Tensor | None, Tensor | None, float]
+
+
+def salient_linear(
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: float = 1.0,
+    *,
+    y: Tensor | None = None,
+    norm: Norm | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Changes K channels of x in place by a linear map among them (SCT, Salient Channel Tuning).
+
+    With u = x[..., I] it computes x[..., I] = u + scale * (u W^T + b). With `norm` it also gives
+    the LayerNorm of the changed x, in the same pass over memory.
+
+    The product is computed in the dtype of a matrix product over x: autocast's where it is on, else
+    x's. Sums are float32 (float64 for float64). What is added to x is rounded to x's dtype first.
+    Gradients reach x, the weight and the bias, once: there is no second derivative.
+
+    Args:
+        x: [..., D], changed in place. It may not be a leaf that requires a gradient.
+        index: I, [K] int64, the channels: distinct, from 0 to D - 1. On CUDA the caller sees to it.
+        weight: W, [K, K] of any floating dtype.
+        bias: b, [K].
+        scale: factor on what is added.
+        y: [..., D], added to x first; only where no tensor requires a gradient.
+        norm: (weight, bias, eps) of a LayerNorm over D, or None. Weight and bias may be None, and
+            may not require gradients.
+        dtype: of the normed rows; by default autocast's where it is on, else x's.
+        backend: "cuda" (C++; bfloat16, float16, float32), "triton" (on CUDA) or "reference"
+            (torch). "auto" is the first of these that can run.
+
+    Returns:
+        The normed rows [..., D] if `norm` is given, else x.
+
+    Raises:
+        ValueError: a shape, dtype, device, index or gradient does not fit, or the backend asked for
+            cannot run; the message names the argument.
+    """
+    _check(x, index, weight, bias, y)
+    norm_weight, norm_bias, eps = _parts(norm, x, dtype)
+    learns = _learns(x, weight, bias, y, norm_weight, norm_bias)
+    if not torch.compiler.is_compiling():  # else its value is not known
+        scale = real_number("scale", scale)
+    if norm is not None and dtype is None:
+        dtype = read_in(x, x.dtype)
+    of_norm = (norm_weight, norm_bias, eps, dtype)
+    call = (x, y, index, weight, bias, scale, *of_norm, read_in(x, x.dtype))
+    run = _run_of(backend, *call, learns)
+    if run is None:
+        normed = reference.salient_linear(*call, False)[0]
+    elif not learns:
+        normed = run(*call, False)[0]
+        _has_changed(x)
+    elif norm is not None and x._is_view():  # autograd lets a view have one result only
+        _InPlace.apply(run, x, *call[2:6], None, None, 0.0, None, call[-1])
+        normed = add_layer_norm(x, None, *of_norm[:3], dtype=dtype)[1]
+    else:
+        normed = _InPlace.apply(run, x, *call[2:])[1]
+    return x if norm is None else normed
+
+
+def _run_of(backend: str, x: Tensor, *rest: Any) -> Any:
+    """The function that computes a call; None where torch's own operations do, one by one.
+
+    These are what a compiler, an exported program and torch.func's transforms can read.
+    """
+    if transformed():
+        DISPATCH.check_name(backend)
+        return None
+    run = DISPATCH.own_run(backend, x, *rest)
+    plain = exporting() or (torch.compiler.is_compiling() and (rest[-1] or not x.is_cuda))
+    if run in (None, reference.salient_linear) and plain:
+        return None
+    return run or _OP
+
+
+def _has_changed(x: Tensor) -> None:
+    """Counts the change of x, so that autograd does not use it where it needs the old values."""
+    if not (torch.compiler.is_compiling() or x.is_inference()):
+        torch.autograd.graph.increment_version(x)
+
+
+class _InPlace(torch.autograd.Function):
+    """The op with its gradient, as (x, normed rows or None)."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, run, x, index, weight, bias, scale, norm_weight, norm_bias, eps, dtype, product
+    ):
+        normed, u, mean, rstd = run(
+            x, None, index, weight, bias, scale, norm_weight, norm_bias, eps, dtype, product, True
+        )
+        ctx.mark_dirty(x)
+        ctx.set_materialize_grads(False)
+        has_norm = dtype is not None
+        ctx.save_for_backward(index, weight, u, *((x, mean, rstd, norm_weight) if has_norm else ()))
+        ctx.scale, ctx.bias_dtype = scale, bias.dtype
+        return (x, normed) if has_norm else x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_x: Tensor | None, grad_normed: Tensor | None = None):
+        index, weight, u, *of_norm = ctx.saved_tensors
+        by_x, by_weight, by_bias = reference.gradients(
+            grad_x,
+            grad_normed,
+            index,
+            weight,
+            u,
+            ctx.scale,
+            *of_norm,
+            needs=[ctx.needs_input_grad[i] for i in (1, 3, 4)],
+        )
+        if by_bias is not None:
+            by_bias = by_bias.to(ctx.bias_dtype)
+        return None, by_x, None, by_weight, by_bias, *[None] * 6
+
+
+def _check(x: Tensor, index: Tensor, weight: Tensor, bias: Tensor, y: Tensor | None) -> None:
+    if not x.dtype.is_floating_point or x.dim() == 0:
+        raise ValueError(f"x: {_said(x)}, expected floating-point numbers [..., D]")
+    for name, tensor in (("index", index), ("weight", weight), ("bias", bias), ("y", y)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"{name}: on {tensor.device}, x on {x.device}; move them to one device"
+            )
+    dim = x.shape[-1]
+    if index.dtype != torch.int64 or index.dim() != 1:
+        raise ValueError(f"index: {_said(index)}, expected torch.int64 [K]")
+    count = index.shape[0]
+    if not 1 <= count <= dim:
+        raise ValueError(f"index: {count} channels, expected 1 to D = {dim}")
+    if weight.shape != (count, count) or not weight.dtype.is_floating_point:
+        raise ValueError(
+            f"weight: {_said(weight)}, expected floating-point numbers [K, K] = {(count, count)}"
+        )
+    if bias.shape != (count,) or not bias.dtype.is_floating_point:
+        raise ValueError(f"bias: {_said(bias)}, expected floating-point numbers [K] = {(count,)}")
+    if y is not None and (y.shape != x.shape or not y.dtype.is_floating_point):
+        raise ValueError(
+            f"y: {_said(y)}, expected floating-point numbers of x's shape {tuple(x.shape)}"
+        )
+    if values_known(index):
+        least, most = (int(t) for t in torch.aminmax(index))
+        if least < 0 or most >= dim:
+            raise ValueError(f"index: from {least} to {most}, expected channels 0 to {dim - 1}")
+
+
+def _said(x: Tensor) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}"
+
+
+def _parts(norm: Norm | None, x: Tensor, dtype: torch.dtype | None) -> Norm:
+    """Weight, bias and epsilon of the LayerNorm after their checks; of none without one."""
+    if norm is None:
+        if dtype is not None:
+            raise ValueError(f"dtype: {dtype} is that of the normed rows, but norm is None")
+        return None, None, 0.0
+    if not isinstance(norm, tuple) or len(norm) != 3:
+        raise ValueError(f"norm: {type(norm).__name__}, expected a tuple (weight, bias, eps)")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype: {dtype}, expected a floating-point dtype")
+    for name, tensor in zip(("weight", "bias"), norm[:2], strict=True):
+        if tensor is None:
+            continue
+        if tensor.shape != x.shape[-1:]:
+            raise ValueError(
+                f"norm: its {name} has shape {tuple(tensor.shape)}, expected [D] = "
+                f"{tuple(x.shape[-1:])}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(
+                f"norm: its {name} is on {tensor.device}, x on {x.device}; move them to one device"
+            )
+    return norm
+
+
+def _learns(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    y: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+) -> bool:
+    """Whether gradients are computed; refuses those that the op does not have."""
+    if not torch.is_grad_enabled():
+        return False
+    for name, tensor in (("weight", norm_weight), ("bias", norm_bias)):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"norm: its {name} requires a gradient, which this op does not compute; freeze it, "
+                "or leave out norm and apply the LayerNorm to x afterwards"
+            )
+    learns = any(t is not None and t.requires_grad for t in (x, weight, bias, y))
+    if learns and y is not None:
+        raise ValueError(
+            "y: cannot be added where a tensor requires a gradient; compute x + y first and give "
+            "the sum as x"
+        )
+    if x.requires_grad and x.is_leaf and not torch.compiler.is_compiling():
+        raise ValueError(
+            "x: a leaf that requires a gradient, which cannot be changed in place; give x.clone()"
+        )
+    return learns
+
+
+# "_cuda" and "_triton" are the kernels alone. The op without a suffix passes calls that the CUDA
+# kernel cannot run to "_triton", and that passes calls that it cannot run to the reference. The
+# results are the normed rows, u, mean and reciprocal standard deviation, see the reference.
+for _kernels in ("", "_cuda", "_triton"):
+    LIBRARY.define(
+        f"salient_linear{_kernels}(Tensor(a!) x, Tensor? y, Tensor index, Tensor weight, "
+        "Tensor bias, float scale, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+        "ScalarType? dtype, ScalarType product, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
+    )
+_OP = torch.ops.pcx.salient_linear.default
+
+
+def _triton_cannot(x: Tensor, y: Tensor | None, index: Tensor, weight: Tensor, *rest) -> str | None:
+    for name, tensor in (("x", x), ("y", y), ("weight", weight)):
+        if tensor is not None and tensor.dtype not in TRITON_TYPES:
+            return f"it computes bfloat16, float16 and float32, {name} has {tensor.dtype}"
+    if not x.is_contiguous():
+        return "x is not contiguous in memory"
+    return None
+
+
+DISPATCH = Dispatch(
+    "x",
+    # The limits of the "cuda" kernel are checked in csrc/cuda/salient_linear_host.cpp.
+    Backend("cuda", "cuda", ("cuda extension",), run=torch.ops.pcx.salient_linear_cuda.default),
+    Backend(
+        "triton",
+        "cuda",
+        ("triton",),
+        can_run=_triton_cannot,
+        run=torch.ops.pcx.salient_linear_triton.default,
+    ),
+    Backend("reference", run=reference.salient_linear),
+)
+
+
+@torch.library.register_fake("pcx::salient_linear", lib=LIBRARY)
+@torch.library.register_fake("pcx::salient_linear_cuda", lib=LIBRARY)
+@torch.library.register_fake("pcx::salient_linear_triton", lib=LIBRARY)
+def _fake(x, y, index, weight, bias, scale, norm_weight, norm_bias, eps, dtype, product, keep):
+    rows, statistics = x.shape[:-1], wide(x.dtype)
+    kept = (*rows, 1) if keep and dtype is not None else (0,)
+    return (
+        x.new_empty((0,) if dtype is None else x.shape, dtype=dtype or x.dtype),
+        x.new_empty((*rows, index.shape[0]) if keep else (0,), dtype=product),
+        x.new_empty(kept, dtype=statistics),
+        x.new_empty(kept, dtype=statistics),
+    )
+
+
+@torch.library.impl(LIBRARY, "salient_linear", "CompositeExplicitAutograd")
+def _anywhere(*arguments):
+    return reference.salient_linear(*arguments)
+
+
+@torch.library.impl(LIBRARY, "salient_linear_triton", "CUDA")
+def _in_triton(*arguments):
+    if not hardware.TRITON or _triton_cannot(*arguments):
+        return reference.salient_linear(*arguments)
+    from pcx.kernels.salient_linear import salient_linear as run
+
+    return run(*arguments)
+
+
+if "cuda" not in EXTENSION:
+    LIBRARY.impl("salient_linear", _in_triton, "CUDA")
