@@ -14,13 +14,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
+    "MLP",
     "SCORES",
+    "SCT",
     "VPT",
+    "Adapter",
+    "Bias",
     "Condensation",
     "Full",
     "Linear",
     "NonFiniteLoss",
+    "Partial",
     "PeftModel",
+    "Sidetune",
     "condense",
     "ensemble",
     "evaluate",
@@ -52,10 +58,16 @@ if TYPE_CHECKING:
     from pcx.deployment.multi_task import ensemble
     from pcx.deployment.predicting import predict
     from pcx.models import METHODS
+    from pcx.models.adapter import Adapter
+    from pcx.models.bias import Bias
     from pcx.models.full import Full
     from pcx.models.linear import Linear
+    from pcx.models.mlp import MLP
+    from pcx.models.partial import Partial
     from pcx.models.peft_model import PeftModel
     from pcx.models.record import Condensation
+    from pcx.models.sct import SCT
+    from pcx.models.sidetune import Sidetune
     from pcx.models.vpt.model import VPT
     from pcx.ops.prefix_attention import prefix_attention
     from pcx.ops.weighted_pagerank import weighted_pagerank
@@ -79,10 +91,16 @@ _MODULES = {
     "ensemble": "pcx.deployment.multi_task",
     "predict": "pcx.deployment.predicting",
     "METHODS": "pcx.models",
+    "Adapter": "pcx.models.adapter",
+    "Bias": "pcx.models.bias",
     "Full": "pcx.models.full",
     "Linear": "pcx.models.linear",
+    "MLP": "pcx.models.mlp",
+    "Partial": "pcx.models.partial",
+    "Sidetune": "pcx.models.sidetune",
     "PeftModel": "pcx.models.peft_model",
     "Condensation": "pcx.models.record",
+    "SCT": "pcx.models.sct",
     "VPT": "pcx.models.vpt.model",
     "prefix_attention": "pcx.ops.prefix_attention",
     "weighted_pagerank": "pcx.ops.weighted_pagerank",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -10,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pcx.backbones.inputs import input_size
 from pcx.backbones.probing import hollow
 from pcx.models.base import check_module
+from pcx.ops import salient_linear  # noqa: F401, which defines the op
 
 BATCH = 64  # images per counted batch
 WHOLE = "Global"  # the name under which torch's counter keeps the whole model's operations
@@ -79,7 +82,15 @@ def operations_of(hollow: nn.Module, size: tuple[int, int, int]) -> dict[str, in
         size: channels, height and width of an image.
     """
     dtype = next(p.dtype for p in hollow.parameters() if p.is_floating_point())
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     with sdpa_kernel(SDPBackend.MATH), counter:
         hollow(torch.empty(BATCH, *size, device="meta", dtype=dtype))
     return {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+
+
+def _of_salient_linear(x: torch.Size, y: Any, index: torch.Size, *rest: Any, **more: Any) -> int:
+    """Operations of `pcx.ops.salient_linear`, by the shapes of its arguments."""
+    return 2 * x[:-1].numel() * index[0] ** 2
+
+
+_FORMULAS = {torch.ops.pcx.salient_linear: _of_salient_linear}

@@ -10,11 +10,12 @@ import timm.data
 from torch import nn
 
 from pcx.backbones.hugging_face import vision_config
+from pcx.backbones.residual import unwrapped
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int]:
     """(C, H, W) of the images a backbone was made for."""
-    backbone: Any = getattr(model, "backbone", model)
+    backbone = _backbone_of(model)
     embed: Any = getattr(backbone, "patch_embed", None)
     if hasattr(backbone, "pretrained_cfg"):
         trained_on = timm.data.resolve_model_data_config(backbone)["input_size"]
@@ -28,6 +29,11 @@ def input_size(model: nn.Module) -> tuple[int, int, int]:
     return (next(channels, trained_on[0]), *(getattr(embed, "img_size", None) or trained_on[1:]))
 
 
+def _backbone_of(model: Any) -> Any:
+    """The backbone of a tuned or frozen model, or the model itself, without a method's wrapper."""
+    return unwrapped(getattr(model, "backbone", model))
+
+
 def data_config(model: nn.Module) -> dict:
     """The images a backbone was trained on: input_size (C, H, W), mean, std, crop and so on.
 
@@ -35,7 +41,7 @@ def data_config(model: nn.Module) -> dict:
     Hugging Face checkpoint, or from what open_clip notes on its towers. A model without any of them
     gets mean and std 0.5, ViT's own, and a warning that says so.
     """
-    backbone: Any = getattr(model, "backbone", model)
+    backbone = _backbone_of(model)
     if hasattr(backbone, "pretrained_cfg"):
         config = timm.data.resolve_model_data_config(backbone)
         return {**config, "input_size": input_size(model)}

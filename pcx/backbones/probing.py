@@ -3,6 +3,7 @@
 One forward of one image runs on a copy whose tensors have shapes alone, under hooks on every module
 and a mode that sees every function. A *block* is the module whose own forward adds a result of
 attention to its own input, the stream. Its *reader* is the first module that is given this sum.
+Attention is a call of `F.scaled_dot_product_attention`, or a softmax and the product that reads it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from torch.overrides import TorchFunctionMode
 from pcx.backbones.attention import fuse
 
 _ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
-_VIEWS = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten}
+_SOFTMAXES = {F.softmax, torch.softmax, Tensor.softmax}
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
+_VIEWS = {F.dropout, Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten}
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class BlockSpec:
     before: str | None  # the norm between the stream and that module, None where there is none
     reader: str | None  # the first module that is given x + attention(x), None where there is none
     mlp: str | None
-    calls: int  # of F.scaled_dot_product_attention
+    calls: int  # of attention, each of F.scaled_dot_product_attention or written out
     heads: int
     head_dim: int  # of queries and keys
     value_dim: int
@@ -177,6 +180,7 @@ class _Trace(TorchFunctionMode):
         self.reader_of_last: str | None = None  # the first module given what the last block gave
         self._last: set[int] = set()  # what that is
         self._stack: list[_Frame] = []
+        self._weights: set[int] = set()  # what a softmax gave
         self._roots: dict[int, int] = {}
         self._alive: list[Any] = []  # identities are of tensors that are still there
 
@@ -202,6 +206,10 @@ class _Trace(TorchFunctionMode):
         self._alive.append((args, out))
         if func is F.scaled_dot_product_attention:
             self._attended(args)
+        elif func in _SOFTMAXES:
+            self._weights |= self._of([out])
+        elif func in _PRODUCTS and self._of(args[:1]) & self._weights:
+            self._attended((out, args[1], args[1]))  # q and k were read before
         elif func in _ADDS and self._stack:
             self._added(self._of(args), out)
         elif func in _VIEWS and out.numel() == args[0].numel():

@@ -32,38 +32,56 @@ class Wrapper(nn.Module):
         setattr(self, self.holds, inner)
 
 
-class OnInput(Wrapper):
-    """Hands a module's first input to `change`, then calls the module.
-
-    `change` may change the tensor in place. At the reader of x + attention(x) the block's next
-    residual sum then reads the changed tensor too, since it is the same object (SCT's position
-    "attn").
+class Changing(Wrapper):
+    """A wrapper that hands a tensor to `change`, a module that its owner registers.
 
     Args:
         inner: the module that is wrapped.
         change: a module of the method from a tensor to the tensor to go on with.
     """
 
-    def __init__(self, inner: nn.Module, change: Callable[[Tensor], Tensor]):
+    def __init__(self, inner: nn.Module, change: nn.Module):
         super().__init__(inner)
-        self._change = (change,)  # in a tuple: a module in it is registered by its owner
+        self._change = (change,)  # in a tuple, so that it is registered once, by its owner
+
+    def take_in(self) -> None:
+        """Registers the module here, for a backbone that goes on without its tuned model."""
+        self.change = self._change[0]
+
+
+class OnInput(Changing):
+    """Hands a module's first input to `change`, then calls the module.
+
+    `change` may change the tensor in place. At the reader of x + attention(x) the block's next
+    residual sum then reads the changed tensor too, since it is the same object (SCT's position
+    "attn").
+    """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the module gives for the changed input."""
         return self.inner(self._change[0](x), *args, **kwargs)
 
 
-class OnOutput(Wrapper):
-    """Calls a module, then hands what it gave to `change`.
+class SumReader(OnInput):
+    """An `OnInput` at the reader of x + attention(x) that can form the sum itself.
 
-    Args:
-        inner: the module that is wrapped; it gives a tensor.
-        change: a module of the method from a tensor to the tensor to go on with.
+    In a frozen model's straight line of calls, the sum, the change and what the module computes are
+    then one call.
     """
 
-    def __init__(self, inner: nn.Module, change: Callable[[Tensor], Tensor]):
-        super().__init__(inner)
-        self._change = (change,)
+    def read_sum(self, fresh: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+        """The changed sum of two tensors, and what the module gives for it.
+
+        Args:
+            fresh: a tensor that nothing else reads; it may be written into.
+            other: the tensor to add.
+        """
+        total = other + fresh
+        return total, self(total)
+
+
+class OnOutput(Changing):
+    """Calls a module, which gives a tensor, then hands that to `change`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The changed output."""
@@ -93,6 +111,13 @@ def wrap(backbone: nn.Module, block: BlockSpec, part: str, make: Callable[..., W
     wrapper = make(backbone.get_submodule(name))
     backbone.set_submodule(name, wrapper)
     return wrapper
+
+
+def unwrapped(module: Any) -> Any:
+    """The module within wrappers."""
+    while isinstance(module, Wrapper):
+        module = getattr(module, module.holds)
+    return module
 
 
 def plain_names(module: nn.Module, prefix: str = "") -> dict[str, str]:

@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from pcx.backbones import attention
 from pcx.backbones.probing import BlockSpec, TensorLike
-from pcx.backbones.residual import HOOKS, Wrapper
+from pcx.backbones.residual import HOOKS, SumReader, Wrapper
 from pcx.ops.add_layer_norm import add_layer_norm
 
 # torch.fx exchanges methods of nn.Module while it traces, so that one thread traces at a time.
@@ -166,6 +166,7 @@ def _captured(block: nn.Module, root: nn.Module, given: dict[str, Any] | None) -
         return None
     _hand_over(graph)
     _fuse_norms(root, graph)
+    _hand_sums_over(root, graph)
     for node in graph.nodes:
         node.type = None  # annotations would be among the names
     _drop_unread(graph)
@@ -210,6 +211,9 @@ class _Tracer(fx.Tracer):
         held = *self.root.parameters(), *self.root.buffers(), *self.tensor_attrs
         return any(a is each for each in held)
 
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, SumReader) or super().is_leaf_module(m, module_qualified_name)
+
     def call_module(self, m: nn.Module, forward: Any, args: tuple, kwargs: dict) -> Any:
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)
@@ -238,11 +242,7 @@ def _fuse_norms(block: nn.Module, graph: fx.Graph) -> None:
         if norm is None or not all(_reads_narrow(block, user) for user in node.users):
             continue
         x, weight, bias, eps = norm
-        added = x.op == "call_function" and x.target in (operator.add, torch.add) and not x.kwargs
-        # A sum with a parameter may spread it over tokens, which the one call does not.
-        added = added and all(
-            isinstance(term, fx.Node) and term.op != "get_attr" for term in x.args
-        )
+        added = _is_sum(x)
         with graph.inserting_before(node):
             weight, bias = (t if t is None else graph.get_attr(t) for t in (weight, bias))
             terms = x.args if added else (x, None)
@@ -255,6 +255,51 @@ def _fuse_norms(block: nn.Module, graph: fx.Graph) -> None:
         if added and _is_first(x, both):
             x.replace_all_uses_with(total)
             graph.erase_node(x)
+
+
+def _hand_sums_over(block: nn.Module, graph: fx.Graph) -> None:
+    """Puts one call in the place of a residual sum and the `SumReader` that reads it first."""
+    for node in list(graph.nodes):
+        if node.op != "call_module":
+            continue
+        if not isinstance(block.get_submodule(str(node.target)), SumReader):
+            continue
+        x = node.args[0]
+        terms = x.args if _is_sum(x) else ()
+        fresh = next((t for t in reversed(terms) if _is_fresh(block, t)), None)
+        if fresh is None or len(node.args) > 1 or node.kwargs:
+            continue
+        other = terms[1 - terms.index(fresh)]
+        with graph.inserting_before(node):
+            reader = graph.get_attr(str(node.target))
+            both = graph.call_method("read_sum", (reader, fresh, other))
+            total, read = (graph.call_function(operator.getitem, (both, i)) for i in (0, 1))
+        if not all(bool(both < user) for user in x.users if user is not node):
+            raise ValueError("a residual sum is read before the module that changes it")
+        node.replace_all_uses_with(read)
+        graph.erase_node(node)
+        x.replace_all_uses_with(total)
+        graph.erase_node(x)
+
+
+def _is_fresh(block: nn.Module, node: fx.Node) -> bool:
+    """Whether a node gives a new tensor, which the sum alone reads and may be written into."""
+    if node.op == "call_module":
+        new = type(block.get_submodule(str(node.target))) is nn.Linear
+    else:
+        new = node.target in (operator.mul, torch.mul)
+    return new and len(node.users) == 1
+
+
+def _is_sum(x: Any) -> bool:
+    """Whether a node is the sum of two others that are no parameters."""
+    added = isinstance(x, fx.Node) and x.op == "call_function" and not x.kwargs
+    # A sum with a parameter may spread it over tokens, which the one call does not.
+    return (
+        added
+        and x.target in (operator.add, torch.add)
+        and all(isinstance(term, fx.Node) and term.op != "get_attr" for term in x.args)
+    )
 
 
 def _is_first(x: fx.Node, both: fx.Node) -> bool:

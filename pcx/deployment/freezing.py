@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from pcx.backbones.outputs import logits_of
 from pcx.backbones.patches import PatchProduct
-from pcx.backbones.residual import Wrapper
+from pcx.backbones.residual import Wrapper, unwrapped
 from pcx.backbones.spec import BackboneSpec, find_spec
 from pcx.backbones.straight import Straight, is_watched, straightened
 from pcx.models.base import TunedModel, check_choice, check_module
@@ -89,7 +89,8 @@ class Frozen(nn.Module):
     @property
     def pretrained_cfg(self) -> Any:
         """timm's configuration of the backbone, read by `timm.data.resolve_model_data_config`."""
-        return self.backbone.pretrained_cfg
+        backbone: Any = unwrapped(self.backbone)
+        return backbone.pretrained_cfg
 
     def train(self, mode: bool = True) -> Frozen:
         """Stays in eval mode, as a teacher within a module that is trained does too."""
@@ -176,6 +177,7 @@ def _straighten(backbone: nn.Module, spec: BackboneSpec, stand_ins: Sequence[Sta
 
     Blocks that cannot be captured stay as they are. Stand-ins of the others name the new ones.
     """
+    backbone = unwrapped(backbone)
     if spec.patch_projection is not None:
         projection = backbone.get_submodule(spec.patch_projection)
         if not is_watched(projection):

@@ -7,7 +7,13 @@ METHODS = Registry(
     "method",
     {
         "vpt": "pcx.models.vpt.model:VPT",
+        "sct": "pcx.models.sct:SCT",
         "linear": "pcx.models.linear:Linear",
+        "mlp": "pcx.models.mlp:MLP",
+        "partial": "pcx.models.partial:Partial",
+        "bias": "pcx.models.bias:Bias",
+        "adapter": "pcx.models.adapter:Adapter",
+        "sidetune": "pcx.models.sidetune:Sidetune",
         "full": "pcx.models.full:Full",
         "peft": "pcx.models.peft_model:PeftModel",
     },

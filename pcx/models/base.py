@@ -299,7 +299,7 @@ class TunedModel(nn.Module):
                 "remove() of what set that up first"
             )
         try:
-            return feature_maps(self.backbone, self.spec, x, layers, norm, **inputs)
+            return feature_maps(self.plain_backbone(), self.spec, x, layers, norm, **inputs)
         except AssertionError as error:  # timm's, of indices and of images of another size
             raise ValueError(f"layers: {layers!r}, or x: {tuple(x.shape)}: {error}") from error
 
@@ -323,7 +323,7 @@ class TunedModel(nn.Module):
     @property
     def pretrained_cfg(self) -> Any:
         """timm's configuration of the backbone, read by `timm.data.resolve_model_data_config`."""
-        return self.backbone.pretrained_cfg
+        return self.plain_backbone().pretrained_cfg
 
     @property
     def class_names(self) -> list[str] | None:

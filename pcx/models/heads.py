@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pcx.backbones.residual import unwrapped
+
 
 def place_heads(backbone: nn.Module, heads: Iterable[nn.Module]) -> None:
     """Moves heads to the device and dtype of the backbone.
@@ -42,7 +44,9 @@ def _cast(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def head_size(heads: list[Any]) -> int:
     """How many numbers the first head gives, 0 without one."""
-    linear = [m for head in heads[:1] for m in head.modules() if isinstance(m, nn.Linear)]
+    linear = [
+        m for head in heads[:1] for m in unwrapped(head).modules() if isinstance(m, nn.Linear)
+    ]
     return linear[-1].out_features if linear else 0
 
 

@@ -202,9 +202,10 @@ def test_what_is_no_tower_of_images_is_refused_by_name():
         pcx.VPT(of_both("CLIPModel", "CLIPConfig")(), 2)
     with pytest.raises(ValueError, match="leaves patches out at random"):
         pcx.VPT(of_hugging_face("ViTMAEModel", "ViTMAEConfig")(), 2)
+    config = {k: v for k, v in SIZE.items() if k != "image_size"}
+    siglip2 = transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**config))
     with pytest.raises(ValueError, match="gives no features of images"):
-        config = {k: v for k, v in SIZE.items() if k != "image_size"}
-        pcx.VPT(transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**config)), 2)
+        pcx.VPT(siglip2, 2)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

@@ -14,7 +14,13 @@ from pcx.models.base import TunedModel
 
 METHODS = {
     "vpt": lambda backbone: pcx.VPT(backbone, 2),
+    "sct": lambda backbone: pcx.SCT(backbone, None, k=5, selection="random"),
     "linear": pcx.Linear,
+    "mlp": pcx.MLP,
+    "partial": pcx.Partial,
+    "bias": pcx.Bias,
+    "adapter": lambda backbone: pcx.Adapter(backbone, 4),
+    "sidetune": lambda backbone: pcx.Sidetune(backbone, pretrained=False),
     "full": pcx.Full,
     "peft": lambda backbone: pcx.PeftModel(lora(backbone)),
 }
