@@ -23,10 +23,9 @@ from transformers import (
 from pcx.checkpoints.files import written_whole
 from pcx.checkpoints.fingerprint import backbone_name
 from pcx.checkpoints.saving import load, save
-from pcx.deployment.predicting import objective_of
 from pcx.models.base import TunedModel
 from pcx.models.peft_model import tuned
-from pcx.training.objectives import MultiLabel, Regression, Segmentation
+from pcx.training.objectives import MultiLabel, Regression, Segmentation, objective_of
 
 FILE = "pcx.safetensors"
 CARD = "README.md"

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pcx.models.base import TunedModel
 from pcx.training import OBJECTIVES
 from pcx.training.metrics import (
     Accuracy,
@@ -336,3 +337,11 @@ def objective_for(
             raise ValueError("criterion: the objective has its own; give one of the two")
         return objective
     return OBJECTIVES.get_checked(objective or SingleLabel.name)(criterion)
+
+
+def objective_of(model: TunedModel) -> str:
+    """The name of the objective that a model was trained with, "single-label" where not known."""
+    recipe = model.record.recipe or {}
+    by_loss = {OBJECTIVES[name].loss_name: name for name in OBJECTIVES}
+    found = recipe.get("objective") or by_loss.get(recipe.get("criterion"))  # of older files
+    return found or SingleLabel.name
