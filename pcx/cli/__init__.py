@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
-from pcx.cli.options import new_backbone
+from pcx.cli.options import new_backbone, printable
 from pcx.registry import Registry
 
 __all__ = ["COMMANDS", "app", "main", "new_backbone"]
@@ -124,7 +124,7 @@ def main() -> None:
 
 def _stop(said: Any, code: int) -> NoReturn:
     """Ends the process with one line on the standard error."""
-    line = " ".join(str(said).split())
+    line = printable(" ".join(str(said).split()))
     Console(stderr=True).print(f"pcx: {line}", style="red", markup=False, soft_wrap=True)
     sys.exit(code)
 

@@ -273,9 +273,15 @@ def run_folder_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.ckpt")
 
 
-def say(text: str) -> None:
-    """Prints a line of results."""
-    Console(soft_wrap=True, highlight=False).print(text, markup=False)
+def say(text: str, *, stderr: bool = False) -> None:
+    """Prints a line of results, or of what was left out, on the standard error."""
+    console = Console(stderr=stderr, soft_wrap=True, highlight=False)
+    console.print(printable(text), markup=False)
+
+
+def printable(text: str) -> str:
+    """Text in which bytes of a file's name that are not UTF-8 stand as `\\udcff`, for 0xff."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def say_accuracy(
