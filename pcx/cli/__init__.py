@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
+from pcx.cli.messages import Command
 from pcx.cli.options import new_backbone, printable
 from pcx.registry import Registry
 
@@ -60,7 +61,7 @@ class CommandTable(TyperGroup):
         if cmd_name not in self.commands:
             return None
         alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        alone.command(cmd_name)(_FUNCTIONS[cmd_name])
+        alone.command(cmd_name, cls=Command)(_FUNCTIONS[cmd_name])
         return typer.main.get_command(alone)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:

@@ -64,11 +64,11 @@ def test_train_condense_and_eval(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["eval", "none.safetensors", "--task", "digits"], "pcx: path: no file none.safetensors"),
-        (["train", "--task", "letters", "--out", "a", "--lr", "1"], "pcx: name: 'letters'"),
+        (["eval", "none.safetensors", "--task", "digits"], "pcx: MODEL: no file none.safetensors"),
+        (["train", "--task", "letters", "--out", "a", "--lr", "1"], "pcx: --task: 'letters'"),
         (
             ["train", "--task", "digits", "--out", "a", "--method", "full"],
-            "pcx: lr: give lr or base_lr",
+            "pcx: --lr: give --lr or --base-lr",
         ),
         (
             ["train", "--task", "digits", "--out", "a", "--lr", "1", "--backbone", "vit_huge_x"],
