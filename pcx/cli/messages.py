@@ -58,6 +58,8 @@ def as_typed(message: str, command: TyperCommand, given: Mapping[str, Any]) -> s
 
     def head(found: re.Match) -> str:
         name, index, rest = found.groups()
+        if name in map(str, given.values()):  # a folder or file of that name
+            return found[0]
         if name == "cache" and given.get("cache_tokens"):
             own = given.get("cache") is not None and rest.startswith(str(given["cache"]))
             name = name if own else "cache_tokens"

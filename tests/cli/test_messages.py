@@ -41,6 +41,7 @@ def test_which_of_two_options_is_meant_follows_from_what_was_given():
     train = command("train")
     assert as_typed("name: 'x'", train, {"photos": None, "task": "x"}) == "--task: 'x'"
     assert as_typed("name: no folder a/b", train, {"photos": "a/b"}) == "PHOTOS: no folder a/b"
+    assert as_typed("split: no such folder", train, {"photos": "split"}) == "split: no such folder"
     both = {"cache": "here", "cache_tokens": True}
     assert as_typed("cache: 'tokens' needs", train, both) == "--cache-tokens: 'tokens' needs"
     assert as_typed("cache: here is a file", train, both) == "--cache: here is a file"
