@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ PRINTS = {
         r"and pruned: .* 0.6. of",
     ),
     "prune": (r"all tokens: ", r"pruned: ", r"patches left of 64: \[52, 37\]", r"removed: "),
+    "lightning_module": (r"Lightning: [\d.]+%, 6730 trained", r"loaded by pcx: [\d.]+%"),
     "serve": (r"image 3: class \d with probability [01]\.\d\d", r"[\d.]+ ms per image, batch 16"),
     "prefix_attention": (r"of the outputs: \S+", r"of the gradients: \S+"),
 }
@@ -47,11 +49,16 @@ def output():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRINTS)
 def test_example_prints_what_it_says(name, output):
+    if name == "lightning_module" and find_spec("lightning") is None:
+        pytest.skip("lightning is not installed")
     said = output(name)
     for pattern in PRINTS[name]:
         assert re.search(pattern, said), said
     if name == "prefix_attention":
         assert all(float(number) < 1e-10 for number in re.findall(r": (\S+)", said))
+    if name == "lightning_module":
+        trained, loaded = re.findall(r": ([\d.]+)%", said)
+        assert trained == loaded
     if name == "prune":
         whole, pruned, removed = (float(n) for n in re.findall(r"([\d.]+) million", said))
         assert pruned < whole == removed

@@ -11,7 +11,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
-from pcx.cli.options import new_backbone
+from pcx.cli.messages import Command
+from pcx.cli.options import new_backbone, printable
 from pcx.registry import Registry
 
 __all__ = ["COMMANDS", "app", "main", "new_backbone"]
@@ -60,7 +61,7 @@ class CommandTable(TyperGroup):
         if cmd_name not in self.commands:
             return None
         alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        alone.command(cmd_name)(_FUNCTIONS[cmd_name])
+        alone.command(cmd_name, cls=Command)(_FUNCTIONS[cmd_name])
         return typer.main.get_command(alone)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
@@ -124,7 +125,7 @@ def main() -> None:
 
 def _stop(said: Any, code: int) -> NoReturn:
     """Ends the process with one line on the standard error."""
-    line = " ".join(str(said).split())
+    line = printable(" ".join(str(said).split()))
     Console(stderr=True).print(f"pcx: {line}", style="red", markup=False, soft_wrap=True)
     sys.exit(code)
 

@@ -97,7 +97,10 @@ def _unknown(file: Path, command: str, key: str, options: Mapping[str, Any]) -> 
 
 
 def _checked(ctx: typer.Context, option: Any, value: Any, where: str) -> Any:
-    """The value as text of the command line, after a trial conversion; flags stay booleans."""
+    """The value as text of the command line, after a trial conversion; flags stay booleans.
+
+    For an option that may be given several times it is a list of such.
+    """
     flag = getattr(option, "is_flag", False)
     if isinstance(value, Mapping):
         raise ValueError(f"{where}: got a table, expected a value")
@@ -107,8 +110,10 @@ def _checked(ctx: typer.Context, option: Any, value: Any, where: str) -> Any:
         )
     if flag:
         return value
+    several = getattr(option, "multiple", False)
     # Converted from text, so that 2.5 for a whole number is an error and not 2.
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    parts = [str(part) for part in value] if isinstance(value, list) else [str(value)]
+    text = parts if several else ",".join(parts)
     try:
         option.process_value(ctx, text)
     except typer.BadParameter as error:

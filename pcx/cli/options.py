@@ -79,6 +79,17 @@ Patience = Annotated[
     int | None,
     option("end after so many epochs without a better validation, and keep the best", OPTIMISATION),
 ]
+Weighing = Annotated[
+    str | None,
+    option("balanced, or a number for each class, as 1,2,0.5", OPTIMISATION, "--class-weights"),
+]
+Track = Annotated[
+    list[str] | None,
+    option("tensorboard, wandb, mlflow, ...; may be given several times", RUN, "--track"),
+]
+TopFive = Annotated[
+    bool, option("also how often the class is among the five likeliest", RUN, "--top5")
+]
 Amp = Annotated[str, option("no, bf16 or fp16", OPTIMISATION)]
 Execution = Annotated[str, option("auto, eager, cuda-graph or compile", OPTIMISATION)]
 Seed = Annotated[int, option("seed of all random numbers", OPTIMISATION)]
@@ -273,9 +284,15 @@ def run_folder_of(out: Path) -> Path:
     return out.with_name(f"{out.name}.ckpt")
 
 
-def say(text: str) -> None:
-    """Prints a line of results."""
-    Console(soft_wrap=True, highlight=False).print(text, markup=False)
+def say(text: str, *, stderr: bool = False) -> None:
+    """Prints a line of results, or of what was left out, on the standard error."""
+    console = Console(stderr=stderr, soft_wrap=True, highlight=False)
+    console.print(printable(text), markup=False)
+
+
+def printable(text: str) -> str:
+    """Text in which bytes of a file's name that are not UTF-8 stand as `\\udcff`, for 0xff."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def say_accuracy(
@@ -286,21 +303,27 @@ def say_accuracy(
     split: str | None = None,
     workers: int = 0,
     trained_on: str = "train",
+    top5: bool = False,
 ) -> None:
     """Evaluates a model on a split, the held-out one for None; prints accuracy and loss.
 
     Nothing is evaluated where the split was trained on.
     """
     from pcx.training.evaluation import evaluate, standard_error
+    from pcx.training.objectives import SingleLabel
 
     split = split or data.held_out
     if split == trained_on or (split, trained_on) == ("val", "trainval"):
         say(f"{data.name}: no held-out split, since {trained_on} was trained on; not evaluated")
         return
-    found = evaluate(model, data.loader(split, batch_size, num_workers=workers), amp=amp)
+    loader, objective = data.loader(split, batch_size, num_workers=workers), SingleLabel()
+    if top5:
+        objective = SingleLabel(top=5)
+    found = evaluate(model, loader, amp=amp, objective=objective)
+    near = f", {found['accuracy_top5']:.2f}% among the five likeliest" if top5 else ""
     say(
         f"{data.name} {split}: {found['accuracy']:.2f} ± {standard_error(found):.2f}% "
-        f"on {found['samples']} images, loss {found['loss']:.4f}"
+        f"on {found['samples']} images{near}, loss {found['loss']:.4f}"
     )
 
 

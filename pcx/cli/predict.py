@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from pcx.cli import options as o
 
@@ -54,9 +53,7 @@ def predict(
         _write(found, out)
         o.say(f"wrote {out}: {len(found)} images")
     for path, why in found.skipped:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"skipped {path}: {' '.join(why.split())}", markup=False
-        )
+        o.say(f"skipped {path}: {' '.join(why.split())}", stderr=True)
     if found.skipped:
         raise typer.Exit(SKIPPED)
 
@@ -71,13 +68,18 @@ def _print(found: Predictions) -> None:
     """One line for each image, by which scripts can go: path, then name and percent, by tabs."""
     for row in found:
         said = [f"{n}\t{100 * p:.1f}%" for n, p in zip(row.names, row.probabilities, strict=True)]
-        typer.echo("\t".join([row.source, *said]))
+        typer.echo(o.printable("\t".join([row.source, *said])))
 
 
 def _write(found: Predictions, out: Path) -> None:
+    """Writes UTF-8, in which other bytes of a name are escaped: JSON reads them back as they were.
+
+    CSV shows the escape, as `printable` does.
+    """
     from pcx.checkpoints.files import written_whole
 
-    with written_whole(out) as part, open(part, "w", newline="", encoding="utf-8") as file:
+    as_text: Any = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+    with written_whole(out) as part, open(part, "w", **as_text) as file:
         if out.suffix.lower() == ".json":
             json.dump([_as_json(row) for row in found], file, indent=2, ensure_ascii=False)
             return

@@ -13,6 +13,14 @@ from pcx.cli import options as o
 from pcx.models import HEAD_INITS, METHODS
 
 RATE, RATED = 0.3, ("vpt", "linear")
+Method = Annotated[str, typer.Option(help=f"one of {', '.join(METHODS)}")]
+Prompts = Annotated[
+    str,
+    typer.Option(help="of vpt: number per layer, for all or one each, as 8,8,4; 0 is allowed"),
+]
+TrainingSplit = Annotated[
+    str, o.option("train, with val for choosing settings, or trainval", o.DATA)
+]
 
 
 def train(
@@ -25,11 +33,8 @@ def train(
     ] = None,
     backbone: o.Backbone = o.EMBEDDED,
     weights: o.Weights = None,
-    method: Annotated[str, typer.Option(help=f"one of {', '.join(METHODS)}")] = "vpt",
-    prompts: Annotated[
-        str,
-        typer.Option(help="of vpt: number per layer, for all or one each, as 8,8,4; 0 is allowed"),
-    ] = "20",
+    method: Method = "vpt",
+    prompts: Prompts = "20",
     kind: Annotated[str, typer.Option(help="of vpt: deep, shallow or prefix")] = "deep",
     dropout: Annotated[float, typer.Option(help="of vpt: share of prompt elements")] = 0.0,
     epochs: o.Epochs = 100,
@@ -37,11 +42,10 @@ def train(
     base_lr: o.BaseRate = None,
     weight_decay: o.WeightDecay = 1e-3,
     batch_size: o.BatchSize = 64,
-    split: Annotated[
-        str, o.option("train, with val for choosing settings, or trainval", o.DATA)
-    ] = "train",
+    split: TrainingSplit = "train",
     head_init: Annotated[str, typer.Option(help=", ".join(HEAD_INITS))] = HEAD_INITS[0],
     clip_grad: o.ClipGrad = None,
+    class_weights: o.Weighing = None,
     patience: o.Patience = None,
     root: o.Root = None,
     amp: o.Amp = "no",
@@ -50,6 +54,8 @@ def train(
     workers: o.Workers = 0,
     cache: o.Cache = None,
     cache_tokens: o.CacheTokens = False,
+    top5: o.TopFive = False,
+    track: o.Track = None,
     resume: o.Resume = False,
     overwrite: o.Overwrite = False,
     config: o.Config = None,
@@ -65,6 +71,7 @@ def train(
     data = o.new_task(name, o.backbone_data_config(backbone, weights), root, cache)
     if lr is None and base_lr is None:
         lr, clip_grad = _default_rate(method, clip_grad)
+    followed = _followed(patience, split, track, out)
     torch.manual_seed(seed)
     model = METHODS[method](
         o.new_backbone(backbone, data.num_classes, weights),
@@ -82,10 +89,11 @@ def train(
         val_loader=val,
         weight_decay=weight_decay,
         clip_grad=clip_grad,
+        objective=_objective(class_weights, data, split, top5),
         amp=amp,
         execution=execution,
         cache="tokens" if cache_tokens else None,
-        **_stopping(patience, split),
+        **followed,
         seed=seed,
         checkpoint_dir=o.run_folder_of(out),
         resume=resume,
@@ -94,18 +102,48 @@ def train(
     o.check_converged(history, data.num_classes, model.record.trained_lr)
     pcx.save(model, out)
     o.say(f"wrote {out}")
-    o.say_accuracy(model, data, batch_size, amp, workers=workers, trained_on=split)
+    o.say_accuracy(model, data, batch_size, amp, workers=workers, trained_on=split, top5=top5)
 
 
-def _stopping(patience: int | None, split: str) -> dict[str, Any]:
-    """The arguments of fit that end a training early and keep its best epoch."""
-    from pcx.training.callbacks import EarlyStopping
+def _objective(weights: str | None, data: Any, split: str, top5: bool) -> Any:
+    """One class per image, with the class weights and the metrics that are asked for."""
+    from pcx.training.class_weights import balanced_weights, labels_in
+    from pcx.training.objectives import SingleLabel
 
+    if top5 and data.num_classes <= 5:
+        raise ValueError(
+            f"--top5: {data.name} has {data.num_classes} classes, expected 6 or more; leave it out"
+        )
+    values: Any = None
+    if weights == "balanced":
+        values = balanced_weights(labels_in(data.splits[split]), data.num_classes)
+    elif weights is not None:
+        try:
+            values = [float(part) for part in weights.split(",")]
+        except ValueError:
+            raise ValueError(
+                f"--class-weights: {weights!r}, expected balanced, or numbers as 1,2,0.5"
+            ) from None
+    if values is not None and len(values) != data.num_classes:
+        raise ValueError(
+            f"--class-weights: {len(values)} weights for {data.num_classes} classes; give one for "
+            "each class, or balanced"
+        )
+    return SingleLabel(class_weights=values, top=5 if top5 else None)
+
+
+def _followed(patience: int | None, split: str, track: list[str] | None, out: Path) -> dict:
+    """The arguments of fit that show a training to trackers, and that end it early."""
+    from pcx.training.callbacks import Callback, EarlyStopping
+    from pcx.training.trackers import Tracker
+
+    called: list[Callback] = [Tracker(track, folder=o.run_folder_of(out))] if track else []
     if patience is None:
-        return {}
+        return {"callbacks": called}
     if split != "train":
         raise ValueError(f"--patience: it goes by val, which --split {split} trains on; use train")
-    return {"best": "val_accuracy", "callbacks": EarlyStopping("val_accuracy", patience)}
+    stopping = EarlyStopping("val_accuracy", patience)
+    return {"best": "val_accuracy", "callbacks": [*called, stopping]}
 
 
 def _default_out(task: str) -> Path:

@@ -23,10 +23,9 @@ from transformers import (
 from pcx.checkpoints.files import written_whole
 from pcx.checkpoints.fingerprint import backbone_name
 from pcx.checkpoints.saving import load, save
-from pcx.deployment.predicting import objective_of
 from pcx.models.base import TunedModel
 from pcx.models.peft_model import tuned
-from pcx.training.objectives import MultiLabel, Regression, Segmentation
+from pcx.training.objectives import MultiLabel, Regression, Segmentation, objective_of
 
 FILE = "pcx.safetensors"
 CARD = "README.md"
@@ -53,7 +52,8 @@ class PcxForImageClassification(PreTrainedModel):
     pixels and cut 16 bits off; pcx shows white there, and scales.
 
     Raises:
-        ValueError: the model is of another kind, or gives no probabilities of several classes.
+        ValueError: the model is of another kind, gives no probabilities of several classes, or has
+            two classes of one name, which Hugging Face's `label2id` cannot tell apart.
 
     Example:
         >>> classifier = PcxForImageClassification(pcx.load("cars.safetensors"))
@@ -73,6 +73,7 @@ class PcxForImageClassification(PreTrainedModel):
         if objective_of(known) in (Regression.name, Segmentation.name) or known.num_classes == 1:
             raise ValueError("model: it gives no probabilities of several classes; call it itself")
         names = known.class_names or [str(i) for i in range(known.num_classes)]
+        _check_differ(names)
         super().__init__(
             PcxConfig(  # type: ignore[call-arg]  # it keeps whatever it is given
                 id2label=dict(enumerate(names)),
@@ -138,6 +139,19 @@ class PcxForImageClassification(PreTrainedModel):
             chosen = {k: v for k, v in options.items() if k in known}
             file = Path(hf_hub_download(str(pretrained_model_name_or_path), FILE, **chosen))
         return cls(load(file, backbone))
+
+
+def _check_differ(names: list[str]) -> None:
+    """Raises a ValueError where two classes have one name."""
+    places: dict[str, int] = {}
+    for i, name in enumerate(names):
+        if name in places:
+            raise ValueError(
+                f"model: its classes {places[name]} and {i} are both named {name!r}, and Hugging "
+                "Face's label2id would lose one; give each class a name of its own in "
+                "model.record.class_names"
+            )
+        places[name] = i
 
 
 def _problem_of(model: TunedModel) -> Any:

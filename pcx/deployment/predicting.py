@@ -19,11 +19,10 @@ from pcx.models.base import TunedModel, check_module, keeping_modes
 from pcx.models.peft_model import tuned
 from pcx.tasks.images import as_rgb, opened, upright
 from pcx.tasks.photos import image_files
-from pcx.training import OBJECTIVES
 from pcx.training.batches import logits_from
 from pcx.training.evaluation import accelerator_for
 from pcx.training.execution import check_execution, compiled, prepared
-from pcx.training.objectives import MultiLabel, Regression, Segmentation, SingleLabel
+from pcx.training.objectives import MultiLabel, Regression, Segmentation, objective_of
 
 _MAGIC = ("*", "?", "[")
 
@@ -151,14 +150,6 @@ def _predicted(
             f"({skipped[0][1]})"
         )
     return Predictions(rows, skipped)
-
-
-def objective_of(model: TunedModel) -> str:
-    """The name of the objective that a model was trained with, "single-label" where not known."""
-    recipe = model.record.recipe or {}
-    by_loss = {OBJECTIVES[name].loss_name: name for name in OBJECTIVES}
-    found = recipe.get("objective") or by_loss.get(recipe.get("criterion"))  # of older files
-    return found or SingleLabel.name
 
 
 def _probable(model: TunedModel) -> Callable[[Tensor], Tensor]:

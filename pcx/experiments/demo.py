@@ -20,6 +20,7 @@ from pcx.backbones import scenes_vit
 from pcx.backbones.inputs import data_config
 from pcx.condensation.condensing import condense
 from pcx.condensation.scoring import score
+from pcx.extras import need
 from pcx.models.vpt.model import VPT
 from pcx.tasks import Task, load_task
 from pcx.training.evaluation import evaluate, standard_error
@@ -58,7 +59,13 @@ def demo(out: Path = Path("runs/demo"), *, seed: int = 0, tasks: tuple[str, ...]
 
     Returns:
         The content of result.json.
+
+    Raises:
+        ImportError: a package that draws figures or holds images is missing; nothing has run.
     """
+    need("matplotlib", "pcx demo")
+    if "digits" in tasks:
+        need("sklearn", "pcx demo")
     console, start = Console(width=None if sys.stdout.isatty() else 110), time.perf_counter()
     result: dict = {"seed": seed, "keep": KEEP, "threads": torch.get_num_threads(), "tasks": {}}
     for name in tasks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from pcx.arguments import whole_number
 
 LOWER = ("loss", "error")  # ends of the names of measures of which less is better
 NO_MEASURES = ("epoch", "samples", "lr", "loader_share", "seconds")  # columns that say how it went
+FUNCTIONS = ("on_start", "on_step", "on_epoch", "on_end", "on_exit")
 
 
 class Callback:
@@ -20,6 +21,14 @@ class Callback:
     With several processes it is called in each of them. Losses and metrics are the same in all, but
     seconds and loader_share are each process's own; the first process decides whether to end.
     """
+
+    def on_start(self, config: Mapping[str, Any], history: Sequence[dict[str, Any]]) -> None:
+        """Called once before the first epoch.
+
+        Args:
+            config: what a run folder's config.json holds: the "recipe", and facts of the run.
+            history: the rows of the run that this one continues; empty for a new run.
+        """
 
     def on_step(self, epoch: int, step: int, losses: Tensor) -> None:
         """Called behind each batch.
@@ -44,6 +53,9 @@ class Callback:
 
     def on_end(self, history: Sequence[dict[str, Any]]) -> None:
         """Called once at the end of a training that was not interrupted."""
+
+    def on_exit(self) -> None:
+        """Called last, also behind an error or an interruption; what is open is closed here."""
 
 
 class EarlyStopping(Callback):
@@ -113,9 +125,7 @@ def check_callbacks(callbacks: Any) -> list[Callback]:
         callbacks = [callbacks]
     given = list(callbacks)
     for i, each in enumerate(given):
-        if isinstance(each, type) or not all(
-            callable(getattr(each, f, None)) for f in ("on_step", "on_epoch", "on_end")
-        ):
+        if isinstance(each, type) or not all(callable(getattr(each, f, None)) for f in FUNCTIONS):
             raise ValueError(
                 f"callbacks[{i}]: a {type(each).__name__}, expected a subclass of "
                 "pcx.training.callbacks.Callback"

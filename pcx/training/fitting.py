@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -145,16 +146,32 @@ def _checked(
 def _train(
     run: Run, folder: RunFolder | None, resume: bool, console: Console, called: list[Callback]
 ) -> list[dict]:
-    epochs = run.recipe.epochs
     file = None if folder is None else folder.path / LAST
     if resume and file is not None and file.exists():
         run.restore(file)
         console.print(f"resumed {file} after epoch {len(run.history)}", markup=False)
     if not run.accelerator.is_main_process:
-        folder = file = None
+        folder = None
+    config = {"recipe": asdict(run.recipe), **run.facts}
     if folder is not None:
-        config = {"recipe": asdict(run.recipe), **run.facts}
         folder.start(config, str(run.accelerator.device), run.history)
+    with ExitStack() as started:
+        for each in called:
+            started.callback(each.on_exit)
+            each.on_start(config, run.history)
+        _epochs(run, folder, console, called)
+        for each in called:
+            each.on_end(run.history)
+    known = known_by(run.model)
+    if known is not None:
+        known.record.set_recipe({**config["recipe"], "objective": run.objective.name})
+        keep_names(known, run.classes)
+    return run.history
+
+
+def _epochs(run: Run, folder: RunFolder | None, console: Console, called: list[Callback]) -> None:
+    """The epochs that a run still has, up to the weights that the training is for."""
+    epochs = run.recipe.epochs
     with Display(console, epochs, len(run.loader)).shown(len(run.history)) as display:
 
         def on_step(epoch: int, step: int, losses: Tensor) -> None:
@@ -166,20 +183,13 @@ def _train(
         stopped = bool(run.history) and _ends(run, called)
         while len(run.history) < epochs and not stopped:
             row = run.epoch()
-            if folder is not None and file is not None:
-                run.save(file)
+            if folder is not None:
+                run.save(folder.path / LAST)
                 folder.add_epoch(run.history)
             display.epoch(row)
             stopped = _ends(run, called)
     run.finish()
     _say_end(run, console, stopped)
-    for each in called:
-        each.on_end(run.history)
-    known = known_by(run.model)
-    if known is not None:
-        known.record.set_recipe({**asdict(run.recipe), "objective": run.objective.name})
-        keep_names(known, run.classes)
-    return run.history
 
 
 def _ends(run: Run, called: list[Callback]) -> bool:

@@ -40,6 +40,32 @@ class Accuracy(Metrics):
         return {"accuracy": 100 * int(self.right) / self.samples} if self.samples else {}
 
 
+class TopAccuracy(Accuracy):
+    """The accuracy, and the share of rows whose label is among the k highest, in percent.
+
+    Args:
+        top: k.
+    """
+
+    def __init__(self, top: int) -> None:
+        super().__init__()
+        self.top = top
+        self.near: Any = 0
+
+    def update(self, *observed: Tensor) -> None:
+        """Adds hits [B] and hits of the k highest [B], boolean."""
+        hits, near = observed
+        super().update(hits)
+        self.near = self.near + near.sum()
+
+    def compute(self) -> dict[str, float]:
+        """{"accuracy": percent, "accuracy_top<k>": percent}."""
+        found = super().compute()
+        if found:
+            found[f"accuracy_top{self.top}"] = 100 * int(self.near) / self.samples
+        return found
+
+
 class AveragePrecision(Metrics):
     """The mean over classes of the average precision (mAP), in percent."""
 

@@ -6,20 +6,24 @@ that a target is one class per image.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pcx.arguments import whole_number
+from pcx.models.base import TunedModel
 from pcx.training import OBJECTIVES
+from pcx.training.class_weights import ClassWeights
 from pcx.training.metrics import (
     Accuracy,
     AveragePrecision,
     Errors,
     IntersectionOverUnion,
     Metrics,
+    TopAccuracy,
 )
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -110,11 +114,44 @@ class Objective:
 
 
 class SingleLabel(Objective):
-    """One class per image: cross-entropy, and the accuracy in percent."""
+    """One class per image: cross-entropy, and the accuracy in percent.
+
+    With class weights w the loss of a sample is w[y] * cross-entropy. The mean is over samples, as
+    of every objective: it is divided by their number, not by the sum of their weights as in
+    `torch.nn.CrossEntropyLoss(weight=w)`. Validation losses are weighted too.
+
+    Args:
+        criterion: as that of `Objective`.
+        class_weights: a number for each class, 0 or more; None weighs all alike.
+        top: k of a further metric "accuracy_top<k>": whether the label is among the k highest.
+
+    Raises:
+        ValueError: a weight is negative or not finite, all are 0, top is no whole number of 2 or
+            more, or both a criterion and weights are given.
+    """
 
     name = "single-label"
     loss_name = "cross-entropy"
     targets = "one class per image, integers [B]"
+
+    def __init__(
+        self,
+        criterion: Criterion | None = None,
+        *,
+        class_weights: Sequence[float] | Tensor | None = None,
+        top: int | None = None,
+    ):
+        super().__init__(criterion)
+        if criterion is not None and class_weights is not None:
+            raise ValueError("class_weights: the criterion has its own; give one of the two")
+        self.class_weights = None if class_weights is None else ClassWeights(class_weights)
+        self.top = None if top is None else whole_number("top", top, 2)
+
+    @property
+    def described(self) -> str:
+        """The criterion or the loss, with the weights."""
+        weighed = "" if self.class_weights is None else f", {self.class_weights}"
+        return super().described + weighed
 
     def fits(self, logits: Tensor, targets: Tensor) -> bool:
         """Integers [B]."""
@@ -126,8 +163,9 @@ class SingleLabel(Objective):
         return targets.long()
 
     def own_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy, [B]."""
-        return F.cross_entropy(logits, targets.long(), reduction="none")
+        """Cross-entropy times the weight of the label, [B]."""
+        weight = None if self.class_weights is None else self.class_weights.beside(logits)
+        return F.cross_entropy(logits, targets.long(), weight=weight, reduction="none")
 
     def look_at(self, targets: Tensor) -> tuple[int, int] | None:
         """The lowest and the highest label, (0, 0) of none."""
@@ -151,14 +189,23 @@ class SingleLabel(Objective):
             )
 
     def observed(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        """Whether the highest logit is the label's, [B]; one logit is above 0 for class 1."""
-        if logits.shape[-1] == 1:
-            return ((logits.detach()[:, 0] > 0) == targets,)
-        return (logits.detach().argmax(-1) == targets,)
+        """Whether the highest logit is the label's, [B]; one logit is above 0 for class 1.
+
+        With `top`, also whether the label's is among the k highest, [B].
+        """
+        found, classes = logits.detach(), logits.shape[-1]
+        if self.top is not None and self.top >= classes:
+            raise ValueError(f"top: {self.top}, expected less than the head's {classes} classes")
+        if classes == 1:
+            return ((found[:, 0] > 0) == targets,)
+        hits = found.argmax(-1) == targets
+        if self.top is None:
+            return (hits,)
+        return hits, (found.topk(self.top).indices == targets[:, None]).any(-1)
 
     def metrics(self) -> Metrics:
-        """The accuracy."""
-        return Accuracy()
+        """The accuracy, and that of the k highest."""
+        return Accuracy() if self.top is None else TopAccuracy(self.top)
 
 
 class MultiLabel(Objective):
@@ -336,3 +383,11 @@ def objective_for(
             raise ValueError("criterion: the objective has its own; give one of the two")
         return objective
     return OBJECTIVES.get_checked(objective or SingleLabel.name)(criterion)
+
+
+def objective_of(model: TunedModel) -> str:
+    """The name of the objective that a model was trained with, "single-label" where not known."""
+    recipe = model.record.recipe or {}
+    by_loss = {OBJECTIVES[name].loss_name: name for name in OBJECTIVES}
+    found = recipe.get("objective") or by_loss.get(recipe.get("criterion"))  # of older files
+    return found or SingleLabel.name

@@ -26,7 +26,7 @@ TABLE = f"""
 trian                                        | No such command 'trian'. Did you mean 'train'
 --bogus                                      | No such option
 train                                        | PHOTOS: got none; give a folder of photos, or --task
-train --task digits --method full --out new  | lr: give lr or base_lr
+train --task digits --method full --out new  | --lr: give --lr or --base-lr
 train --out new --lr 1                       | PHOTOS: got none
 train digits --task digits --out new         | PHOTOS: got both, digits and --task digits
 train ./nowhere --out new                    | nowhere: no such folder
@@ -36,105 +36,110 @@ train ./nowhere --out new                    | nowhere: no such folder
 {T} --epochs                                 | --epochs
 {T} --epochs x                               | --epochs
 {T} --epochs 1.5                             | --epochs
-{T} --epochs 0                               | epochs: 0
-{T} --epochs -1                              | epochs: -1
+{T} --epochs 0                               | --epochs: 0
+{T} --epochs -1                              | --epochs: -1
 {T} --prompts x                              | --prompts: 'x'
-{T} --prompts -1                             | num_prompts: -1
+{T} --prompts -1                             | --prompts: -1
 {T} --prompts 1.5                            | --prompts: '1.5'
-{T} --prompts 1,2                            | num_prompts: 2 counts
+{T} --prompts 1,2                            | --prompts: 2 counts
 {T} --prompts 1,,2                           | --prompts: '1,,2'
 {T} --prompts ""                             | --prompts: ''
-{T} --prompts 9999999999                     | num_prompts: 9999999999
-{T} --kind wide                              | kind: got 'wide'
-{T} --kind shallow --prompts 1,1,1,1,1,1     | num_prompts: [1, 1, 1, 1, 1, 1]; kind='shallow'
+{T} --prompts 9999999999                     | --prompts: 9999999999
+{T} --kind wide                              | --kind: got 'wide'
+{T} --kind shallow --prompts 1,1,1,1,1,1     | --prompts: [1, 1, 1, 1, 1, 1]; --kind shallow
 {T} --dropout x                              | --dropout
-{T} --dropout 1                              | dropout: 1.0
-{T} --dropout -0.5                           | dropout: -0.5
-{T} --dropout nan                            | dropout: nan
-{T} --method liner                           | method: got 'liner'
+{T} --dropout 1                              | --dropout: 1.0
+{T} --dropout -0.5                           | --dropout: -0.5
+{T} --dropout nan                            | --dropout: nan
+{T} --method liner                           | --method: got 'liner'
 {T} --method peft                            | --method: 'peft' is not built
 {T} --method linear --prompts 2              | --prompts: --method linear has no such option
 {T} --method full --kind deep                | --kind: --method full has no such option
-{T} --head-init zero                         | head_init: got 'zero'
-{T} --patience 0                             | patience: 0
+{T} --head-init zero                         | --head-init: got 'zero'
+{T} --patience 0                             | --patience: 0
+{T} --track x                                | --track: got 'x', expected one or several of
 {T} --patience x                             | --patience
 {T} --patience 2 --split trainval            | --patience: it goes by val
-{T} --base-lr 0.1                            | lr: give lr or base_lr, one of them
+{T} --class-weights even                     | --class-weights: 'even', expected balanced, or
+{T} --class-weights 1,2                      | --class-weights: 2 weights for 10 classes
+{T} --class-weights 1,1,1,1,1,1,1,1,1,-1     | --class-weights[9]: got -1.0, expected a number
+{T} --class-weights 0,0,0,0,0,0,0,0,0,0      | --class-weights: got [0.0, 0.0
+{T} --base-lr 0.1                            | --lr: give --lr or --base-lr, one of them
 train --task digits --out new --lr x         | --lr
-train --task digits --out new --lr 0         | lr: 0.0
-train --task digits --out new --lr -1        | lr: -1.0
-train --task digits --out new --lr nan       | lr: nan
-train --task digits --out new --lr inf       | lr: inf
-train --task digits --out new --base-lr 0    | base_lr: 0.0
-{T} --weight-decay -1                        | weight_decay: -1.0
+train --task digits --out new --lr 0         | --lr: 0.0
+train --task digits --out new --lr -1        | --lr: -1.0
+train --task digits --out new --lr nan       | --lr: nan
+train --task digits --out new --lr inf       | --lr: inf
+train --task digits --out new --base-lr 0    | --base-lr: 0.0
+{T} --weight-decay -1                        | --weight-decay: -1.0
 {T} --weight-decay x                         | --weight-decay
-{T} --weight-decay nan                       | weight_decay: nan
-{T} --clip-grad 0                            | clip_grad: 0.0
-{T} --clip-grad -2                           | clip_grad: -2.0
+{T} --weight-decay nan                       | --weight-decay: nan
+{T} --clip-grad 0                            | --clip-grad: 0.0
+{T} --clip-grad -2                           | --clip-grad: -2.0
 {T} --clip-grad x                            | --clip-grad
-{T} --batch-size 0                           | batch_size: 0
-{T} --batch-size -4                          | batch_size: -4
+{T} --batch-size 0                           | --batch-size: 0
+{T} --batch-size -4                          | --batch-size: -4
 {T} --batch-size x                           | --batch-size
-{T} --workers -1                             | num_workers: -1
+{T} --workers -1                             | --workers: -1
 {T} --workers x                              | --workers
 {T} --seed x                                 | --seed
-{T} --seed -1                                | seed: -1
-{T} --amp fp8                                | amp: got 'fp8'
-{T} --amp fp16                               | amp: 'fp16' needs a GPU
-{T} --execution fast                         | execution: got 'fast'
-{T} --execution cuda-graph                   | execution: 'cuda-graph'
+{T} --seed -1                                | --seed: -1
+{T} --amp fp8                                | --amp: got 'fp8'
+{T} --amp fp16                               | --amp: 'fp16' needs a GPU
+{T} --execution fast                         | --execution: got 'fast'
+{T} --execution cuda-graph                   | --execution: 'cuda-graph'
 {T} --split test                             | --split: got 'test'
 {T} --split val                              | --split: got 'val'
 {T} --backbone vit_huge_x                    | --backbone: timm knows no 'vit_huge_x'
 {T} --weights w.pth                          | --weights: pcx_scenes_vit has its own weights
 {T} --backbone vit_tiny_patch16_224 --weights no.pth   | --weights: no file no.pth
-{T} --backbone vit_tiny_patch16_224 --weights text.txt | weights: text.txt is not what torch.save
-{T} --backbone vit_tiny_patch16_224 --weights few.safetensors | weights: few.safetensors has no values
-{T} --cache text.txt                         | cache:
-{T} --cache-tokens --epochs 0                | epochs: 0
+{T} --backbone vit_tiny_patch16_224 --weights text.txt | --weights: text.txt is not what torch.save
+{T} --backbone vit_tiny_patch16_224 --weights few.safetensors | --weights: few.safetensors has no values
+{T} --cache text.txt                         | --cache:
+{T} --cache-tokens --epochs 0                | --epochs: 0
 {T} --config none.toml                       | --config: no file none.toml
 {T} --config text.txt                        | --config: text.txt is not TOML
 {T} --config typo.toml                       | --config: typo.toml: pcx train has no option 'epoch'
 {T} --config kind.toml                       | --config: kind.toml: epochs
 {T} --config latin.toml                      | --config: latin.toml, line 1: it is not UTF-8
-train --task letters --out new --lr 1        | name: 'letters'
+train --task letters --out new --lr 1        | --task: 'letters'
 train --task "" --out new --lr 1             | data: no such folder
-train --task sprites:x --out new --lr 1      | name: 'sprites:x'
-train --task sprites: --out new --lr 1       | name: 'sprites:'
-train --task vtab:x --out new --lr 1         | name: 'vtab:x'
+train --task sprites:x --out new --lr 1      | --task: 'sprites:x'
+train --task sprites: --out new --lr 1       | --task: 'sprites:'
+train --task vtab:x --out new --lr 1         | --task: 'vtab:x'
 train --task vtab:dtd --out new --lr 1       | not found, expected a folder of VTAB
 train --task fgvc:cub --out new --lr 1       | not found, expected a folder with train.json
 train --task folder --out new --lr 1         | data: no such folder
 train --task folder --root no --out new --lr 1 | no: no such folder
-train --task torch/nothing --out new --lr 1  | name: 'torch/nothing'
+train --task torch/nothing --out new --lr 1  | --task: 'torch/nothing'
 train --task fgvc:broken --root . --out new --lr 1 | train.json, line 1: not JSON
 train --task fgvc:out --root . --out new --lr 1    | leads out of
 train --task digits --out . --lr 1           | --out: . is a folder
 train --task digits --out text.txt/new --lr 1 | --out: text.txt is a file
 train --task digits --out m.safetensors --lr 1 | --out: m.safetensors exists; give --overwrite
 train --task digits --out half --lr 1        | --out: half.ckpt holds the checkpoint
-{T} --resume --out half --epochs 9           | resume: .* is of another run
+{T} --resume --out half --epochs 9           | --resume: .* is of another run
 condense                                     | Missing argument 'model'
 condense m.safetensors                       | PHOTOS: got none
 condense m.safetensors digits --task digits  | PHOTOS: got both
-condense none --task digits --out new        | path: no file none
-condense text.txt --task digits --out new    | path: text.txt is not a whole safetensors file
-condense flipped --task digits --out new     | path: flipped is damaged
-condense linear.safetensors --task digits --out new --lr 1 | model: a Linear
-{C} --keep 0                                 | keep: 0
-{C} --keep 2.5                               | keep: 2.5
-{C} --keep -1                                | keep: -1
+condense none --task digits --out new        | MODEL: no file none
+condense text.txt --task digits --out new    | MODEL: text.txt is not a whole safetensors file
+condense flipped --task digits --out new     | MODEL: flipped is damaged
+condense linear.safetensors --task digits --out new --lr 1 | MODEL: a Linear
+{C} --keep 0                                 | --keep: 0
+{C} --keep 2.5                               | --keep: 2.5
+{C} --keep -1                                | --keep: -1
 {C} --keep x                                 | --keep: 'x'
-{C} --keep nan                               | keep: nan
-{C} --keep 999                               | keep: 999
+{C} --keep nan                               | --keep: nan
+{C} --keep 999                               | --keep: 999
 {C} --keep auto --split trainval             | --split: 'trainval' holds the images of val
-{C} --split dev                              | split: got 'dev'
-{C} --method x                               | method: got 'x'
-{C} --scope x                                | scope: got 'x'
-{C} --epochs -1                              | epochs: -1
-{C} --clip-grad -1                           | clip_grad: -1.0
-{C} --batch-size 0                           | batch_size: 0
-{C} --amp x                                  | amp: got 'x'
+{C} --split dev                              | --split: got 'dev'
+{C} --method x                               | --method: got 'x'
+{C} --scope x                                | --scope: got 'x'
+{C} --epochs -1                              | --epochs: -1
+{C} --clip-grad -1                           | --clip-grad: -1.0
+{C} --batch-size 0                           | --batch-size: 0
+{C} --amp x                                  | --amp: got 'x'
 {C} --out m.safetensors                      | --out: m.safetensors exists
 {C} --out .                                  | --out: . is a folder
 {C} --backbone x                             | --backbone: timm knows no 'x'
@@ -145,53 +150,53 @@ eval m.safetensors                           | PHOTOS: got none
 predict                                      | Missing argument 'images'
 predict a.jpg                                | Missing option '--model'
 predict --model m.safetensors                | Missing argument 'images'
-predict none.jpg --model m.safetensors       | images: none.jpg: no such file
-predict no*.jpg --model m.safetensors        | images: no*.jpg: no such file
-predict m.safetensors --model m.safetensors  | images: none of 1 is an image; the first is m.saf
+predict none.jpg --model m.safetensors       | IMAGES: none.jpg: no such file
+predict no*.jpg --model m.safetensors        | IMAGES: no*.jpg: no such file
+predict m.safetensors --model m.safetensors  | IMAGES: none of 1 is an image; the first is m.saf
 predict m.safetensors --model none.safetensors | none.safetensors
-predict m.safetensors --model m.safetensors --top 0 | top: 0
+predict m.safetensors --model m.safetensors --top 0 | --top: 0
 predict m.safetensors --model m.safetensors --top x | --top
 predict m.safetensors --model m.safetensors --out p.txt | --out: p.txt, expected a name that ends
-predict m.safetensors --model m.safetensors --amp int8 | amp: got 'int8'
-predict m.safetensors --model m.safetensors --batch-size 0 | batch_size: 0
-eval none --task digits                      | path: no file none
-eval . --task digits                         | path: no file .
-eval text.txt --task digits                  | path: text.txt is not a whole safetensors file
-{E} --split dev                              | split: got 'dev'
-{E} --batch-size 0                           | batch_size: 0
-{E} --amp x                                  | amp: got 'x'
-{E} --amp fp16                               | amp: 'fp16' needs a GPU
-{E} --workers -2                             | num_workers: -2
+predict m.safetensors --model m.safetensors --amp int8 | --amp: got 'int8'
+predict m.safetensors --model m.safetensors --batch-size 0 | --batch-size: 0
+eval none --task digits                      | MODEL: no file none
+eval . --task digits                         | MODEL: no file .
+eval text.txt --task digits                  | MODEL: text.txt is not a whole safetensors file
+{E} --split dev                              | --split: got 'dev'
+{E} --batch-size 0                           | --batch-size: 0
+{E} --amp x                                  | --amp: got 'x'
+{E} --amp fp16                               | --amp: 'fp16' needs a GPU
+{E} --workers -2                             | --workers: -2
 {E} --task sprites:count                     | --task: sprites:count has 8 classes
 prune m.safetensors --task digits            | Missing option '--layers'
 prune m.safetensors --task digits --layers 1 | Missing option '--keep'
 {P} --layers x                               | --layers: 'x'
-{P} --layers 0                               | layers: 0
-{P} --layers 99                              | layers: [99]
-{P} --layers 2,1                             | layers: [2, 1]
+{P} --layers 0                               | --layers: 0
+{P} --layers 99                              | --layers: [99]
+{P} --layers 2,1                             | --layers: [2, 1]
 {P} --keep x                                 | --keep: 'x'
-{P} --keep 0                                 | keep: 0.0
-{P} --keep 0.5,0.5                           | keep: 2 values for 1 layers
-{P} --iters 0                                | iters: 0
+{P} --keep 0                                 | --keep: 0.0
+{P} --keep 0.5,0.5                           | --keep: 2 values for 1 layers
+{P} --iters 0                                | --iters: 0
 {P} --iters x                                | --iters: 'x'
-{P} --similar -1                             | similar: -1
-{P} --similar 99                             | similar: 99
-{P} --ranking x                              | ranking: got 'x'
+{P} --similar -1                             | --similar: -1
+{P} --similar 99                             | --similar: 99
+{P} --ranking x                              | --ranking: got 'x'
 {P} --images 0                               | --images: 0
-{P} --split dev                              | split: got 'dev'
+{P} --split dev                              | --split: got 'dev'
 {P} --out .                                  | --out: . is a folder
 search m.safetensors --task digits           | Missing option '--budget'
 {S} --budget x                               | --budget
-{S} --budget 0                               | budget: 0.0
-{S} --budget nan                             | budget: nan
-{S} --trials 0                               | trials: 0
-{S} --images 0                               | images: 0
-{S} --seed -1                                | seed: -1
-{S} --amp x                                  | amp: got 'x'
-{S} --execution compile                      | execution: 'compile'
-{S} --storage study.db                       | storage: 'study.db' cannot be used
-{S} --storage sqlite:////no/such/s.db        | storage: .* cannot be used
-{S} --storage foo://x                        | storage: .* cannot be used
+{S} --budget 0                               | --budget: 0.0
+{S} --budget nan                             | --budget: nan
+{S} --trials 0                               | --trials: 0
+{S} --images 0                               | --images: 0
+{S} --seed -1                                | --seed: -1
+{S} --amp x                                  | --amp: got 'x'
+{S} --execution compile                      | --execution: 'compile'
+{S} --storage study.db                       | --storage: 'study.db' cannot be used
+{S} --storage sqlite:////no/such/s.db        | --storage: .* cannot be used
+{S} --storage foo://x                        | --storage: .* cannot be used
 export                                       | Missing argument 'model'
 export m.safetensors                         | Missing option '--out'
 export m.safetensors --out new               | --out: new ends in '', which names no format
@@ -200,8 +205,8 @@ export m.safetensors --out new.pt2 --format onnx | --out: new.pt2 ends in '.pt2'
 export m.safetensors --out .                 | --out: . is a folder
 export m.safetensors --out text.ts           | --out: text.ts exists; give --overwrite
 export m.safetensors --out text.txt/new.ts   | --out: text.txt is a file
-export none --out new.ts                     | path: no file none
-export text.txt --out new.ts                 | path: text.txt is not a whole safetensors file
+export none --out new.ts                     | MODEL: no file none
+export text.txt --out new.ts                 | MODEL: text.txt is not a whole safetensors file
 export m.safetensors --out new.ts --backbone x | --backbone: timm knows no 'x'
 env extra                                    | unexpected extra argument
 demo --bogus                                 | No such option: --bogus

@@ -1,5 +1,6 @@
 """The command line, as a person runs it."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -63,11 +64,11 @@ def test_train_condense_and_eval(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["eval", "none.safetensors", "--task", "digits"], "pcx: path: no file none.safetensors"),
-        (["train", "--task", "letters", "--out", "a", "--lr", "1"], "pcx: name: 'letters'"),
+        (["eval", "none.safetensors", "--task", "digits"], "pcx: MODEL: no file none.safetensors"),
+        (["train", "--task", "letters", "--out", "a", "--lr", "1"], "pcx: --task: 'letters'"),
         (
             ["train", "--task", "digits", "--out", "a", "--method", "full"],
-            "pcx: lr: give lr or base_lr",
+            "pcx: --lr: give --lr or --base-lr",
         ),
         (
             ["train", "--task", "digits", "--out", "a", "--lr", "1", "--backbone", "vit_huge_x"],
@@ -119,3 +120,18 @@ def test_demo_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     figures = {p.name for p in (tmp_path / "digits").iterdir()}
     assert figures == {"kept_per_layer.png", "scores.png", "accuracy_by_keep.png"}
     assert "VPT-Deep with 30%" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(("missing", "package"), [("matplotlib",) * 2, ("sklearn", "scikit-learn")])
+def test_demo_says_at_its_start_what_is_missing(tmp_path, monkeypatch, missing, package):
+    def runs(*given):
+        raise AssertionError("it has begun")
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        "pcx.extras.find_spec", lambda name: None if name == missing else found(name)
+    )
+    monkeypatch.setattr(demo_module, "_run_task", runs)
+    with pytest.raises(ImportError, match=rf"pcx demo needs {package}.*pcx\[study\]"):
+        demo_module.demo(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ except SystemExit as end:
 mine = sorted(name for name in sys.modules if name.startswith("pcx.cli."))
 print("LOADED", *mine, *(name for name in ("torch", "timm", "optuna") if name in sys.modules))
 """
-COMMON = ["pcx.cli.config_file", "pcx.cli.options"]
+COMMON = ["pcx.cli.config_file", "pcx.cli.messages", "pcx.cli.options"]
 
 
 def help_and_modules(*arguments):

@@ -36,6 +36,9 @@ def test_values_of_all_kinds_come_from_the_file(options):
     assert isinstance(found["lr"], float)
     assert (found["weight_decay"], found["resume"]) == (0.5, True)
     assert found["prompts"] == "8,8,4"
+    assert not found["track"]
+    assert options(NEEDED + 'track = ["wandb", "aim"]\n')["track"] == ["wandb", "aim"]
+    assert options(NEEDED + 'track = "wandb"\n')["track"] == ["wandb"]
     assert found["seed"] == 0  # the default of what the file leaves out
 
 

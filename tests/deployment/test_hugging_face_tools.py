@@ -165,3 +165,13 @@ def test_a_folder_holds_the_model_its_processor_and_a_card(trained, tmp_path):
         assert said in card
     with pytest.raises(FileNotFoundError, match="no file"):
         PcxForImageClassification.from_pretrained(tmp_path)
+
+
+def test_two_classes_of_one_name_are_refused():
+    model = pcx.VPT(of_timm(), 2)
+    model.record.class_names = ["crane", "owl", "crane"]
+    with pytest.raises(ValueError, match="classes 0 and 2 are both named 'crane'.*class_names"):
+        PcxForImageClassification(model)
+    model.record.class_names = ["crane, a bird", "owl", "crane, a machine"]
+    config = PcxForImageClassification(model).config
+    assert {config.label2id[name]: name for name in config.label2id} == config.id2label

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
@@ -217,3 +218,23 @@ def test_images_that_do_not_fit_are_named(model):
     with pytest.raises(ValueError, match="give amp='bf16'"):
         pcx.predict(narrow, torch.randn(3, 64, 64))
     assert len(pcx.predict(narrow, torch.randn(3, 64, 64), amp="bf16")) == 1
+
+
+def test_names_of_files_that_are_no_utf8_are_written(photos, model, tmp_path, monkeypatch):
+    odd = os.fsdecode(b"gr\xfcn.png")
+    (tmp_path / odd).write_bytes((photos / "green" / "0.png").read_bytes())
+    (tmp_path / os.fsdecode(b"kein\xff.png")).write_text("no image")
+    monkeypatch.chdir(tmp_path)
+    pcx.save(model, "m.safetensors")
+    files = ["predict", ".", "--model", "m.safetensors"]
+    for out in ("p.json", "p.csv"):
+        done = CliRunner().invoke(app, [*files, "--out", out])
+        assert done.exit_code == 4, done.exception
+    assert "skipped kein\\udcff.png" in done.stderr
+    assert json.loads((tmp_path / "p.json").read_text("utf-8"))[0]["image"] == odd
+    with open("p.csv", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["image"], row["class"]) == ("gr\\udcfcn.png", "green")
+    # To the standard output as a terminal in UTF-8 has it, which refuses surrogates.
+    done = CliRunner(charset="utf-8").invoke(app, files)
+    assert done.stdout.startswith("gr\\udcfcn.png\tgreen\t")
