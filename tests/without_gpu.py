@@ -31,7 +31,12 @@ class Recorder:
         return lambda *args, **options: self.launches.append((args, options))
 
 
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int64: "*i64",
+}
 
 
 def source_of(kernel, args, options):

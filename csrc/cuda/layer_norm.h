@@ -4,18 +4,9 @@
 
 #include <cuda_runtime_api.h>
 
-#include <cstdint>
-
-#include "element.h"
+#include "rows.h"
 
 namespace pcx {
-
-constexpr int kWidestNorm = 2048;  // numbers in a row, a multiple of 4
-
-struct Rows {
-  const void* data;  // null where there are none
-  Element type;
-};
 
 struct AddLayerNorm {
   Rows x, y;          // [rows, dim], dense; the sum has the type of x

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 # Registers that a thread may use, of 65536 for all, and bytes that it may spill: what it reads once
 # for each head of a sample or, in one iteration of PageRank, each 64 queries; not for each stage.
-# PageRank's 10 and 13 tiles without wgmma, and its 17, read some again in every iteration.
+# PageRank's 10 and 13 tiles without wgmma, and its 17, read some again in every iteration. Of
+# salient_linear only rows of 2048 numbers spill that much, those of 768 at most 32 bytes.
 LIMITS = {
     "prefix_attention_forward": (128, 68),
     "prefix_attention_queries": (128, 72),
@@ -19,6 +20,7 @@ LIMITS = {
     "weighted_pagerank": (168, 244),
     "weighted_pagerank_once": (253, 160),
     "token_choice": (64, 0),
+    "salient_linear": (128, 516),
 }
 HOPPER_ONLY = ("prefix_attention_forward", "prefix_attention_queries", "prefix_attention_keys")
 CASES = [("sm_90a", name) for name in LIMITS] + [

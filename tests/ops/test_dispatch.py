@@ -95,7 +95,8 @@ def test_the_extension_registers_all_its_files(device):
     names = {
         "cpu": ("prefix_attention", "prefix_attention_backward", "prompt_score"),
         "cuda": ("prefix_attention", "prefix_attention_key_gradients_hopper")
-        + ("weighted_pagerank_cuda", "important_tokens_cuda", "dissimilar_tokens_cuda"),
+        + ("weighted_pagerank_cuda", "important_tokens_cuda", "dissimilar_tokens_cuda")
+        + ("salient_linear", "salient_linear_cuda"),
     }[device]
     for name in ("weighted_pagerank", *names):
         has = torch._C._dispatch_has_kernel_for_dispatch_key

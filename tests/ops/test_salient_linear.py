@@ -499,3 +499,114 @@ def test_gradients_that_it_has_not_are_refused(device):
     with pytest.raises(ValueError, match="x: a leaf that requires a gradient"):
         salient_linear(x.requires_grad_(), index, weight, bias)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(
+    ("dtype", "narrow"),
+    [
+        (torch.bfloat16, None),
+        (torch.float16, None),
+        (torch.float32, None),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+    ],
+)
+@pytest.mark.parametrize("dim", [64, 192, 384, 768, 1024, 1280])
+@pytest.mark.parametrize("count", [1, 8, 32, 96, 100, 192, 256])
+def test_the_kernels(backend, dtype, narrow, dim, count):
+    if count > dim:
+        pytest.skip("there are more channels than columns")
+    learned = torch.float32 if dtype != torch.float16 else dtype
+    product = narrow or dtype
+    if backend == "cuda" and product == torch.float32 and count > 192:
+        pytest.skip("the matrix does not fit shared memory in float32")
+    for rows in (1, 15, 197, 12608 if dim == 768 else 500):
+        x, index, weight, bias, *affine = tensors((rows, dim), count, dtype, "cuda", learned)
+        y = x.flip(0) * 0.5
+        for norm, added, grad in (
+            (None, None, False),
+            ((*affine, 1e-6), None, False),
+            ((None, None, 1e-6), y, False),
+            ((*affine, 1e-6), None, True),
+        ):
+            changed = x.clone()
+            given = weight.clone().requires_grad_(grad)
+            with torch.autocast("cuda", product, enabled=narrow is not None):
+                found = salient_linear(
+                    changed, index, given, bias, 0.3, y=added, norm=norm, backend=backend
+                )
+            wanted, normed = exact(x, index, weight, bias, 0.3, added, norm)
+            assert_near(changed.detach(), wanted, product, 2e-5)
+            if norm is not None:
+                assert found.dtype == product
+                assert_near(found.detach(), normed, product, 5e-5)
+            others = torch.ones(dim, dtype=torch.bool, device="cuda")
+            others[index] = False
+            whole = x if added is None else x + added
+            assert torch.equal(changed[:, others].detach(), whole[:, others])
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keep", [True, False])
+def test_what_the_kernels_return(backend, dtype, keep):
+    x, index, weight, bias, *affine = tensors((3, 50, 192), 100, dtype, "cuda")
+    run = DISPATCH.rows[backend].run
+    for of_norm in (None, torch.float32, dtype):
+        arguments = (None, index, weight, bias, 0.5, *affine, 1e-5, of_norm, dtype, keep)
+        found = run(x.clone(), *arguments)
+        expected = reference.salient_linear(x.clone(), *arguments)
+        for each, wanted in zip(found, expected, strict=True):
+            assert (each.shape, each.dtype) == (wanted.shape, wanted.dtype)
+            assert_near(each, wanted.double(), dtype, 5e-5)
+        again = run(x.clone(), *arguments)
+        for each, same in zip(found, again, strict=True):
+            assert torch.equal(each, same)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("kind", NORMS)
+def test_gradients_of_the_kernels(backend, kind):
+    x, index, weight, bias, *affine = tensors((4, 50, 192), 100, torch.float32, "cuda")
+    norm, inputs = with_norm(affine, kind), [t.requires_grad_() for t in (x, weight, bias)]
+
+    def run(*given, **options):
+        return salient_linear(*given, **options, backend=backend)
+
+    out = both_read(run, norm)(x, index, weight, bias)
+    found = torch.autograd.grad(out.sum(), inputs)
+    wanted = torch.autograd.grad(both_read(exact, norm)(x, index, weight, bias).sum(), inputs)
+    for each, right in zip(found, wanted, strict=True):
+        assert_near(each, right.double(), torch.float32, 5e-5)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_cuda_graph(backend):
+    x, index, weight, bias, *affine = tensors((4, 50, 192), 96, torch.bfloat16, "cuda")
+    rest, norm = (index, weight, bias), (*affine, 1e-5)
+    changed = x.clone()
+    salient_linear(changed, *rest, norm=norm, backend=backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        found = salient_linear(changed, *rest, norm=norm, backend=backend)
+    changed.copy_(x)
+    graph.replay()
+    again = x.clone()
+    assert torch.equal(salient_linear(again, *rest, norm=norm, backend=backend), found)
+    assert torch.equal(again, changed)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_kernel_says_why_it_cannot_run(backend):
+    x, index, weight, bias, *_ = tensors((4, 64), 8, torch.float32, "cuda")
+    for given, reason in (
+        ((x.double(), index, weight, bias), "it computes bfloat16, float16 and float32, .*float"),
+        ((x[:, :32].contiguous()[:, :24], index % 24, weight, bias), "contiguous"),
+    ):
+        with pytest.raises(ValueError, match=f"backend: '{backend}' cannot run: .*{reason}"):
+            salient_linear(*given, backend=backend)
+        changed = given[0].clone()
+        salient_linear(changed, *given[1:])  # "auto" runs every call
+        if len(set(given[1].tolist())) == 8:
+            assert_near(changed, exact(*given)[0], torch.float32)

@@ -44,12 +44,11 @@ def salient_linear(
         x.add_(y)
     own = x.index_select(-1, index)  # [..., K]
     u = own.to(product)
-    delta = F.linear(u, weight.to(product), bias.to(product)) * scale
-    changed = own + delta.to(x.dtype)
-    if transformed():  # index_copy_ has no rule for vmap
-        x[..., index] = changed
+    delta = F.linear(u, weight.to(product), bias.to(product)).to(x.dtype)
+    if x.is_cuda and not transformed():  # without atomics, but vmap has no rule for it
+        x.index_copy_(-1, index, torch.add(own, delta, alpha=scale))
     else:
-        x.index_copy_(-1, index, changed)
+        x.index_add_(-1, index, delta, alpha=scale)
     normed = x.new_empty(0)
     mean, rstd = (x.new_empty(0, dtype=wide(x.dtype)) for _ in range(2))
     if dtype is not None and not keep:

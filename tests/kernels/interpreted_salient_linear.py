@@ -1,0 +1,48 @@
+"""Run by test_salient_linear.py with TRITON_INTERPRET=1: Triton's kernel on the CPU."""
+
+import pytest
+import torch
+
+from pcx.kernels import salient_linear as kernel
+from pcx.ops.reference import salient_linear as reference
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("product", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("norm", "adds"), [("none", True), ("plain", True), ("affine", False)])
+@pytest.mark.parametrize(
+    ("rows", "dim", "count"), [(1, 1, 1), (5, 24, 8), (17, 40, 33), (18, 300, 70), (3, 96, 96)]
+)
+def test_the_map_and_its_norm(dtype, product, norm, adds, rows, dim, count):
+    generator = torch.Generator().manual_seed(rows + dim)
+    x, y = (torch.randn(1, rows, dim, generator=generator).to(dtype) for _ in range(2))
+    index = torch.randperm(dim, generator=generator)[:count]
+    weight = torch.randn(count, count, generator=generator) / count**0.5
+    bias, affine = torch.randn(count, generator=generator), torch.randn(2, dim, generator=generator)
+    affine = affine if norm == "affine" else (None, None)
+    rest = (index, weight.to(product), bias, 0.3, *affine, 1e-5)
+    of_norm = None if norm == "none" else dtype
+    y = y if adds else None
+    changed, wanted = x.clone(), x.double()
+    found = kernel.salient_linear(changed, y, *rest, of_norm, product, True)
+    wide = [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in (y, *rest)]
+    of_norm = None if norm == "none" else torch.float64
+    expected = reference.salient_linear(wanted, *wide, of_norm, torch.float64, True)
+    tolerance = 1e-5 if dtype == product == torch.float32 else 1e-2
+    for each, right in zip((changed, *found), (wanted, *expected), strict=True):
+        assert each.shape == right.shape
+        if dim > 1 or right is not expected[3]:
+            torch.testing.assert_close(each.double(), right, rtol=tolerance, atol=tolerance)
+    others = sorted({*range(dim)} - {*index.tolist()})
+    untouched = x if y is None else (x.float() + y.float()).to(dtype)
+    assert torch.equal(changed[..., others], untouched[..., others])
+    short = kernel.salient_linear(x.clone(), y, *rest, dtype, product, False)
+    assert [t.numel() for t in short] == [x.numel(), 0, 0, 0]
+
+
+def test_nothing():
+    rest = (torch.tensor([1]), torch.ones(1, 1), torch.ones(1), 1.0, None, None, 1e-5)
+    found = kernel.salient_linear(
+        torch.zeros(0, 3, 16), None, *rest, torch.float32, torch.float32, True
+    )
+    assert [tuple(t.shape) for t in found] == [(0, 3, 16), (0, 3, 1), (0, 3, 1), (0, 3, 1)]

@@ -1,0 +1,30 @@
+"""The Triton kernel of salient_linear without a GPU: interpreted, and compiled for one."""
+
+import pytest
+import torch
+from without_gpu import Recorder, compiled, interpret, spills
+
+pytest.importorskip("triton")
+
+
+def test_in_the_interpreter():
+    assert interpret("interpreted_salient_linear.py") >= 61
+
+
+@pytest.mark.parametrize(("dim", "count"), [(192, 32), (768, 96), (768, 100), (1024, 256)])
+@pytest.mark.parametrize(
+    ("dtype", "product"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)],
+)
+def test_compiles_without_spilling(monkeypatch, dim, count, dtype, product):
+    from pcx.kernels import salient_linear as kernel
+
+    recorder = Recorder(kernel._salient)
+    monkeypatch.setattr(kernel, "_salient", recorder)
+    weight, bias, affine = torch.empty(count, count), torch.empty(count), torch.empty(dim)
+    rest = (torch.arange(count), weight, bias, 1.0, affine, affine, 1e-6, product, product, True)
+    for rows in (197, 64 * 197):
+        x = torch.empty(rows, dim, dtype=dtype)
+        kernel.salient_linear(x, x.clone(), *rest)
+    for args, options in recorder.launches:
+        assert not spills(compiled(recorder.kernel, args, options, 90))
