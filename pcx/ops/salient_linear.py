@@ -74,7 +74,8 @@ def salient_linear(
     elif not learns:
         normed = run(*call, False)[0]
         _has_changed(x)
-    elif norm is not None and x._is_view():  # autograd lets a view have one result only
+    elif norm is not None and (torch.compiler.is_compiling() or x._is_view()):
+        # Autograd lets a function that changes a view have one result only.
         _InPlace.apply(run, x, *call[2:6], None, None, 0.0, None, call[-1])
         normed = add_layer_norm(x, None, *of_norm[:3], dtype=dtype)[1]
     else:
