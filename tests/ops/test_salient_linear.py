@@ -303,6 +303,22 @@ def test_the_op_keeps_torchs_rules(device, op, kind, keep):
         torch.library.opcheck(getattr(torch.ops.pcx, op).default, (*arguments, torch.float32, keep))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("read", ["x", "both", "normed"])
+@pytest.mark.parametrize("kind", NORMS)
+def test_the_op_of_the_gradient_keeps_torchs_rules(device, read, kind):
+    if kind == "none" and read != "x":
+        pytest.skip("there are no normed rows")
+    x, index, weight, _, scaling, _ = tensors((2, 3, 16), 4, torch.float32, device)
+    mean, rstd = x.mean(-1, keepdim=True), 1 / x.std(-1, keepdim=True)
+    of_norm = [None] * 4 if kind == "none" else [x, mean, rstd, scaling]
+    grads = [None if read == "normed" else x.flip(0), None if read == "x" else x.roll(1, 1)]
+    torch.library.opcheck(
+        torch.ops.pcx.salient_linear_gradient.default,
+        (*grads, index, weight, 0.5, *of_norm, torch.float32),
+    )
+
+
 class Layer(torch.nn.Module):
     """A residual sum, the op, and a layer that reads both results."""
 
@@ -587,6 +603,27 @@ def test_gradients_of_the_kernels(backend, kind):
     wanted = torch.autograd.grad(both_read(exact, norm)(x, index, weight, bias).sum(), inputs)
     for each, right in zip(found, wanted, strict=True):
         assert_near(each, right.double(), torch.float32, 5e-5)
+
+
+@pytest.mark.parametrize("device", [GPU])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "dim", "count"), [(3, 64, 1), (197, 768, 96), (5000, 192, 100)])
+@pytest.mark.parametrize("read", ["x", "both", "normed"])
+def test_the_kernel_of_the_gradient(device, dtype, rows, dim, count, read):
+    x, index, weight, _, scaling, _ = tensors((rows, dim), count, dtype, device, torch.float32)
+    wide = x.double()
+    mean, rstd = wide.mean(-1, keepdim=True), 1 / (wide.var(-1, keepdim=True, correction=0) + 1e-5)
+    grads = [None if read == "normed" else x.flip(0), None if read == "x" else x.roll(1, 1)]
+    of_norm = [x, mean.float(), rstd.sqrt().float(), scaling]
+    arguments = (*grads, index, weight, 0.3, *of_norm)
+    op = torch.ops.pcx.salient_linear_gradient
+    found = op(*arguments, dtype)
+    exactly = [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in arguments]
+    expected = reference.row_gradients(*exactly, torch.float64)
+    for each, wanted, again in zip(found, expected, op(*arguments, dtype), strict=True):
+        assert each.dtype == dtype
+        assert_near(each, wanted, dtype, 5e-5)
+        assert torch.equal(each, again)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
