@@ -79,20 +79,23 @@ def salient_linear(
         _InPlace.apply(run, x, *call[2:6], None, None, 0.0, None, call[-1])
         normed = add_layer_norm(x, None, *of_norm[:3], dtype=dtype)[1]
     else:
-        normed = _InPlace.apply(run, x, *call[2:])[1]
+        found = _InPlace.apply(run, x, *call[2:])
+        normed = found if norm is None else found[1]
     return x if norm is None else normed
 
 
 def _run_of(backend: str, x: Tensor, *rest: Any) -> Any:
     """The function that computes a call; None where torch's own operations do, one by one.
 
-    These are what a compiler, an exported program and torch.func's transforms can read.
+    These are what a compiler, an exported program, torch.func's transforms and torch's counter of
+    operations, which pcx runs on meta tensors, can read.
     """
     if transformed():
         DISPATCH.check_name(backend)
         return None
     run = DISPATCH.own_run(backend, x, *rest)
-    plain = exporting() or (torch.compiler.is_compiling() and (rest[-1] or not x.is_cuda))
+    compiled = torch.compiler.is_compiling() and (rest[-1] or not x.is_cuda)
+    plain = compiled or exporting() or x.is_meta
     if run in (None, reference.salient_linear) and plain:
         return None
     return run or _OP
@@ -134,11 +137,12 @@ class _InPlace(torch.autograd.Function):
         by_x, part = ctx.run(
             grad_x, grad_normed, index, weight, ctx.scale, *(of_norm or [None] * 4), ctx.product
         )
+        part, u = (t.reshape(-1, len(index)) for t in (part, u))  # [R, K]
         by_weight = by_bias = None
         if ctx.needs_input_grad[3]:
-            by_weight = (part.flatten(0, -2).T @ u.flatten(0, -2)).to(weight.dtype)
+            by_weight = (part.T @ u).to(weight.dtype)
         if ctx.needs_input_grad[4]:
-            by_bias = part.flatten(0, -2).sum(0, dtype=wide(part.dtype)).to(ctx.bias_dtype)
+            by_bias = part.sum(0, dtype=wide(part.dtype)).to(ctx.bias_dtype)
         return None, by_x, None, by_weight, by_bias, *[None] * 6
 
 

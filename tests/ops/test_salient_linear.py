@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import pcx.ops.salient_linear as module
 from pcx.ops.dispatch import Backend
@@ -184,8 +185,9 @@ def both_read(run, norm):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", NORMS)
 @pytest.mark.parametrize("needs", [(0, 1, 2), (1, 2), (0,), (1,), (2,)])
-def test_gradients(device, kind, needs):
-    x, index, *rest = tensors(device=device)
+@pytest.mark.parametrize("shape", [(2, 3, 8), (1, 8), (8,)])
+def test_gradients(device, kind, needs, shape):
+    x, index, *rest = tensors(shape, device=device)
     norm = with_norm(rest[2:], kind)
     given = [x, *rest[:2]]
     for place in needs:
@@ -271,6 +273,13 @@ def test_a_second_derivative_is_refused():
     (first,) = torch.autograd.grad(out, weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+def test_torchs_counter_sees_the_product_on_meta_tensors():
+    x, index, weight, bias, *affine = (t.to("meta") for t in tensors((4, 16), 5))
+    with FlopCounterMode(display=False) as counter:
+        assert salient_linear(x, index, weight, bias, norm=(*affine, 1e-5)).shape == (4, 16)
+    assert counter.get_total_flops() == 2 * 4 * 5 * 5
 
 
 def test_inference_mode():

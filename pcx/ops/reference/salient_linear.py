@@ -89,7 +89,7 @@ def row_gradients(
         by_x = grad_x.clone(memory_format=torch.contiguous_format)  # type: ignore[union-attr]
     own = by_x.index_select(-1, index)  # [..., K]
     part = (own * scale).to(product)
-    added = (part.flatten(0, -2) @ weight.to(product)).to(by_x.dtype).view(own.shape)
+    added = (part.reshape(-1, len(index)) @ weight.to(product)).to(by_x.dtype).view(own.shape)
     by_x.index_copy_(-1, index, own + added)
     return by_x, part
 
