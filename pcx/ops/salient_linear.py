@@ -74,24 +74,28 @@ def salient_linear(
     elif not learns:
         normed = run(*call, False)[0]
         _has_changed(x)
-    elif norm is not None and x._is_view():  # autograd lets a view have one result only
+    elif norm is not None and (torch.compiler.is_compiling() or x._is_view()):
+        # Autograd lets a function that changes a view have one result only.
         _InPlace.apply(run, x, *call[2:6], None, None, 0.0, None, call[-1])
         normed = add_layer_norm(x, None, *of_norm[:3], dtype=dtype)[1]
     else:
-        normed = _InPlace.apply(run, x, *call[2:])[1]
+        found = _InPlace.apply(run, x, *call[2:])
+        normed = found if norm is None else found[1]
     return x if norm is None else normed
 
 
 def _run_of(backend: str, x: Tensor, *rest: Any) -> Any:
     """The function that computes a call; None where torch's own operations do, one by one.
 
-    These are what a compiler, an exported program and torch.func's transforms can read.
+    These are what a compiler, an exported program, torch.func's transforms and torch's counter of
+    operations, which pcx runs on meta tensors, can read.
     """
     if transformed():
         DISPATCH.check_name(backend)
         return None
     run = DISPATCH.own_run(backend, x, *rest)
-    plain = exporting() or (torch.compiler.is_compiling() and (rest[-1] or not x.is_cuda))
+    compiled = torch.compiler.is_compiling() and (rest[-1] or not x.is_cuda)
+    plain = compiled or exporting() or x.is_meta
     if run in (None, reference.salient_linear) and plain:
         return None
     return run or _OP
@@ -117,25 +121,28 @@ class _InPlace(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         has_norm = dtype is not None
         ctx.save_for_backward(index, weight, u, *((x, mean, rstd, norm_weight) if has_norm else ()))
-        ctx.scale, ctx.bias_dtype = scale, bias.dtype
+        ctx.scale, ctx.product, ctx.bias_dtype = scale, product, bias.dtype
+        plain = run is reference.salient_linear
+        ctx.run = (
+            reference.row_gradients if plain else torch.ops.pcx.salient_linear_gradient.default
+        )
         return (x, normed) if has_norm else x
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_x: Tensor | None, grad_normed: Tensor | None = None):
         index, weight, u, *of_norm = ctx.saved_tensors
-        by_x, by_weight, by_bias = reference.gradients(
-            grad_x,
-            grad_normed,
-            index,
-            weight,
-            u,
-            ctx.scale,
-            *of_norm,
-            needs=[ctx.needs_input_grad[i] for i in (1, 3, 4)],
+        if grad_x is None and grad_normed is None:
+            return (None,) * 11
+        by_x, part = ctx.run(
+            grad_x, grad_normed, index, weight, ctx.scale, *(of_norm or [None] * 4), ctx.product
         )
-        if by_bias is not None:
-            by_bias = by_bias.to(ctx.bias_dtype)
+        part, u = (t.reshape(-1, len(index)) for t in (part, u))  # [R, K]
+        by_weight = by_bias = None
+        if ctx.needs_input_grad[3]:
+            by_weight = (part.T @ u).to(weight.dtype)
+        if ctx.needs_input_grad[4]:
+            by_bias = part.sum(0, dtype=wide(part.dtype)).to(ctx.bias_dtype)
         return None, by_x, None, by_weight, by_bias, *[None] * 6
 
 
@@ -238,6 +245,12 @@ for _kernels in ("", "_cuda", "_triton"):
         "ScalarType? dtype, ScalarType product, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
     )
 _OP = torch.ops.pcx.salient_linear.default
+# The gradients by x and by u W^T + b, see `reference.row_gradients`.
+LIBRARY.define(
+    "salient_linear_gradient(Tensor? grad_x, Tensor? grad_normed, Tensor index, Tensor weight, "
+    "float scale, Tensor? x, Tensor? mean, Tensor? rstd, Tensor? norm_weight, "
+    "ScalarType product) -> (Tensor, Tensor)"
+)
 
 
 def _triton_cannot(x: Tensor, y: Tensor | None, index: Tensor, weight: Tensor, *rest) -> str | None:
@@ -281,6 +294,29 @@ def _fake(x, y, index, weight, bias, scale, norm_weight, norm_bias, eps, dtype, 
 @torch.library.impl(LIBRARY, "salient_linear", "CompositeExplicitAutograd")
 def _anywhere(*arguments):
     return reference.salient_linear(*arguments)
+
+
+@torch.library.register_fake("pcx::salient_linear_gradient", lib=LIBRARY)
+def _fake_gradient(grad_x, grad_normed, index, weight, scale, x, mean, rstd, norm_weight, product):
+    like = grad_x if x is None else x
+    return (
+        like.new_empty(like.shape),
+        like.new_empty((*like.shape[:-1], index.shape[0]), dtype=product),
+    )
+
+
+@torch.library.impl(LIBRARY, "salient_linear_gradient", "CompositeExplicitAutograd")
+def _gradient_anywhere(*arguments):
+    return reference.row_gradients(*arguments)
+
+
+@torch.library.impl(LIBRARY, "salient_linear_gradient", "CUDA")
+def _gradient_on_cuda(grad_x, grad_normed, index, weight, *rest):
+    run = reference.row_gradients
+    given = (grad_x, grad_normed, weight, rest[1])
+    if hardware.TRITON and all(t is None or t.dtype in TRITON_TYPES for t in given):
+        from pcx.kernels.salient_linear_gradient import row_gradients as run
+    return run(grad_x, grad_normed, index, weight, *rest)
 
 
 @torch.library.impl(LIBRARY, "salient_linear_triton", "CUDA")

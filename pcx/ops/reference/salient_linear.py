@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,57 +61,50 @@ def salient_linear(
     return normed, (u if keep else x.new_empty(0, dtype=product)), mean, rstd
 
 
-def gradients(
+def row_gradients(
     grad_x: Tensor | None,
     grad_normed: Tensor | None,
     index: Tensor,
     weight: Tensor,
-    u: Tensor,
     scale: float,
-    x: Tensor | None = None,
-    mean: Tensor | None = None,
-    rstd: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    *,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients by x, the weight and the bias; `needs` says which of them are computed.
+    x: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    norm_weight: Tensor | None,
+    product: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """The gradients by x [..., D], and by u W^T + b [..., K] in `product`.
 
     Args:
-        grad_x, grad_normed: those of the changed x and of its normed rows; None is zero.
-        index, weight, scale: as given to `salient_linear`.
-        u, x, mean, rstd: what `salient_linear` kept, and the changed x.
+        grad_x, grad_normed: those of the changed x and of its normed rows; None is zero, of one.
+        index, weight, scale, product: as given to `salient_linear`.
+        x, mean, rstd: the changed x and what `salient_linear` kept, where there is a norm.
         norm_weight: that of the LayerNorm.
     """
-    own = grad_normed is not None  # whether the sum is a new tensor
-    total = grad_x
-    if grad_normed is not None:
-        total = _by_normed(grad_normed, x, mean, rstd, norm_weight).to(x.dtype)  # type: ignore
+    if grad_normed is not None and x is not None:
+        by_x = _by_normed(grad_normed, x, mean, rstd, norm_weight).to(x.dtype)
         if grad_x is not None:
-            total += grad_x
-    if total is None:
-        return None, None, None
-    part = total.index_select(-1, index) * scale  # [..., K]
-    read = part.to(u.dtype).flatten(0, -2)  # [R, K]
-    by_x = by_weight = by_bias = None
-    if needs[0]:
-        by_x = total if own else total.clone(memory_format=torch.contiguous_format)
-        added = (read @ weight.to(u.dtype)).to(by_x.dtype).view(part.shape)
-        by_x.index_copy_(-1, index, by_x.index_select(-1, index) + added)
-    if needs[1]:
-        by_weight = (read.T @ u.flatten(0, -2)).to(weight.dtype)
-    if needs[2]:
-        by_bias = part.flatten(0, -2).sum(0, dtype=wide(part.dtype))
-    return by_x, by_weight, by_bias
+            by_x += grad_x
+    else:
+        by_x = grad_x.clone(memory_format=torch.contiguous_format)  # type: ignore[union-attr]
+    own = by_x.index_select(-1, index)  # [..., K]
+    part = (own * scale).to(product)
+    added = (part.reshape(-1, len(index)) @ weight.to(product)).to(by_x.dtype).view(own.shape)
+    by_x.index_copy_(-1, index, own + added)
+    return by_x, part
 
 
 def _by_normed(
-    grad_normed: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, norm_weight: Tensor | None
+    grad_normed: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    norm_weight: Tensor | None,
 ) -> Tensor:
     """The gradient of a LayerNorm by its input, a new tensor [..., D] of any dtype."""
-    given = (grad_normed, x, norm_weight)
+    given: tuple[Tensor | None, ...] = (grad_normed, x, norm_weight)
     if not x.is_cuda or any(t is not None and t.dtype != x.dtype for t in given):
-        grad_normed, x, norm_weight = (None if t is None else t.to(mean.dtype) for t in given)  # type: ignore
+        given = tuple(None if t is None else t.to(wide(x.dtype)) for t in given)
     return torch.ops.aten.native_layer_norm_backward(
-        grad_normed, x, x.shape[-1:], mean, rstd, norm_weight, None, [True, False, False]
+        *given[:2], x.shape[-1:], mean, rstd, given[2], None, [True, False, False]
     )[0]
