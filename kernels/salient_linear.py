@@ -1,8 +1,8 @@
 """A linear map among a few channels of rows, in place, and the LayerNorm behind it.
 
 One program computes a few rows. Its steps read what the step before has written, so that barriers
-stand between them: the sum with y, the channels u, the product, the norm. Only the first step reads
-memory outside of the caches. u goes through memory of its own, since the product overwrites x.
+stand between them: the channels u, the product, the norm. u goes through memory of its own, since
+the product overwrites x.
 """
 
 from __future__ import annotations
@@ -17,22 +17,14 @@ from pcx.kernels.launch import on_device
 
 @triton.jit
 def _salient(
-    x, y, index, weight, bias, norm_weight, norm_bias, u, normed, mean, rstd,
+    x, index, weight, bias, norm_weight, norm_bias, u, normed, mean, rstd,
     scale, eps, rows, dim, count,
-    BM: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, ADDS: tl.constexpr, NORM: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, NORM: tl.constexpr,
     SCALED: tl.constexpr, SHIFTED: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     real = (row < rows)[:, None]
     x_rows, u_rows = x + row[:, None] * dim, u + row[:, None] * count
-    if ADDS:
-        for first in range(0, dim, BD):
-            columns = (first + tl.arange(0, BD))[None, :]
-            inside = real & (columns < dim)
-            total = tl.load(x_rows + columns, mask=inside, other=0.0).to(tl.float32)
-            added = tl.load(y + row[:, None] * dim + columns, mask=inside, other=0.0)
-            tl.store(x_rows + columns, total + added.to(tl.float32), mask=inside)
-        tl.debug_barrier()
     for first in range(0, count, BK):
         channels = first + tl.arange(0, BK)
         chosen = tl.load(index + channels, mask=channels < count, other=0)
@@ -92,7 +84,6 @@ def _salient(
 
 def salient_linear(
     x: Tensor,
-    y: Tensor | None,
     index: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -113,16 +104,17 @@ def salient_linear(
     mean, rstd = (x.new_empty(statistics, dtype=torch.float32) for _ in range(2))
     rows = x.numel() // dim
     if rows:
-        given = (y, index, weight, bias, norm_weight, norm_bias)
+        given = (index, weight, bias, norm_weight, norm_bias)
         dense = [x if t is None else t.contiguous() for t in given]
         few = 16 if rows <= 4096 else 32
         with on_device(x):
             _salient[(triton.cdiv(rows, few),)](
                 x, *dense, u, normed, mean, rstd, scale, eps, rows, dim, count,
                 BM=few, BK=min(32, max(16, triton.next_power_of_2(count))),
-                BD=min(128, triton.next_power_of_2(dim)), ADDS=y is not None, NORM=has_norm,
+                BD=min(128, triton.next_power_of_2(dim)), NORM=has_norm,
                 SCALED=norm_weight is not None, SHIFTED=norm_bias is not None,
-                KEEP=keep and has_norm, num_warps=few // 4, num_stages=2,
+                KEEP=keep and has_norm, num_warps=few // 4,
+                num_stages=2 if product == torch.float32 else 1,
                 enable_fp_fusion=True,
             )  # fmt: skip
     return normed, (u if keep else x.new_empty(0, dtype=product)), mean, rstd

@@ -1,4 +1,4 @@
-// A linear map among a few channels of rows, in place, and the LayerNorm behind it.
+// A linear map among a few channels of rows, or of the sums of rows, and the LayerNorm behind it.
 //
 // A block keeps the matrix in shared memory and computes one group of rows after another. A warp
 // holds a row of the group in registers from its read to its write, so that x crosses memory once
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, kFours <= 6 ? 2 : 1)
     const int64_t start = int64_t{row} * fours;
     float values[kFours][4];
     if (row < call.rows) {
-      read(values, {call.x, call.x_type}, start, fours);
+      read(values, call.x, start, fours);
       if (call.y.data) {
         float others[kFours][4];
         read(others, call.y, start, fours);
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, kFours <= 6 ? 2 : 1)
         for (int i = 0; i < kFours; ++i)
 #pragma unroll
           for (int j = 0; j < 4; ++j)
-            values[i][j] = rounded(values[i][j] + others[i][j], call.x_type);
+            values[i][j] = rounded(values[i][j] + others[i][j], call.to_type);
       }
 #pragma unroll
       for (int i = 0; i < kFours; ++i)
@@ -292,8 +292,9 @@ __global__ void __launch_bounds__(kThreads, kFours <= 6 ? 2 : 1)
         const int all[4] = {at.x, at.y, at.z, at.w};
 #pragma unroll
         for (int j = 0; j < 4; ++j)
-          if (all[j] >= 0) values[i][j] += rounded(block.delta_at(block.warp, all[j]), call.x_type);
-        write(call.x, call.x_type, start + lane + 32 * i, values[i]);
+          if (all[j] >= 0)
+            values[i][j] += rounded(block.delta_at(block.warp, all[j]), call.to_type);
+        write(call.to, call.to_type, start + lane + 32 * i, values[i]);
       }
     if (call.normed) normalise(call, values, row);
   }

@@ -13,9 +13,10 @@ namespace pcx {
 constexpr int kMostChannels = 256;
 
 struct SalientLinear {
-  void* x;  // [rows, dim], dense, changed in place
-  Element x_type;
-  Rows y;                // [rows, dim], dense, or null
+  Rows x;    // [rows, dim], dense
+  Rows y;    // [rows, dim], dense, added to x; or null
+  void* to;  // [rows, dim], dense: the changed x + y; it may be x itself
+  Element to_type;
   const int64_t* index;  // [count]
   Rows matrix, bias;     // [count, count] and [count], dense
   float scale;

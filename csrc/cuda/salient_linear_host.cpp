@@ -1,5 +1,5 @@
-// salient_linear on CUDA: decides which calls the kernel runs. Triton's kernel, or the reference in
-// plain torch, runs every other call.
+// salient_linear and salient_sum on CUDA: decides which calls the kernel runs. Triton's kernel, or
+// the reference in plain torch, runs every other call.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -25,9 +25,13 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using OptionalType = std::optional<ScalarType>;
 using Found = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using Signature = Found(const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-                        const Tensor&, double, const OptionalTensor&, const OptionalTensor&, double,
-                        OptionalType, ScalarType, bool);
+using Signature = Found(const Tensor&, const Tensor&, const Tensor&, const Tensor&, double,
+                        const OptionalTensor&, const OptionalTensor&, double, OptionalType,
+                        ScalarType, bool);
+using Sum = std::tuple<Tensor, Tensor>;
+using SumSignature = Sum(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                         double, const OptionalTensor&, const OptionalTensor&, double, ScalarType,
+                         ScalarType);
 
 std::optional<pcx::Element> element(ScalarType type) {
   if (type == at::kFloat) return pcx::Element::kFloat;
@@ -92,8 +96,9 @@ pcx::Rows rows_of(const OptionalTensor& x) {
   return {x->const_data_ptr(), *pcx::element(*x)};
 }
 
-Found run(const Tensor& x, const OptionalTensor& y, const Tensor& index, const Tensor& weight,
-          const Tensor& bias, double scale, const OptionalTensor& norm_weight,
+// What the kernel gives: the changed x, or x + y where there is a y, is written to `to`.
+Found run(const Tensor& x, const OptionalTensor& y, const Tensor& to, const Tensor& index,
+          const Tensor& weight, const Tensor& bias, double scale, const OptionalTensor& norm_weight,
           const OptionalTensor& norm_bias, double eps, OptionalType dtype, ScalarType product,
           bool keep) {
   const c10::cuda::CUDAGuard guard(x.device());
@@ -107,9 +112,10 @@ Found run(const Tensor& x, const OptionalTensor& y, const Tensor& index, const T
   const Tensor mean = at::empty(keeps_rows ? row_sizes : nothing, wide);
   const Tensor rstd = at::empty(keeps_rows ? row_sizes : nothing, wide);
   const pcx::SalientLinear call{
-      .x = x.mutable_data_ptr(),
-      .x_type = *pcx::element(x),
+      .x = rows_of(x),
       .y = rows_of(y),
+      .to = to.mutable_data_ptr(),
+      .to_type = *pcx::element(to),
       .index = index.const_data_ptr<int64_t>(),
       .matrix = rows_of(weight),
       .bias = rows_of(bias),
@@ -132,33 +138,67 @@ Found run(const Tensor& x, const OptionalTensor& y, const Tensor& index, const T
   return {normed, u, mean, rstd};
 }
 
-Found salient_linear(const Tensor& x, const OptionalTensor& y, const Tensor& index,
-                     const Tensor& weight, const Tensor& bias, double scale,
-                     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double eps,
-                     OptionalType dtype, ScalarType product, bool keep) {
-  check(x, y, index, weight, bias, norm_weight, norm_bias);
-  if (cannot(x, y, index, weight, bias, norm_weight, norm_bias, dtype, product).empty())
-    return run(x, y, index, weight, bias, scale, norm_weight, norm_bias, eps, dtype, product, keep);
+Found salient_linear(const Tensor& x, const Tensor& index, const Tensor& weight, const Tensor& bias,
+                     double scale, const OptionalTensor& norm_weight,
+                     const OptionalTensor& norm_bias, double eps, OptionalType dtype,
+                     ScalarType product, bool keep) {
+  check(x, {}, index, weight, bias, norm_weight, norm_bias);
+  if (cannot(x, {}, index, weight, bias, norm_weight, norm_bias, dtype, product).empty())
+    return run(x, {}, x, index, weight, bias, scale, norm_weight, norm_bias, eps, dtype, product,
+               keep);
   static const auto in_triton = pcx::operation<Signature>("pcx::salient_linear_triton");
-  return in_triton.call(x, y, index, weight, bias, scale, norm_weight, norm_bias, eps, dtype,
-                        product, keep);
+  return in_triton.call(x, index, weight, bias, scale, norm_weight, norm_bias, eps, dtype, product,
+                        keep);
 }
 
 // The same for backend="cuda", which raises an error instead of falling back.
-Found in_cuda(const Tensor& x, const OptionalTensor& y, const Tensor& index, const Tensor& weight,
-              const Tensor& bias, double scale, const OptionalTensor& norm_weight,
-              const OptionalTensor& norm_bias, double eps, OptionalType dtype, ScalarType product,
-              bool keep) {
+Found in_cuda(const Tensor& x, const Tensor& index, const Tensor& weight, const Tensor& bias,
+              double scale, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+              double eps, OptionalType dtype, ScalarType product, bool keep) {
+  check(x, {}, index, weight, bias, norm_weight, norm_bias);
+  const std::string reason =
+      cannot(x, {}, index, weight, bias, norm_weight, norm_bias, dtype, product);
+  TORCH_CHECK_VALUE(reason.empty(), "backend: 'cuda' cannot run: ", reason);
+  return run(x, {}, x, index, weight, bias, scale, norm_weight, norm_bias, eps, dtype, product,
+             keep);
+}
+
+Sum run_sum(const Tensor& x, const Tensor& y, const Tensor& index, const Tensor& weight,
+            const Tensor& bias, double scale, const OptionalTensor& norm_weight,
+            const OptionalTensor& norm_bias, double eps, ScalarType dtype, ScalarType product) {
+  const Tensor total =
+      at::empty(x.sizes(), x.options().dtype(c10::promoteTypes(x.scalar_type(), y.scalar_type())));
+  const Tensor normed = std::get<0>(run(x, y, total, index, weight, bias, scale, norm_weight,
+                                        norm_bias, eps, dtype, product, false));
+  return {total, normed};
+}
+
+Sum salient_sum(const Tensor& x, const Tensor& y, const Tensor& index, const Tensor& weight,
+                const Tensor& bias, double scale, const OptionalTensor& norm_weight,
+                const OptionalTensor& norm_bias, double eps, ScalarType dtype, ScalarType product) {
+  check(x, y, index, weight, bias, norm_weight, norm_bias);
+  if (cannot(x, y, index, weight, bias, norm_weight, norm_bias, dtype, product).empty())
+    return run_sum(x, y, index, weight, bias, scale, norm_weight, norm_bias, eps, dtype, product);
+  static const auto in_two = pcx::operation<SumSignature>("pcx::salient_sum_in_two");
+  return in_two.call(x, y, index, weight, bias, scale, norm_weight, norm_bias, eps, dtype, product);
+}
+
+// The same for backend="cuda", which raises an error instead of falling back.
+Sum sum_in_cuda(const Tensor& x, const Tensor& y, const Tensor& index, const Tensor& weight,
+                const Tensor& bias, double scale, const OptionalTensor& norm_weight,
+                const OptionalTensor& norm_bias, double eps, ScalarType dtype, ScalarType product) {
   check(x, y, index, weight, bias, norm_weight, norm_bias);
   const std::string reason =
       cannot(x, y, index, weight, bias, norm_weight, norm_bias, dtype, product);
   TORCH_CHECK_VALUE(reason.empty(), "backend: 'cuda' cannot run: ", reason);
-  return run(x, y, index, weight, bias, scale, norm_weight, norm_bias, eps, dtype, product, keep);
+  return run_sum(x, y, index, weight, bias, scale, norm_weight, norm_bias, eps, dtype, product);
 }
 
 const pcx::Implementations implementations(c10::DispatchKey::CUDA, [](torch::Library& library) {
   library.impl("salient_linear", &salient_linear);
   library.impl("salient_linear_cuda", &in_cuda);
+  library.impl("salient_sum", &salient_sum);
+  library.impl("salient_sum_cuda", &sum_in_cuda);
 });
 
 }  // namespace

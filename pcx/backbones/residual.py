@@ -42,7 +42,9 @@ class Changing(Wrapper):
 
     def __init__(self, inner: nn.Module, change: nn.Module):
         super().__init__(inner)
-        self._change = (change,)  # in a tuple, so that it is registered once, by its owner
+        self._change: tuple[Any] = (
+            change,
+        )  # in a tuple, so that it is registered once, by its owner
 
     def take_in(self) -> None:
         """Registers the module here, for a backbone that goes on without its tuned model."""
@@ -69,14 +71,9 @@ class SumReader(OnInput):
     then one call.
     """
 
-    def read_sum(self, fresh: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """The changed sum of two tensors, and what the module gives for it.
-
-        Args:
-            fresh: a tensor that nothing else reads; it may be written into.
-            other: the tensor to add.
-        """
-        total = other + fresh
+    def read_sum(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The changed x + y, a new tensor, and what the module gives for it."""
+        total = x + y
         return total, self(total)
 
 

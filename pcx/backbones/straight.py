@@ -265,14 +265,11 @@ def _hand_sums_over(block: nn.Module, graph: fx.Graph) -> None:
         if not isinstance(block.get_submodule(str(node.target)), SumReader):
             continue
         x = node.args[0]
-        terms = x.args if _is_sum(x) else ()
-        fresh = next((t for t in reversed(terms) if _is_fresh(block, t)), None)
-        if fresh is None or len(node.args) > 1 or node.kwargs:
+        if not _is_sum(x) or len(node.args) > 1 or node.kwargs:
             continue
-        other = terms[1 - terms.index(fresh)]
         with graph.inserting_before(node):
             reader = graph.get_attr(str(node.target))
-            both = graph.call_method("read_sum", (reader, fresh, other))
+            both = graph.call_method("read_sum", (reader, *x.args))
             total, read = (graph.call_function(operator.getitem, (both, i)) for i in (0, 1))
         if not all(bool(both < user) for user in x.users if user is not node):
             raise ValueError("a residual sum is read before the module that changes it")
@@ -280,15 +277,6 @@ def _hand_sums_over(block: nn.Module, graph: fx.Graph) -> None:
         graph.erase_node(node)
         x.replace_all_uses_with(total)
         graph.erase_node(x)
-
-
-def _is_fresh(block: nn.Module, node: fx.Node) -> bool:
-    """Whether a node gives a new tensor, which the sum alone reads and may be written into."""
-    if node.op == "call_module":
-        new = type(block.get_submodule(str(node.target))) is nn.Linear
-    else:
-        new = node.target in (operator.mul, torch.mul)
-    return new and len(node.users) == 1
 
 
 def _is_sum(x: Any) -> bool:

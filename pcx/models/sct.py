@@ -17,6 +17,7 @@ from pcx.models.folding import fold
 from pcx.models.heads import trained_dtype
 from pcx.models.salience import SELECTIONS, channel_importance, chosen
 from pcx.ops.salient_linear import salient_linear
+from pcx.ops.salient_sum import salient_sum
 
 POSITIONS: dict[str, tuple[str, ...]] = {
     "attn": ("attn",),
@@ -226,15 +227,13 @@ class Salient(nn.Module):
         self.bias = nn.Parameter(torch.zeros(len(index), **options))
         nn.init.trunc_normal_(self.weight, std=0.02)
 
-    def forward(self, x: Tensor, norm: Any = None, y: Tensor | None = None) -> Tensor:
-        """x, to which y is added first, changed in place; with a norm's parts the LayerNorm of it.
+    def forward(self, x: Tensor, norm: Any = None) -> Tensor:
+        """x, changed in place; with a norm's (weight, bias, eps) the LayerNorm of it."""
+        return salient_linear(x, self.index, self.weight, self.bias, self.scale, norm=norm)
 
-        Args:
-            x: [..., D].
-            norm: (weight, bias, eps) of a LayerNorm.
-            y: [..., D], where no gradient is computed.
-        """
-        return salient_linear(x, self.index, self.weight, self.bias, self.scale, norm=norm, y=y)
+    def of_sum(self, x: Tensor, y: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+        """The changed x + y, a new tensor, and the LayerNorm of it."""
+        return salient_sum(x, y, self.index, self.weight, self.bias, self.scale, norm=norm)
 
 
 class SalientReader(SumReader):
@@ -247,13 +246,10 @@ class SalientReader(SumReader):
             return super().forward(x, *args, **kwargs)
         return self._change[0](x, norm)
 
-    def read_sum(self, fresh: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-        """The changed sum, and its norm, in one pass where both are of one dtype."""
+    def read_sum(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The changed sum, and its norm, in one pass."""
         norm = _plain_norm(self.inner)
-        learns = torch.is_grad_enabled() and (fresh.requires_grad or other.requires_grad)
-        if norm is None or learns or fresh.dtype != other.dtype:
-            return super().read_sum(fresh, other)
-        return fresh, self._change[0](fresh, norm, other)
+        return super().read_sum(x, y) if norm is None else self._change[0].of_sum(x, y, norm)
 
 
 def _plain_norm(module: Any) -> tuple[Tensor | None, Tensor | None, float] | None:

@@ -26,6 +26,7 @@ OPS = Registry(
         "important_tokens": "pcx.ops.token_choice:IMPORTANT",
         "dissimilar_tokens": "pcx.ops.token_choice:DISSIMILAR",
         "add_layer_norm": "pcx.ops.add_layer_norm:DISPATCH",
+        "salient_sum": "pcx.ops.salient_sum:DISPATCH",
         "salient_linear": "pcx.ops.salient_linear:DISPATCH",
     },
 )

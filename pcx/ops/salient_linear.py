@@ -25,7 +25,6 @@ def salient_linear(
     bias: Tensor,
     scale: float = 1.0,
     *,
-    y: Tensor | None = None,
     norm: Norm | None = None,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
@@ -45,7 +44,6 @@ def salient_linear(
         weight: W, [K, K] of any floating dtype.
         bias: b, [K].
         scale: factor on what is added.
-        y: [..., D], added to x first; only where no tensor requires a gradient.
         norm: (weight, bias, eps) of a LayerNorm over D, or None. Weight and bias may be None, and
             may not require gradients.
         dtype: of the normed rows; by default autocast's where it is on, else x's.
@@ -59,15 +57,15 @@ def salient_linear(
         ValueError: a shape, dtype, device, index or gradient does not fit, or the backend asked for
             cannot run; the message names the argument.
     """
-    _check(x, index, weight, bias, y)
-    norm_weight, norm_bias, eps = _parts(norm, x, dtype)
-    learns = _learns(x, weight, bias, y, norm_weight, norm_bias)
+    check_map(x, index, weight, bias)
+    norm_weight, norm_bias, eps = norm_parts(norm, x, dtype)
+    learns = _learns(x, weight, bias, norm_weight, norm_bias)
     if not torch.compiler.is_compiling():  # else its value is not known
         scale = real_number("scale", scale)
     if norm is not None and dtype is None:
         dtype = read_in(x, x.dtype)
     of_norm = (norm_weight, norm_bias, eps, dtype)
-    call = (x, y, index, weight, bias, scale, *of_norm, read_in(x, x.dtype))
+    call = (x, index, weight, bias, scale, *of_norm, read_in(x, x.dtype))
     run = _run_of(backend, *call, learns)
     if run is None:
         normed = reference.salient_linear(*call, False)[0]
@@ -76,10 +74,10 @@ def salient_linear(
         _has_changed(x)
     elif norm is not None and (torch.compiler.is_compiling() or x._is_view()):
         # Autograd lets a function that changes a view have one result only.
-        _InPlace.apply(run, x, *call[2:6], None, None, 0.0, None, call[-1])
+        _InPlace.apply(run, x, *call[1:5], None, None, 0.0, None, call[-1])
         normed = add_layer_norm(x, None, *of_norm[:3], dtype=dtype)[1]
     else:
-        found = _InPlace.apply(run, x, *call[2:])
+        found = _InPlace.apply(run, x, *call[1:])
         normed = found if norm is None else found[1]
     return x if norm is None else normed
 
@@ -115,7 +113,7 @@ class _InPlace(torch.autograd.Function):
         ctx: Any, run, x, index, weight, bias, scale, norm_weight, norm_bias, eps, dtype, product
     ):
         normed, u, mean, rstd = run(
-            x, None, index, weight, bias, scale, norm_weight, norm_bias, eps, dtype, product, True
+            x, index, weight, bias, scale, norm_weight, norm_bias, eps, dtype, product, True
         )
         ctx.mark_dirty(x)
         ctx.set_materialize_grads(False)
@@ -146,11 +144,12 @@ class _InPlace(torch.autograd.Function):
         return None, by_x, None, by_weight, by_bias, *[None] * 6
 
 
-def _check(x: Tensor, index: Tensor, weight: Tensor, bias: Tensor, y: Tensor | None) -> None:
+def check_map(x: Tensor, index: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """Raises a ValueError where a map does not fit x; the message names the argument."""
     if not x.dtype.is_floating_point or x.dim() == 0:
         raise ValueError(f"x: {_said(x)}, expected floating-point numbers [..., D]")
-    for name, tensor in (("index", index), ("weight", weight), ("bias", bias), ("y", y)):
-        if tensor is not None and tensor.device != x.device:
+    for name, tensor in (("index", index), ("weight", weight), ("bias", bias)):
+        if tensor.device != x.device:
             raise ValueError(
                 f"{name}: on {tensor.device}, x on {x.device}; move them to one device"
             )
@@ -166,10 +165,6 @@ def _check(x: Tensor, index: Tensor, weight: Tensor, bias: Tensor, y: Tensor | N
         )
     if bias.shape != (count,) or not bias.dtype.is_floating_point:
         raise ValueError(f"bias: {_said(bias)}, expected floating-point numbers [K] = {(count,)}")
-    if y is not None and (y.shape != x.shape or not y.dtype.is_floating_point):
-        raise ValueError(
-            f"y: {_said(y)}, expected floating-point numbers of x's shape {tuple(x.shape)}"
-        )
     if values_known(index):
         least, most = (int(t) for t in torch.aminmax(index))
         if least < 0 or most >= dim:
@@ -180,7 +175,7 @@ def _said(x: Tensor) -> str:
     return f"{x.dtype} of shape {tuple(x.shape)}"
 
 
-def _parts(norm: Norm | None, x: Tensor, dtype: torch.dtype | None) -> Norm:
+def norm_parts(norm: Norm | None, x: Tensor, dtype: torch.dtype | None) -> Norm:
     """Weight, bias and epsilon of the LayerNorm after their checks; of none without one."""
     if norm is None:
         if dtype is not None:
@@ -209,7 +204,6 @@ def _learns(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
-    y: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
 ) -> bool:
@@ -222,12 +216,7 @@ def _learns(
                 f"norm: its {name} requires a gradient, which this op does not compute; freeze it, "
                 "or leave out norm and apply the LayerNorm to x afterwards"
             )
-    learns = any(t is not None and t.requires_grad for t in (x, weight, bias, y))
-    if learns and y is not None:
-        raise ValueError(
-            "y: cannot be added where a tensor requires a gradient; compute x + y first and give "
-            "the sum as x"
-        )
+    learns = any(t is not None and t.requires_grad for t in (x, weight, bias))
     if x.requires_grad and x.is_leaf and not torch.compiler.is_compiling():
         raise ValueError(
             "x: a leaf that requires a gradient, which cannot be changed in place; give x.clone()"
@@ -240,7 +229,7 @@ def _learns(
 # results are the normed rows, u, mean and reciprocal standard deviation, see the reference.
 for _kernels in ("", "_cuda", "_triton"):
     LIBRARY.define(
-        f"salient_linear{_kernels}(Tensor(a!) x, Tensor? y, Tensor index, Tensor weight, "
+        f"salient_linear{_kernels}(Tensor(a!) x, Tensor index, Tensor weight, "
         "Tensor bias, float scale, Tensor? norm_weight, Tensor? norm_bias, float eps, "
         "ScalarType? dtype, ScalarType product, bool keep) -> (Tensor, Tensor, Tensor, Tensor)"
     )
@@ -253,9 +242,9 @@ LIBRARY.define(
 )
 
 
-def _triton_cannot(x: Tensor, y: Tensor | None, index: Tensor, weight: Tensor, *rest) -> str | None:
-    for name, tensor in (("x", x), ("y", y), ("weight", weight)):
-        if tensor is not None and tensor.dtype not in TRITON_TYPES:
+def _triton_cannot(x: Tensor, index: Tensor, weight: Tensor, *rest) -> str | None:
+    for name, tensor in (("x", x), ("weight", weight)):
+        if tensor.dtype not in TRITON_TYPES:
             return f"it computes bfloat16, float16 and float32, {name} has {tensor.dtype}"
     if not x.is_contiguous():
         return "x is not contiguous in memory"
@@ -280,7 +269,7 @@ DISPATCH = Dispatch(
 @torch.library.register_fake("pcx::salient_linear", lib=LIBRARY)
 @torch.library.register_fake("pcx::salient_linear_cuda", lib=LIBRARY)
 @torch.library.register_fake("pcx::salient_linear_triton", lib=LIBRARY)
-def _fake(x, y, index, weight, bias, scale, norm_weight, norm_bias, eps, dtype, product, keep):
+def _fake(x, index, weight, bias, scale, norm_weight, norm_bias, eps, dtype, product, keep):
     rows, statistics = x.shape[:-1], wide(x.dtype)
     kept = (*rows, 1) if keep and dtype is not None else (0,)
     return (

@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 
 
 def test_in_the_interpreter():
-    assert interpret("interpreted_salient_linear.py") >= 117
+    assert interpret("interpreted_salient_linear.py") >= 110
 
 
 @pytest.mark.parametrize(("dim", "count"), [(64, 1), (192, 32), (768, 96), (768, 100), (1024, 256)])
@@ -29,7 +29,7 @@ def test_compiles_without_spilling(monkeypatch, dim, count, dtype, product):
     rest = (torch.arange(count), weight, bias, 1.0, affine, affine, 1e-6, product, product, True)
     for rows in (1, 197, 64 * 197):
         x = torch.empty(rows, dim, dtype=dtype)
-        kernel.salient_linear(x, x.clone(), *rest)
+        kernel.salient_linear(x, *rest)
     for args, options in recorder.launches:
         assert not spills(compiled(recorder.kernel, args, options, 90))
 

@@ -10,6 +10,7 @@ from pcx.ops.add_layer_norm import add_layer_norm
 from pcx.ops.logit_gate import logit_gate
 from pcx.ops.prompt_score import prompt_score
 from pcx.ops.salient_linear import salient_linear
+from pcx.ops.salient_sum import salient_sum
 from pcx.ops.token_choice import dissimilar_tokens, important_tokens
 
 Q = torch.linspace(-1, 1, 2 * 3 * 6 * 8).view(2, 3, 6, 8)
@@ -31,6 +32,9 @@ CALLS = {
         Q.mean(3).softmax(2), Q, 2, protected=1, backend=b
     ),
     "add_layer_norm": lambda b: add_layer_norm(Q, Q, None, None, backend=b),
+    "salient_sum": lambda b: salient_sum(
+        Q, Q, torch.arange(3), Q[0, 0, :3, :3], Q[0, 0, 0, :3], norm=(None, None, 1e-5), backend=b
+    ),
     "salient_linear": lambda b: salient_linear(
         Q.clone(), torch.arange(3), Q[0, 0, :3, :3], Q[0, 0, 0, :3], backend=b
     ),
@@ -96,7 +100,7 @@ def test_the_extension_registers_all_its_files(device):
         "cpu": ("prefix_attention", "prefix_attention_backward", "prompt_score"),
         "cuda": ("prefix_attention", "prefix_attention_key_gradients_hopper")
         + ("weighted_pagerank_cuda", "important_tokens_cuda", "dissimilar_tokens_cuda")
-        + ("salient_linear", "salient_linear_cuda"),
+        + ("salient_linear", "salient_linear_cuda", "salient_sum", "salient_sum_cuda"),
     }[device]
     for name in ("weighted_pagerank", *names):
         has = torch._C._dispatch_has_kernel_for_dispatch_key

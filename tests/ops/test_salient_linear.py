@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-import torch.nn.functional as F
+from salient import DEVICES, DTYPES, GPU, KERNELS, assert_near, exact, tensors
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,68 +15,13 @@ from pcx.ops.library import EXTENSION
 from pcx.ops.reference import salient_linear as reference
 from pcx.ops.salient_linear import DISPATCH, salient_linear
 
-NEEDS_GPU = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-GPU = pytest.param("cuda", marks=NEEDS_GPU)
-DEVICES = ["cpu", GPU]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-KERNELS = [
-    pytest.param(
-        "cuda",
-        marks=[
-            *NEEDS_GPU,
-            pytest.mark.skipif("cuda" not in EXTENSION, reason="needs the CUDA extension"),
-        ],
-    ),
-    pytest.param("triton", marks=NEEDS_GPU),
-]
 # torch's own, of the decompositions that forward mode loads, and of its compiler's threads
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    # its advice on a GPU that has them
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
 ]
-
-
-def tensors(shape=(2, 3, 8), count=3, dtype=torch.float64, device="cpu", learned=None):
-    """x, index, W, b, and weight and bias of a norm; W and b of dtype `learned`."""
-    generator = torch.Generator().manual_seed(shape[-1] + count)
-
-    def draw(*size):
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
-
-    dim = shape[-1]
-    index = torch.randperm(dim, generator=generator)[:count].to(device)
-    weight, bias = draw(count, count) / count**0.5, draw(count)
-    weight, bias = (t.to(device, learned or dtype) for t in (weight, bias))
-    affine = [(1 + 0.1 * draw(dim)).to(device, dtype), draw(dim).to(device, dtype)]
-    return (draw(*shape) + 1).to(device, dtype), index, weight, bias, *affine
-
-
-def exact(x, index, weight, bias, scale=1.0, y=None, norm=None):
-    """The changed x and its normed rows in float64, out of place; None without a norm."""
-    x, weight, bias = x.double(), weight.double(), bias.double()
-    if y is not None:
-        x = x + y.double()
-    u = x[..., index]
-    position = torch.zeros(len(index), x.shape[-1], dtype=x.dtype, device=x.device)
-    position[torch.arange(len(index)), index] = 1
-    x = x + scale * (u @ weight.T + bias) @ position
-    if norm is None:
-        return x, None
-    *affine, eps = norm
-    affine = [None if t is None else t.double() for t in affine]
-    return x, F.layer_norm(x, x.shape[-1:], *affine, eps)
-
-
-def assert_near(found, expected, dtype, least=1e-5):
-    """Errors of a few roundings, relative to the size of the whole."""
-    if not expected.numel():
-        return
-    size = max(1.0, float(expected.abs().max()))
-    error = float((found.double() - expected).abs().max()) / size
-    assert error < max(least, 4 * torch.finfo(dtype).eps), error
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -84,19 +29,17 @@ def assert_near(found, expected, dtype, least=1e-5):
 @pytest.mark.parametrize(("dim", "count"), [(1, 1), (8, 1), (8, 8), (24, 7), (64, 32)])
 def test_it_is_the_map_and_its_layer_norm(device, dtype, dim, count):
     x, index, weight, bias, *affine = tensors((2, 5, dim), count, dtype, device)
-    y = x.flip(1) * 0.5
     for norm in (None, (*affine, 1e-6), (None, None, 1e-5), (affine[0], None, 1e-5)):
-        for added in (None, y):
-            wanted, normed = exact(x, index, weight, bias, 0.3, added, norm)
-            changed = x.clone()
-            found = salient_linear(changed, index, weight, bias, 0.3, y=added, norm=norm)
-            least = 1e-12 if dtype == torch.float64 else 1e-5
-            assert_near(changed, wanted, dtype, least)
-            if norm is None:
-                assert found is changed
-            else:
-                assert found.dtype == dtype
-                assert_near(found, normed, dtype, 10 * least)
+        wanted, normed = exact(x, index, weight, bias, 0.3, norm)
+        changed = x.clone()
+        found = salient_linear(changed, index, weight, bias, 0.3, norm=norm)
+        least = 1e-12 if dtype == torch.float64 else 1e-5
+        assert_near(changed, wanted, dtype, least)
+        if norm is None:
+            assert found is changed
+        else:
+            assert found.dtype == dtype
+            assert_near(found, normed, dtype, 10 * least)
     others = [i for i in range(dim) if i not in index.tolist()]
     changed = salient_linear(x.clone(), index, weight, bias)
     assert torch.equal(changed[..., others], x[..., others])
@@ -307,9 +250,8 @@ def test_the_op_keeps_torchs_rules(device, op, kind, keep):
         weights, of_norm = ([None, None], 0.0), None
     elif kind == "plain":
         weights = ([None, None], 1e-5)
-    for y in (None, x.clone()):
-        arguments = (x, y, index, weight, bias, 0.5, *weights[0], weights[1], of_norm)
-        torch.library.opcheck(getattr(torch.ops.pcx, op).default, (*arguments, torch.float32, keep))
+    arguments = (x, index, weight, bias, 0.5, *weights[0], weights[1], of_norm)
+    torch.library.opcheck(getattr(torch.ops.pcx, op).default, (*arguments, torch.float32, keep))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -375,7 +317,7 @@ def test_the_op_in_a_compiled_graph(device, backend):
 
     def run(x):
         changed = x * 2
-        return torch.ops.pcx.salient_linear(changed, None, *rest)[0] + changed
+        return torch.ops.pcx.salient_linear(changed, *rest)[0] + changed
 
     with torch.no_grad():
         found = torch.compile(run, fullgraph=True, backend=backend)(x)
@@ -383,7 +325,7 @@ def test_the_op_in_a_compiled_graph(device, backend):
         changed = x.clone()
 
         def alone(x):
-            torch.ops.pcx.salient_linear(x, None, *rest)
+            torch.ops.pcx.salient_linear(x, *rest)
             return x.shape[0]
 
         torch.compile(alone, fullgraph=True, backend=backend)(changed)
@@ -497,7 +439,6 @@ def test_what_does_not_fit_is_named(device):
         ({"weight": weight.long()}, r"weight: torch.int64 .*, expected floating-point"),
         ({"bias": bias[:2]}, r"bias: .* of shape \(2,\), expected .* \(3,\)"),
         ({"scale": float("nan")}, r"scale: nan, expected a finite number"),
-        ({"y": x[:1]}, r"y: .* of shape \(1, 3, 8\), expected .* \(2, 3, 8\)"),
         ({"norm": (affine[0][:4], None, 1e-5)}, r"norm: its weight has shape \(4,\), expected"),
         ({"norm": (None, affine[1].to("meta"), 1e-5)}, r"norm: its bias is on meta, x on"),
         ({"norm": affine}, r"norm: list, expected a tuple \(weight, bias, eps\)"),
@@ -518,17 +459,13 @@ def test_what_does_not_fit_is_named(device):
 def test_gradients_that_it_has_not_are_refused(device):
     x, index, weight, bias, *affine = tensors(device=device)
     before = x.clone()
-    with pytest.raises(ValueError, match="y: cannot be added where a tensor requires a gradient"):
-        salient_linear(x, index, weight, bias.clone().requires_grad_(), y=x)
-    with pytest.raises(ValueError, match="y: cannot be added where a tensor requires a gradient"):
-        salient_linear(x, index, weight, bias, y=x.clone().requires_grad_())
     for place, name in enumerate(("weight", "bias")):
         norm = [*affine, 1e-5]
         norm[place] = norm[place].clone().requires_grad_()
         with pytest.raises(ValueError, match=f"norm: its {name} requires a gradient"):
             salient_linear(x, index, weight, bias, norm=tuple(norm))
         with torch.no_grad():
-            salient_linear(x.clone(), index, weight, bias, y=x, norm=tuple(norm))
+            salient_linear(x.clone(), index, weight, bias, norm=tuple(norm))
     with pytest.raises(ValueError, match="x: a leaf that requires a gradient"):
         salient_linear(x.requires_grad_(), index, weight, bias)
     assert torch.equal(x, before)
@@ -556,28 +493,24 @@ def test_the_kernels(backend, dtype, narrow, dim, count):
         pytest.skip("the matrix does not fit shared memory in float32")
     for rows in (1, 15, 197, 12608 if dim == 768 else 500):
         x, index, weight, bias, *affine = tensors((rows, dim), count, dtype, "cuda", learned)
-        y = x.flip(0) * 0.5
-        for norm, added, grad in (
-            (None, None, False),
-            ((*affine, 1e-6), None, False),
-            ((None, None, 1e-6), y, False),
-            ((*affine, 1e-6), None, True),
+        for norm, grad in (
+            (None, False),
+            ((*affine, 1e-6), False),
+            ((None, None, 1e-6), False),
+            ((*affine, 1e-6), True),
         ):
             changed = x.clone()
             given = weight.clone().requires_grad_(grad)
             with torch.autocast("cuda", product, enabled=narrow is not None):
-                found = salient_linear(
-                    changed, index, given, bias, 0.3, y=added, norm=norm, backend=backend
-                )
-            wanted, normed = exact(x, index, weight, bias, 0.3, added, norm)
+                found = salient_linear(changed, index, given, bias, 0.3, norm=norm, backend=backend)
+            wanted, normed = exact(x, index, weight, bias, 0.3, norm)
             assert_near(changed.detach(), wanted, product, 2e-5)
             if norm is not None:
                 assert found.dtype == product
                 assert_near(found.detach(), normed, product, 5e-5)
             others = torch.ones(dim, dtype=torch.bool, device="cuda")
             others[index] = False
-            whole = x if added is None else x + added
-            assert torch.equal(changed[:, others].detach(), whole[:, others])
+            assert torch.equal(changed[:, others].detach(), x[:, others])
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -587,7 +520,7 @@ def test_what_the_kernels_return(backend, dtype, keep):
     x, index, weight, bias, *affine = tensors((3, 50, 192), 100, dtype, "cuda")
     run = DISPATCH.rows[backend].run
     for of_norm in (None, torch.float32, dtype):
-        arguments = (None, index, weight, bias, 0.5, *affine, 1e-5, of_norm, dtype, keep)
+        arguments = (index, weight, bias, 0.5, *affine, 1e-5, of_norm, dtype, keep)
         found = run(x.clone(), *arguments)
         expected = reference.salient_linear(x.clone(), *arguments)
         for each, wanted in zip(found, expected, strict=True):

@@ -13,7 +13,6 @@ from pcx.ops.reference.add_layer_norm import add_layer_norm
 
 def salient_linear(
     x: Tensor,
-    y: Tensor | None,
     index: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -28,7 +27,7 @@ def salient_linear(
     """`pcx.ops.salient_linear.salient_linear` step by step.
 
     Args:
-        x, y, index, weight, bias, scale: as there.
+        x, index, weight, bias, scale: as there.
         norm_weight, norm_bias, eps: those of the LayerNorm.
         dtype: of the normed rows, or None where nothing is normed.
         product: dtype in which the matrix product is computed.
@@ -38,8 +37,6 @@ def salient_linear(
         The normed rows [..., D], u [..., K] in `product`, mean [..., 1] and reciprocal standard
         deviation [..., 1]. What is not asked for is empty.
     """
-    if y is not None:
-        x.add_(y)
     own = x.index_select(-1, index)  # [..., K]
     u = own.to(product)
     delta = F.linear(u, weight.to(product), bias.to(product)).to(x.dtype)
