@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -216,6 +216,7 @@ class Salient(nn.Module):
         like: a weight of the backbone, for device and dtype; the map is float32 over 16 bits.
     """
 
+    autocasts: ClassVar[bool] = True  # autocast casts its weight and bias in every call
     index: Tensor
 
     def __init__(self, index: Tensor, scale: float, like: Tensor):

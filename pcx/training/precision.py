@@ -17,7 +17,7 @@ def cast_weights(module: nn.Module, dtype: torch.dtype) -> Replaced:
     """Casts once the weights that autocast would cast in every call; the bits are the same.
 
     Those of torch's own linear and convolutional layers: a subclass may compute with its weight
-    before it multiplies by it.
+    before it multiplies by it. And those of modules that say so by `autocasts`.
 
     Returns the parameters that were there before, each with its module and name; they are left as
     they are. The new ones require no gradient. All are cast before any is replaced.
@@ -25,7 +25,7 @@ def cast_weights(module: nn.Module, dtype: torch.dtype) -> Replaced:
     before: Replaced = [
         (part, name, parameter)
         for part in module.modules()
-        if type(part) in (nn.Linear, nn.Conv2d, nn.Conv3d)
+        if type(part) in (nn.Linear, nn.Conv2d, nn.Conv3d) or getattr(part, "autocasts", False)
         for name, parameter in part.named_parameters(recurse=False)
         if name in ("weight", "bias") and parameter.dtype != torch.float64  # autocast's own rule
     ]

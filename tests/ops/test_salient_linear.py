@@ -19,6 +19,8 @@ from pcx.ops.salient_linear import DISPATCH, salient_linear
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    # of torch 2.11's compiler, of a function's own way to be compiled
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     # its advice on a GPU that has them
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
 ]
