@@ -152,7 +152,7 @@ class _Tuning:
 
     def at(self, keep: float | int, folder: Path | None, *, tuned: bool = True) -> VPT:
         """The model condensed to a share or count, and fine-tuned where it is asked for."""
-        kept = select(self.ranking, keep, scope=self.scope)
+        kept = self._selected(keep)
         small = self.model.keep(kept)
         small.set_dropout(0.0)
         found = Condensation(self.method, self.scope, keep, self.ranking, kept)
@@ -164,6 +164,14 @@ class _Tuning:
             found.history = fit(small, self.loader, **options)
         small.trained_lr = self.model.trained_lr
         return small
+
+    def _selected(self, keep: float | int) -> list[Tensor]:
+        """The kept indices per layer; layers that share their prompts are ranked by their mean."""
+        if not self.model.prompts.tied:
+            return select(self.ranking, keep, scope=self.scope)
+        used = [row for row in self.ranking if len(row)]
+        (kept,) = select([torch.stack(list(used)).mean(0)], keep, scope="local")
+        return [kept if len(row) else kept[:0] for row in self.ranking]
 
     def evaluated(self, model: VPT) -> dict:
         """Evaluates a model on the validation data.

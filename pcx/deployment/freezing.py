@@ -180,7 +180,7 @@ def _straighten(backbone: nn.Module, spec: BackboneSpec, stand_ins: Sequence[Sta
     backbone = unwrapped(backbone)
     if spec.patch_projection is not None:
         projection = backbone.get_submodule(spec.patch_projection)
-        if not is_watched(projection):
+        if isinstance(projection, nn.Conv2d) and not is_watched(projection):
             backbone.set_submodule(spec.patch_projection, PatchProduct(projection))
     for block in spec.blocks:
         name, module = block.name, backbone.get_submodule(block.name)

@@ -6,6 +6,7 @@ from torch import nn
 
 from pcx.models import HEAD_INITS
 from pcx.models.base import TunedModel
+from pcx.models.parts import biases_of
 
 
 class Bias(TunedModel):
@@ -34,7 +35,7 @@ class Bias(TunedModel):
         self, backbone: nn.Module, *, num_classes: int | None = None, head_init: str = HEAD_INITS[0]
     ):
         super().__init__(backbone, num_classes=num_classes, head_init=head_init)
-        biases = {n for n, _ in self.backbone.named_parameters() if n.endswith("bias")}
+        biases = biases_of(self.backbone)
         if not biases:
             raise ValueError(f"backbone: {self.spec.family} has no biases that could be trained")
         self.own(keep=biases.__contains__)

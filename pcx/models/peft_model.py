@@ -9,10 +9,12 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from pcx.arguments import whole_number
 from pcx.backbones.spec import check_unwrapped, find_spec, library_facts
 from pcx.backbones.towers import with_head
-from pcx.models.base import TunedModel
-from pcx.models.heads import head_size, place_heads
+from pcx.models import HEAD_INITS
+from pcx.models.base import TunedModel, check_choice, check_module
+from pcx.models.heads import draw_head, head_size, place_heads
 from pcx.models.memory import over_same_memory
 from pcx.models.record import Record
 
@@ -22,33 +24,55 @@ _BESIDE: WeakKeyDictionary[nn.Module, tuple[Record, set[str]]] = WeakKeyDictiona
 
 
 class PeftModel(TunedModel):
-    """A model of peft, such as `peft.get_peft_model` gives, with pcx's training and saving.
+    """LoRA or any other method of peft, with pcx's training and saving.
 
-    The model is taken as it is, not copied: its adapters are trained in place. The model's own are
+    With a `config` the adapters are put into a copy over the backbone's memory, and the backbone is
+    not touched. A model that peft has adapted already is taken as it is: its adapters are trained
+    in place. The model's own are
     the active adapter, its modules_to_save (name the head among them), and whatever else requires
     gradients. So are the backbone's saved buffers, such as BatchNorm's statistics, which change in
     training. `merge_adapter` of peft writes into the backbone's memory; call it on a copy.
 
     Args:
-        model: a `peft.PeftModel` over a timm model, or Hugging Face's ...ForImageClassification.
+        model: a backbone, or a `peft.PeftModel` over one.
+        config: of peft, for a backbone; where its modules_to_save is None, it is the head.
+        num_classes: size of a new head; None keeps the backbone's size, 0 removes the head.
+        head_init: "trunc-normal" and "published" draw the head anew, "keep" starts from the
+            backbone's own.
 
     Raises:
-        ValueError: the model is not of peft, or several adapters are active.
+        ValueError: an argument is out of range, the config does not fit the backbone, the model is
+            not of peft and there is no config, or several adapters are active.
 
     Example:
-        >>> config = peft.LoraConfig(target_modules=["qkv"], modules_to_save=["head"])
-        >>> model = pcx.PeftModel(peft.get_peft_model(backbone, config))
-        >>> pcx.fit(model, loader, epochs=10, lr=0.01)
+        >>> config = peft.LoraConfig(r=8, target_modules=["qkv"])
+        >>> model = pcx.PeftModel(backbone, config, num_classes=196)
+        >>> pcx.fit(model, loader, epochs=10, lr=0.001, opt="adamw")
     """
 
     method = "peft"
     backbone_mode = "train"  # of adapters' dropout, as peft's own training has it
 
-    def __init__(self, model: Any):
+    def __init__(
+        self,
+        model: Any,
+        config: Any = None,
+        *,
+        num_classes: int | None = None,
+        head_init: str = HEAD_INITS[0],
+    ):
         nn.Module.__init__(self)
+        if config is not None:
+            model = _adapted(model, config, num_classes, head_init, with_head_saved=True)
+        elif num_classes is not None:
+            raise ValueError(
+                "num_classes: the head of a model that peft has adapted stays; give the backbone "
+                "and a config"
+            )
         if not is_peft(model):
             raise ValueError(
-                f"model: a {type(model).__name__}, expected what peft.get_peft_model gives"
+                f"model: a {type(model).__name__}, expected what peft.get_peft_model gives, or a "
+                "backbone and a config of peft"
             )
         self.record, self._owned = _BESIDE.setdefault(model, (Record(), set()))
         self.backbone = model
@@ -114,19 +138,13 @@ class PeftModel(TunedModel):
     @classmethod
     def from_config(cls, backbone: nn.Module, config: Mapping[str, Any]) -> PeftModel:
         """Adapters of this configuration over a backbone with any head; not the given modules."""
-        from peft import get_peft_config, get_peft_model
+        from peft import get_peft_config
 
-        shared: Any = over_same_memory(backbone, backbone.parameters())
-        heads = _heads(shared)
-        if head_size(heads) != config["num_classes"]:
-            shared = with_head(shared, config["num_classes"])
-            heads = _heads(shared)
-        place_heads(shared, heads)
-        settings = {**config["peft"], "inference_mode": False}
-        model = cls(get_peft_model(shared, get_peft_config(settings)))
-        for tensor in model.own_state().values():  # peft's bias="all" trains the backbone's own
-            tensor.data = tensor.data.clone()
-        return model
+        wanted = config["num_classes"]
+        if head_size(_heads(backbone)) == wanted:
+            wanted = None  # the head that is there
+        settings = get_peft_config({**config["peft"], "inference_mode": False})
+        return cls(_adapted(backbone, settings, wanted, "keep"))
 
     def deployed(self) -> nn.Module:
         """A backbone whose adapters are merged into its weights, for inference alone."""
@@ -141,6 +159,48 @@ class PeftModel(TunedModel):
                 "set_adapter, or merge them by add_weighted_adapter"
             )
         return active[0]
+
+
+def _adapted(
+    backbone: Any,
+    config: Any,
+    num_classes: int | None,
+    head_init: str,
+    *,
+    with_head_saved: bool = False,
+) -> nn.Module:
+    """What peft makes of a copy over a backbone's memory; what it trains has memory of its own.
+
+    `with_head_saved` names the head in a config's modules_to_save that is None.
+    """
+    from peft import get_peft_model
+
+    check_choice("head_init", head_init, HEAD_INITS)
+    check_module("model", backbone, "such as timm.create_model gives")
+    check_unwrapped(backbone, "model")
+    if is_peft(backbone) or isinstance(backbone, TunedModel):
+        raise ValueError(
+            f"model: a {type(backbone).__name__}, which is adapted already; give the backbone that "
+            "it was built on, or leave config out"
+        )
+    if num_classes is not None:
+        num_classes = whole_number("num_classes", num_classes)
+    shared = with_head(over_same_memory(backbone, backbone.parameters()), num_classes)
+    heads = _heads(shared)
+    place_heads(shared, heads)
+    for head in heads:
+        draw_head(head, head_init)
+    settings = copy.deepcopy(config)
+    if with_head_saved and getattr(settings, "modules_to_save", ()) is None:
+        settings.modules_to_save = list(library_facts(shared)["heads"]) or None
+    try:
+        adapted = get_peft_model(shared, settings)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"config: it does not fit {type(backbone).__name__}: {error}") from error
+    for parameter in adapted.parameters():  # peft's bias="all" trains the backbone's own
+        if parameter.requires_grad:
+            parameter.data = parameter.data.clone()
+    return adapted
 
 
 def is_peft(model: nn.Module) -> bool:

@@ -46,6 +46,44 @@ def test_a_model_of_peft_is_saved_and_loaded(backbone, loader, dataset, tmp_path
         pcx.PeftModel(backbone)
 
 
+def test_a_backbone_and_a_config_leave_the_backbone_alone(backbone, loader, dataset, tmp_path):
+    before = {n: t.clone() for n, t in backbone.state_dict().items()}
+    kinds = [type(m) for m in backbone.modules()]
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], bias="all", init_lora_weights=False)
+    model = pcx.PeftModel(backbone, config, num_classes=4)
+    assert config.modules_to_save is None
+    x = dataset.tensors[0]
+    assert model(x).shape == (len(x), 4)
+    rows = pcx.fit(model, loader, epochs=4, lr=0.02, clip_grad=1.0, progress=False)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    expected = model.eval()(x)
+    torch.testing.assert_close(pcx.freeze(model)(x), expected, rtol=1e-9, atol=1e-9)  # merged
+    pcx.save(model, tmp_path / "m")
+    assert torch.equal(pcx.load(tmp_path / "m", backbone)(x), expected)
+    assert kinds == [type(m) for m in backbone.modules()]
+    for name, tensor in backbone.state_dict().items():
+        assert torch.equal(tensor, before[name]), f"{name} of the user's backbone was written"
+
+
+def test_lora_of_the_papers_size():
+    backbone = timm.create_model("vit_base_patch16_224", num_classes=0)
+    config = peft.LoraConfig(r=8, target_modules=["qkv"])
+    model = pcx.PeftModel(backbone, config)
+    assert sum(p.numel() for p in model.trainable().values()) == 294_912
+    with_head = pcx.PeftModel(backbone, config, num_classes=10)
+    assert sum(p.numel() for p in with_head.trainable().values()) == 294_912 + 7_690
+
+
+def test_what_a_config_does_not_fit_is_named(backbone):
+    config = peft.LoraConfig(r=2, target_modules=["query"])
+    with pytest.raises(ValueError, match="config: it does not fit VisionTransformer"):
+        pcx.PeftModel(backbone, config)
+    with pytest.raises(ValueError, match="model: a PeftModel, which is adapted already"):
+        pcx.PeftModel(adapted(backbone, LORA), LORA)
+    with pytest.raises(ValueError, match="num_classes: the head of a model that peft"):
+        pcx.PeftModel(adapted(backbone, LORA), num_classes=3)
+
+
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")  # peft of timm's LayerNorm
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_adapter_is_saved_and_loaded(backbone, loader, dataset, tmp_path, name):

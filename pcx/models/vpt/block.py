@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from pcx.backbones import attention
 from pcx.backbones.residual import HOOKS, Wrapper
 from pcx.models.head_reads import is_head_alone, reading
+from pcx.models.vpt.calls import backend_for_lse, check_call, read_rows
 from pcx.models.vpt.probes import Probe
 from pcx.models.vpt.prompts import dropped, neighbours, per_sample
+from pcx.models.vpt.sources import OwnPrompts, SharedPrompts
 from pcx.ops.bias import widened
-from pcx.ops.prefix_attention import cpu_cannot, prefix_attention
+from pcx.ops.prefix_attention import prefix_attention
 from pcx.ops.prepared import Prepared
 from pcx.ops.recording import is_recorded
 from pcx.ops.reference.attention import additive
@@ -44,7 +46,7 @@ class PromptedBlock(Wrapper):
     Args:
         block: the backbone's block.
         index: its place, which is its prompts' place in `prompts`.
-        prompts: the owner's list, per layer [m, D], or [2, m, H*d] of kind "prefix". Anything that
+        prompts: the owner's, per layer [m, D], or [2, m, H*d] of kind "prefix". Anything that
             swaps a tensor in the list for one with a set dimension in front ([G, m, D]) gets one
             set of prompts per sample (G = B) or per group of B/G neighbours.
         kind: "deep", "shallow" or "prefix".
@@ -66,7 +68,7 @@ class PromptedBlock(Wrapper):
         self,
         block: nn.Module,
         index: int,
-        prompts: nn.ParameterList,
+        prompts: OwnPrompts | SharedPrompts,
         *,
         kind: str,
         dropout_groups: int | None,
@@ -95,7 +97,8 @@ class PromptedBlock(Wrapper):
         self.constants = 0  # attention calls whose prompts' keys and values are buffers
         self.attention = Prepared()
         # In a tuple, so that the list is registered once, by the owner.
-        self._owner: tuple[nn.ParameterList, ...] = (prompts,)
+        self._owner: tuple[OwnPrompts | SharedPrompts, ...] = (prompts,)
+        self.keeps_prompts = False  # whether the last block gives its prompts, for a pool of them
         self._positions: Any = tuple(
             (module, module.num_prefix_tokens)
             for module in block.modules()
@@ -211,7 +214,7 @@ class PromptedBlock(Wrapper):
         copied = COPIED.get((device, trained), 0) * batch * tokens * dim
         if copied >= most:  # whatever the prompts, which take a while to look up
             return False
-        prompts = self._owner[0][self.index].shape[-2]
+        prompts = self._owner[0].count(self.index)
         if not prompts or copied + 12 * dim**2 * batch * prompts > most:
             return False
         if self._leaves_out(x):
@@ -219,6 +222,11 @@ class PromptedBlock(Wrapper):
         if _has_hooks(self._inside):
             return False  # a hook sees the block's tokens, whatever the batch
         return trained or not (x.is_cuda and is_recorded())
+
+    @property
+    def width(self) -> int:
+        """How many prompts are among the block's tokens in the concatenated form."""
+        return self._owner[0].count(0 if self.kind == "shallow" else self.index)
 
     # Folded: prompts act through their keys and values alone, computed once for the batch.
 
@@ -241,7 +249,7 @@ class PromptedBlock(Wrapper):
 
         def attend(n: int, call: attention.Call) -> Tensor:
             if full is not None:  # the read tokens' queries over every token's keys and values
-                call = _read_rows(call, full[n])
+                call = read_rows(call, full[n])
             if watch is not None:
                 call = watch(call)
             if prefixes is None:
@@ -300,7 +308,7 @@ class PromptedBlock(Wrapper):
     def _attend(
         self, call: attention.Call, key: Tensor, value: Tensor, sets: Tensor | None
     ) -> Tensor:
-        _check_call(call)
+        check_call(call)
         if key.dtype != call.k.dtype or value.dtype != call.v.dtype:
             key, value = key.to(call.k.dtype), value.to(call.v.dtype)
         if self.probe is None and call.bias is None and sets is None and key.dim() == 3:
@@ -317,7 +325,7 @@ class PromptedBlock(Wrapper):
             bias=call.bias,
             scale=call.scale,
             return_lse=observes,
-            backend=_for_lse(call) if observes else "auto",
+            backend=backend_for_lse(call) if observes else "auto",
         )
         if self.probe is None or not observes:
             return found
@@ -334,22 +342,21 @@ class PromptedBlock(Wrapper):
             tokens = tokens.to(x.dtype)
             at_end = start == x.shape[1]
             x = torch.cat([x, tokens] if at_end else [x[:, :start], tokens, x[:, start:]], 1)
-        width = self._owner[0][0 if self.kind == "shallow" else self.index].shape[-2]
-
+        width = self.width
         self._place(width)
 
         def attend(_: int, call: attention.Call) -> Tensor:
             return self._attend_among(call, start, width)
 
         x = attention.run(self.block, self.calls, attend, x, *args, **kwargs)
-        if self.kind == "deep" or self.last:
+        if (self.kind == "deep" or self.last) and not self.keeps_prompts:
             behind = start + width
             found = x[:, :start]
             x = found if behind == x.shape[1] else torch.cat([found, x[:, behind:]], 1)
         return x
 
     def _attend_among(self, call: attention.Call, start: int, width: int) -> Tensor:
-        _check_call(call)
+        check_call(call)
         bias = call.bias
         if bias is not None:
             bias = widened(bias, start, width, call.q.shape[-2])
@@ -376,23 +383,3 @@ def _dtype_of(block: nn.Module) -> torch.dtype | None:
 def _reading(head_alone: bool, form: Any, *args: Any, **kwargs: Any) -> Tensor:
     with reading(head_alone):
         return form(*args, **kwargs)
-
-
-def _check_call(call: attention.Call) -> None:
-    if call.dropout:
-        raise ValueError(
-            f"model: dropout of {call.dropout} in a block's attention, which prompts need at 0; "
-            "leave the backbone in eval mode"
-        )
-
-
-def _for_lse(call: attention.Call) -> str:
-    """The backend that gives the LSE: on a CPU, torch would write attention out for it."""
-    return "auto" if any(cpu_cannot(x, call.k) for x in (call.q, call.v)) else "cpu"
-
-
-def _read_rows(call: attention.Call, full: attention.Call) -> attention.Call:
-    bias = full.bias
-    if bias is not None and bias.shape[-2] > 1:
-        bias = bias[..., : call.q.shape[-2], :]
-    return attention.Call(call.q, full.k, full.v, bias, call.scale)

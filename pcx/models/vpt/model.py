@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,15 @@ from pcx.backbones.probing import without_hooks
 from pcx.backbones.spec import BackboneSpec, check_promptable
 from pcx.models import HEAD_INITS
 from pcx.models.base import TunedModel, check_choice
+from pcx.models.parts import biases_of, cls_token_of
 from pcx.models.record import Condensation
 from pcx.models.vpt.block import PATHS, PromptedBlock
-from pcx.models.vpt.prompts import counts_per_layer, draw_prompts, prompt_parameter
+from pcx.models.vpt.locations import LOCATIONS, pixel_prompts
+from pcx.models.vpt.pools import OF_PROMPTS, Pooled, check_pool
+from pcx.models.vpt.prompts import counts_per_layer, draw_prompts
+from pcx.models.vpt.prototypes import INITS, prototypes
+from pcx.models.vpt.sources import OwnPrompts, SharedPrompts, shared_prompts
+from pcx.models.vpt.variants import Variant
 
 KINDS = ("deep", "shallow", "prefix")
 
@@ -51,9 +58,23 @@ class VPT(TunedModel):
             for few classes; "keep" starts from the backbone's own head.
         read_only: compute only the tokens that the head reads in the last block of the folded path,
             where that is exact (pooling by [CLS]) and saves time (not of small batches).
+        depth: which layers have prompts: a slice, or k for the first k and -k for the last; all by
+            default. Prompts' outputs are dropped behind the last of them too.
+        location: "prepend"; "add" and "add-one" add a prompt for each patch token, or one for all,
+            to the tokens before each layer; "prepend-pixel" and "concat-channel" enter before the
+            patch embedding (kind "shallow"). For all but the two of "prepend" num_prompts is 0.
+        share: "intra": a layer's prompts are all alike; "inter": all layers have the same; "all".
+        init: "published", or "cls-prototype" or "patch-prototype" by `images`.
+        images: a loader for the prototypes.
+        project: width of numbers that one linear layer turns into the prompts of all layers.
+        pool: what the head reads: "cls", or the mean of "image", "prompt" or "global" tokens.
+        freeze_prompts: leave the prompts as they are drawn (Prompt-Fixed).
+        learn_cls: train a copy of the backbone's [CLS] token.
+        bias: train copies of the backbone's biases (VPT+Bias).
 
     Raises:
-        ValueError: an argument is out of range, or the backbone's family is not supported.
+        ValueError: an argument is out of range, two have no meaning together, or the backbone's
+            family is not supported.
 
     Example:
         >>> backbone = timm.create_model("vit_base_patch16_224", num_classes=196)
@@ -75,18 +96,40 @@ class VPT(TunedModel):
         num_classes: int | None = None,
         head_init: str = HEAD_INITS[0],
         read_only: bool = True,
+        depth: slice | int | None = None,
+        location: str = "prepend",
+        share: str | None = None,
+        init: str = INITS[0],
+        images: Any = None,
+        project: int | None = None,
+        pool: str = "cls",
+        freeze_prompts: bool = False,
+        learn_cls: bool = False,
+        bias: bool = False,
     ):
         check_choice("kind", kind, KINDS)
+        check_choice("init", init, INITS)
+        variant = Variant(location, share, project, pool, freeze_prompts, learn_cls, bias)
+        variant.check(kind, init)
+        if (images is None) != (init == "published"):
+            raise ValueError(
+                f"images: {'none' if images is None else 'a loader'}, and init={init!r}; "
+                "prototypes need a loader of images, and nothing else does"
+            )
         if dropout_groups is not None:
             dropout_groups = whole_number("dropout_groups", dropout_groups, 1)
         super().__init__(backbone, num_classes=num_classes, head_init=head_init)
         self.kind = kind
+        self.variant = variant
         self.dropout_groups = dropout_groups
         self.read_only = read_only
-        like = next(self.backbone.parameters())
-        counts = counts_per_layer(num_prompts, len(self.spec.blocks), kind)
-        self.prompts = nn.ParameterList(draw_prompts(m, self.spec, kind, like) for m in counts)
+        check_pool(self.spec, pool)
+        counts = counts_per_layer(num_prompts, len(self.spec.blocks), kind, depth)
+        self.prompts = self._new_prompts(counts)
+        if init != "published":
+            self._start_from(prototypes(self.backbone, self.spec, images, init, counts))
         self._wrap_blocks()
+        self._own_parts()
         self.set_dropout(dropout)
         self.path = path or ("concat" if kind == "shallow" else "folded")
         self.train(backbone.training)
@@ -95,10 +138,56 @@ class VPT(TunedModel):
         attention.fuse(self.backbone)
         check_promptable(self.backbone, self.spec)
 
+    def _new_prompts(self, counts: list[int]) -> OwnPrompts | SharedPrompts:
+        """The prompts of each layer, drawn as published."""
+        variant, like = self.variant, next(self.backbone.parameters())
+        if not LOCATIONS[variant.location].among and any(counts):
+            raise ValueError(
+                f"num_prompts: {max(counts)}, and location={variant.location!r} has as many "
+                "numbers as its place needs; give 0"
+            )
+        if variant.location == "prepend-pixel":
+            return pixel_prompts(self, counts)
+        draw = partial(draw_prompts, spec=self.spec, kind=self.kind, like=like)
+        if variant.share is None and variant.project is None:
+            return OwnPrompts(draw(m) for m in counts)
+        return shared_prompts(
+            counts,
+            self.spec.blocks[0].dim,
+            lambda m, width: draw(m, width=width),
+            share=variant.share,
+            project=variant.project,
+        )
+
+    @torch.no_grad()
+    def _start_from(self, found: Sequence[Tensor]) -> None:
+        for prompts, start in zip(self.prompts, found, strict=True):
+            prompts.copy_(start)
+
+    def _own_parts(self) -> None:
+        """Puts into the backbone what the variant has there, and takes what it trains."""
+        variant = self.variant
+        LOCATIONS[variant.location].set_up(self)
+        if variant.pool != "cls":
+            last, norm = self.layers[-1], str(self.spec.norm)
+            last.keeps_prompts = variant.pool in OF_PROMPTS
+            pooled = Pooled(
+                self.backbone.get_submodule(norm), variant.pool, self.spec.prefix_tokens, last
+            )
+            self.backbone.set_submodule(norm, pooled)
+        if variant.learn_cls:
+            self.own(cls_token_of(self.backbone, self.spec))
+        if variant.bias:
+            self.own(keep=biases_of(self.backbone).__contains__)
+        if variant.freeze_prompts:
+            for name, parameter in self.named_parameters():
+                if name.startswith(("prompts.", "added.", "channel.")):
+                    parameter.requires_grad_(False)
+
     @property
     def counts(self) -> tuple[int, ...]:
         """Prompts per layer."""
-        return tuple(prompts.shape[-2] for prompts in self.prompts)
+        return tuple(map(self.prompts.count, range(len(self.prompts))))
 
     @property
     def path(self) -> str:
@@ -117,7 +206,7 @@ class VPT(TunedModel):
             raise ValueError("path: kind='prefix' has no tokens to concatenate; use 'folded'")
         self._path = path
         for layer in self.layers:
-            layer.path = path
+            layer.path = "concat" if layer.keeps_prompts else path
 
     @property
     def layers(self) -> list[PromptedBlock]:
@@ -177,23 +266,23 @@ class VPT(TunedModel):
             kept: per layer, the indices of the prompts to keep, ascending, none twice.
 
         Raises:
-            ValueError: the layers do not match, or an index is out of range or no whole number.
+            ValueError: the layers do not match, an index is out of range or no whole number, or
+                the layers share their prompts and keep others.
         """
         layers = kept if isinstance(kept, Sequence) else ()
         if len(layers) != len(self.prompts):
             raise ValueError(f"kept: {len(layers)} layers, expected {len(self.prompts)}")
-        small = self.copy()
+        small, places = self.copy(), []
         for i, index in enumerate(kept):
-            prompts = self.prompts[i].detach()
             given = index.tolist() if hasattr(index, "tolist") else index
             if isinstance(given, str) or not isinstance(given, Iterable):
                 raise ValueError(f"kept: layer {i}: {given!r}, expected a list of indices")
-            most = prompts.shape[-2] - 1
+            most = self.counts[i] - 1
             rows = [whole_number(f"kept: layer {i}", row, most=most) for row in given]
             if rows != sorted(set(rows)):
                 raise ValueError(f"kept: layer {i}: {rows}, expected ascending ones, none twice")
-            places = torch.tensor(rows, dtype=torch.int64, device=prompts.device)
-            small.prompts[i] = prompt_parameter(prompts.index_select(-2, places))
+            places.append(torch.tensor(rows, dtype=torch.int64))
+        small.prompts.keep(places)
         return small
 
     def config(self) -> dict[str, Any]:
@@ -206,6 +295,7 @@ class VPT(TunedModel):
             "dropout_groups": self.dropout_groups,
             "path": self.path,
             "read_only": self.read_only,
+            **self.variant.as_json(),
         }
 
     @classmethod
@@ -216,16 +306,21 @@ class VPT(TunedModel):
 
     @torch.no_grad()
     def deployed(self) -> nn.Module:
-        """A backbone for inference alone, whose prompts' keys and values are constants.
+        """A backbone for inference alone; keys and values of prompts that fold are constants.
 
-        Raises:
-            ValueError: the prompts do not fold (kind "shallow").
+        Others stay tokens: those of kind "shallow", and of a last layer whose prompts are read.
         """
-        self.check_folds()
-        copied = self.copy().eval()
-        copied.path = "folded"
+        copied = self.copy().eval().requires_grad_(False)
+        if self.folds:
+            copied.path = "folded"
         for layer in copied.layers:
-            layer.make_constant(layer.constants_of_prompts())
+            if layer.path == "folded":
+                layer.make_constant(layer.constants_of_prompts())
+        for module in copied.backbone.modules():
+            if hasattr(module, "take_in"):
+                module.take_in()
+        if not self.folds or self.layers[-1].keeps_prompts:
+            copied.backbone.tokens_of_prompts = copied.prompts  # moves with the backbone now
         return copied.backbone
 
     @property
@@ -249,6 +344,7 @@ class VPT(TunedModel):
             with without_hooks(block):
                 module = self.backbone.get_submodule(spec.attention)
                 attention.route(block, module, spec.calls, spec.dim, spec.needs)
+            reads_cls = self.read_only and self.variant.pool == "cls"
             wrapped = PromptedBlock(
                 block,
                 i,
@@ -259,7 +355,7 @@ class VPT(TunedModel):
                 head_dims=(spec.heads, spec.head_dim, spec.value_dim),
                 needs=spec.needs,
                 prefix_tokens=self.spec.prefix_tokens,
-                read_tokens=self.spec.read_tokens if self.read_only else None,
+                read_tokens=self.spec.read_tokens if reads_cls else None,
                 last=i == len(self.spec.blocks) - 1,
             )
             wrapped.checkpoint = checkpoint

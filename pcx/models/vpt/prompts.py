@@ -17,8 +17,15 @@ from pcx.models.heads import trained_dtype
 MOST_PROMPTS = 1_000_000  # in a layer: more would fill any memory
 
 
-def counts_per_layer(num_prompts: Any, depth: int, kind: str) -> list[int]:
+def counts_per_layer(num_prompts: Any, depth: int, kind: str, layers: Any = None) -> list[int]:
     """The number of prompts in each layer.
+
+    Args:
+        num_prompts: one number, or one for each layer.
+        depth: of the backbone.
+        kind: "deep", "shallow" or "prefix".
+        layers: which layers have prompts: a slice, or k for the first k and -k for the last; None
+            is all.
 
     Raises:
         ValueError: `num_prompts` is neither a whole number nor one per layer, or does not fit.
@@ -32,13 +39,31 @@ def counts_per_layer(num_prompts: Any, depth: int, kind: str) -> list[int]:
         raise ValueError(f"num_prompts: {len(counts)} counts for a backbone of {depth} blocks")
     if kind == "shallow" and any(counts[1:]):
         raise ValueError(f"num_prompts: {counts}; kind='shallow' has prompts in layer 0 only")
+    if layers is not None:
+        chosen = _chosen(layers, depth, kind)
+        counts = [m if i in chosen else 0 for i, m in enumerate(counts)]
     return counts
 
 
-def draw_prompts(m: int, spec: BackboneSpec, kind: str, like: Tensor) -> nn.Parameter:
+def _chosen(layers: Any, depth: int, kind: str) -> range:
+    if kind == "shallow":
+        raise ValueError(f"depth: {layers!r}, and kind='shallow' has prompts in layer 0 only")
+    if not isinstance(layers, slice):
+        count = whole_number("depth", layers, -depth, depth)
+        layers = slice(count) if count >= 0 else slice(count, None)
+    chosen = range(depth)[layers]
+    if not chosen:
+        raise ValueError(f"depth: {layers!r} of {depth} layers leaves none with prompts")
+    return chosen
+
+
+def draw_prompts(
+    m: int, spec: BackboneSpec, kind: str, like: Tensor, width: int | None = None
+) -> nn.Parameter:
     """Draws prompts as published: U(-v, v), v = sqrt(6 / (3 * patch height * width + D)).
 
-    They are float32 where `like` has 16 bits.
+    They are float32 where `like` has 16 bits. `width` stands for D where a map makes prompts of
+    them.
 
     Returns:
         [m, D], or [2, m, H*d] of kind "prefix".
@@ -47,8 +72,9 @@ def draw_prompts(m: int, spec: BackboneSpec, kind: str, like: Tensor) -> nn.Para
         ValueError: the kind is "prefix" and a block's keys and values are not alike.
     """
     first = spec.blocks[0]
-    bound = math.sqrt(6 / ((spec.patch_elements or 0) + first.dim))
-    shape: tuple[int, ...] = (m, first.dim)
+    width = width or first.dim
+    bound = math.sqrt(6 / ((spec.patch_elements or 0) + width))
+    shape: tuple[int, ...] = (m, width)
     if kind == "prefix":
         if {block.calls for block in spec.blocks} != {1} or first.head_dim != first.value_dim:
             raise ValueError("kind: 'prefix' needs one attention call per block with d = dv")
