@@ -53,6 +53,12 @@ train ./nowhere --out new                    | nowhere: no such folder
 {T} --dropout nan                            | --dropout: nan
 {T} --method liner                           | --method: got 'liner'
 {T} --method peft                            | --method: 'peft' is not built
+{T} --method vpt:prompts=2                   | --method: vpt has no argument 'prompts'. Did you mean 'num_prompts'
+{T} --method vpt:num_prompts=2 --prompts 3   | --prompts: --method vpt:num_prompts=2 gives it too
+{T} --method vpt:kind=wide                   | --method: vpt: kind: got 'wide'
+{T} --method partial:num_layers=x            | --method: partial: num_layers: 'x', expected a whole number
+{T} --method partial:num_layers=9            | --method: partial: num_layers: 9, and
+{T} --method sct:k=200                       | --method: sct: k: 200 channels of layer 0
 {T} --method linear --prompts 2              | --prompts: --method linear has no such option
 {T} --method full --kind deep                | --kind: --method full has no such option
 {T} --head-init zero                         | --head-init: got 'zero'
