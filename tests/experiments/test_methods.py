@@ -75,8 +75,8 @@ def test_models_are_built(images):
 def test_what_a_class_refuses_is_named_by_its_method(images):
     with pytest.raises(ValueError, match="^method: vpt: kind: got 'wide', expected one of"):
         build_method("vpt:kind=wide", scenes_vit(3), images)
+    further = parse_method("vpt").with_arguments({"num_prompts": -1})
     with pytest.raises(ValueError, match="^num_prompts: -1"):  # it does not stand in the text
-        further = parse_method("vpt").with_arguments({"num_prompts": -1})
         build_method(further, scenes_vit(3), images)
 
 
