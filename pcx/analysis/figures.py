@@ -69,15 +69,13 @@ def accuracy_by_parameters(
         file: where the figure is written; the name's ending says the format.
     """
     figure, axes = _figure("trained parameters, without the head", "test accuracy, %")
-    for number, (method, (parameters, accuracy, half)) in enumerate(points.items()):
-        style = {"marker": "o", "capsize": 3, "color": f"C{number % 10}"}
-        axes.errorbar([parameters], [accuracy], yerr=[half or 0], **style)
-        axes.annotate(
-            method, (parameters, accuracy), (5, 4), textcoords="offset points", fontsize=7
-        )
+    for method, (parameters, accuracy, half) in points.items():
+        axes.errorbar([parameters], [accuracy], yerr=[half or 0], fmt="o", capsize=3, label=method)
+    most = max(parameters for parameters, *_ in points.values())
     axes.set_xscale("symlog", linthresh=1000)  # a linear probe has none
-    axes.set_xlim(left=-100)
-    axes.margins(x=0.2)
+    axes.set_xticks([0, *(10**k for k in range(3, len(str(round(most))) + 1))])
+    axes.set_xlim(left=-200)
+    figure.legend(loc="outside right upper", fontsize=7)
     _write(figure, file)
 
 

@@ -64,7 +64,7 @@ def compare(
     cache: o.Cache = None,
     config: o.Config = None,
 ) -> None:
-    """Compares methods: val chooses the settings, several seeds are tested once each."""
+    """Compares methods on tasks, each at its best by val, and tests several seeds once each."""
     from pcx.experiments.compare import compare as compare_methods
     from pcx.experiments.grids import Changes
     from pcx.experiments.reports import ON_CPU, table, write_reports

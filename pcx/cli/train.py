@@ -76,8 +76,7 @@ def train(
     name = o.one_task(photos, task)
     out = out or _default_out(name)
     _check(out, split, replaced=overwrite or resume)
-    options = {"num_prompts": ("prompts", prompts), "kind": ("kind", kind)}
-    chosen = _method(ctx, method, {**options, "dropout": ("dropout", dropout)})
+    chosen = _method(ctx, method, {"num_prompts": prompts, "kind": kind, "dropout": dropout})
     data = o.new_task(name, o.backbone_data_config(backbone, weights), root, cache)
     if lr is None and base_lr is None:
         lr, clip_grad = _default_rate(chosen.name, clip_grad)
@@ -183,13 +182,13 @@ def _check(out: Path, split: str, *, replaced: bool) -> None:
         raise ValueError(f"--split: got {split!r}, expected train or trainval")
 
 
-def _method(ctx: typer.Context, text: str, options: dict[str, tuple[str, Any]]) -> Method:
+def _method(ctx: typer.Context, text: str, options: dict[str, Any]) -> Method:
     """The method of a text, with the arguments that have options of their own.
 
     Args:
         ctx: of the command.
         text: of --method.
-        options: by argument, the option's name and its value.
+        options: their values, by the argument's name.
 
     Raises:
         ValueError: an option is given that the method does not have, or that its text gives too.
@@ -197,7 +196,8 @@ def _method(ctx: typer.Context, text: str, options: dict[str, tuple[str, Any]]) 
     from pcx.experiments.methods import parse_method
 
     method, arguments = parse_method(text), {}
-    for argument, (option, value) in options.items():
+    for argument, value in options.items():
+        option = {"num_prompts": "prompts"}.get(argument, argument)
         if getattr(ctx.get_parameter_source(option), "name", None) != "DEFAULT":
             if not method.takes(argument):
                 raise ValueError(

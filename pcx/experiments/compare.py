@@ -20,6 +20,7 @@ from pcx.experiments.protocol import Chosen, Protocol, check_splits
 from pcx.experiments.trials import Recipe, Setup, Trial
 from pcx.extras import need
 from pcx.tasks import Task
+from pcx.training.execution import check_execution
 from pcx.training.run_folder import device_name
 
 
@@ -152,6 +153,7 @@ def compare(
     check_splits(tasks)
     cells = {m.text: grid_of(m.name, changes).cells(recipe.batch_size) for m in read}
     setup = Setup(tasks, new_backbone, recipe)
+    check_execution(recipe.execution, setup.device)
     for text, of_method in cells.items():
         setup.build(Trial(next(iter(tasks)), text, of_method[0], "train", 0))
     settings = _settings(setup)

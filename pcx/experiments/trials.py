@@ -103,8 +103,8 @@ class Setup:
 
     @property
     def device(self) -> torch.device:
-        """Where models are trained."""
-        with accelerator_for() as accelerator:
+        """Where models are trained; a ValueError where that cannot be done with this precision."""
+        with accelerator_for(self.recipe.amp) as accelerator:
             return accelerator.device
 
     def build(self, trial: Trial) -> TunedModel:
