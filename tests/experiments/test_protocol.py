@@ -269,3 +269,13 @@ def test_recipes_are_those_of_fit(setup, tmp_path, monkeypatch):
     assert (given["epochs"], given["batch_size"], given["amp"]) == (7, 3, "bf16")
     assert (given["lr"], given["clip_grad"], given["opt"]) == (0.01, 1.0, "momentum")
     assert given["execution"] == "eager"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_has_times_and_a_peak(setup):
+    linear, full = (
+        setup.run(Trial("tiny:a", text, CELLS[0], "train", 0)) for text in ("linear", "full")
+    )
+    assert full["peak_mib"] > linear["peak_mib"] > 0
+    assert 0 < linear["ms_per_step"] < 1e4
