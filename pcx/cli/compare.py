@@ -55,7 +55,7 @@ def compare(
         str | None, o.option("the optimiser, such as momentum or adamw", GRID)
     ] = None,
     processes: Annotated[
-        int, o.option("processes that search; final trainings run one at a time", o.RUN)
+        int, o.option("how many train at the same time; each first seed runs alone", o.RUN)
     ] = 1,
     root: o.Root = None,
     amp: o.Amp = "no",

@@ -38,8 +38,9 @@ class Row:
         accuracies: on test, of each seed, in percent.
         parameters: that the method trains, without the head, as the papers count them.
         head_parameters: of the head.
-        ms_per_step: median time of a training step; None where no epoch has two steps.
-        peak_mib: peak of a GPU's memory in training; None on a CPU, where no such peak is known.
+        ms_per_step: median time of a training step of the first seed; None where no epoch has two
+            steps.
+        peak_mib: peak of a GPU's memory in that training; None on a CPU, which has no such figure.
     """
 
     task: str
@@ -138,7 +139,7 @@ def compare(
         recipe: epochs, batch size and the like.
         seeds: how many seeds, 0 and on, train each chosen cell.
         changes: to the default grids.
-        processes: in how many processes the search runs.
+        processes: how many train at the same time; the first seed's trainings run alone.
         say: called with a line for each finished training.
 
     Raises:
@@ -160,10 +161,10 @@ def compare(
     journal = Journal(out, settings, str(setup.device))
     protocol = Protocol(setup, journal, say, processes)
     searches = [(task, text, cells[text]) for task in tasks for text in cells]
-    rows = []
-    for (task, text, _), chosen in zip(searches, protocol.search(searches), strict=True):
-        results = protocol.test(task, text, chosen.cell, range(seeds))
-        rows.append(_row(task, text, chosen, results))
+    chosen = protocol.search(searches)
+    choices = [(task, text, c.cell) for (task, text, _), c in zip(searches, chosen, strict=True)]
+    tested = protocol.test(choices, range(seeds))
+    rows = [_row(*found) for found in zip(choices, chosen, tested, strict=True)]
     return Comparison(tuple(tasks), tuple(cells), tuple(rows), settings)
 
 
@@ -194,22 +195,17 @@ def _settings(setup: Setup) -> dict[str, Any]:
     }
 
 
-def _row(task: str, method: str, chosen: Chosen, results: Sequence[dict[str, Any]]) -> Row:
+def _row(choice: tuple[str, str, Cell], chosen: Chosen, results: Sequence[dict[str, Any]]) -> Row:
+    first = results[0]  # which ran alone
     return Row(
-        task,
-        method,
+        *choice[:2],
         chosen.cell,
         chosen.accuracy,
         chosen.cells,
         chosen.diverged,
         tuple(result["accuracy"] for result in results),
-        results[0]["parameters"],
-        results[0]["head_parameters"],
-        _median(results, "ms_per_step"),
-        _median(results, "peak_mib"),
+        first["parameters"],
+        first["head_parameters"],
+        first["ms_per_step"],
+        first["peak_mib"],
     )
-
-
-def _median(results: Sequence[dict[str, Any]], name: str) -> float | None:
-    values = [result[name] for result in results if result[name] is not None]
-    return statistics.median(values) if values else None

@@ -47,8 +47,9 @@ class Protocol:
         setup: the tasks, the backbone and the recipe.
         journal: of the finished trials.
         say: called with a line for each trial that is finished.
-        processes: in how many processes cells are trained at the same time. Trainings on trainval
-            run one after another, so that their times are not disturbed.
+        processes: in how many processes models are trained at the same time. The first seed's
+            trainings on trainval run one after another, so that their times are not disturbed.
+            Methods that `pcx.METHODS.add` has added are known in one process alone.
 
     Raises:
         ValueError: a task lacks a split.
@@ -82,22 +83,31 @@ class Protocol:
             for task, method, cells in searches
         ]
 
-    def test(self, task: str, method: str, cell: Cell, seeds: Sequence[int]) -> list[dict]:
-        """Trains on trainval with each seed, and tests each model once.
+    def test(
+        self, choices: Sequence[tuple[str, str, Cell]], seeds: Sequence[int]
+    ) -> list[list[dict[str, Any]]]:
+        """Trains each (task, method, cell) on trainval with each seed, and tests each model once.
+
+        Returns:
+            For each choice the results of its seeds.
 
         Raises:
             NonFiniteLoss: a training diverged.
         """
-        trials = [Trial(task, method, cell, "trainval", seed) for seed in seeds]
-        self._finish(trials, processes=1)
-        results = [self._found(trial) for trial in trials]
-        for trial, result in zip(trials, results, strict=True):
-            if result["diverged"]:
-                raise NonFiniteLoss(
-                    f"method: {trial} diverged on trainval, which it did not on train; give a grid "
-                    f"of rates under {cell.lr:g}, or one that clips gradients"
-                )
-        return results
+        trials = {seed: [Trial(*choice, "trainval", seed) for choice in choices] for seed in seeds}
+        self._finish(trials[seeds[0]], processes=1)
+        self._finish([trial for seed in seeds[1:] for trial in trials[seed]])
+        by_seed = [[self._tested(trial) for trial in trials[seed]] for seed in seeds]
+        return [list(results) for results in zip(*by_seed, strict=True)]
+
+    def _tested(self, trial: Trial) -> dict[str, Any]:
+        result = self._found(trial)
+        if result["diverged"]:
+            raise NonFiniteLoss(
+                f"method: {trial} diverged on trainval, which it did not on train; give a grid of "
+                f"rates under {trial.cell.lr:g}, or one that clips gradients"
+            )
+        return result
 
     def _found(self, trial: Trial) -> dict[str, Any]:
         result = self.journal.result_of(trial.as_json())

@@ -117,8 +117,8 @@ def _notes(found: Comparison) -> list[str]:
         if seeds > 1
         else "- One seed, so that there are no intervals.",
         "- Parameters are those that are trained, without the head, as the papers count them.",
-        "- ms/step is the median from step to step, with the loader's part, of the trainings on "
-        "train and val.",
+        "- ms/step is the median from step to step, with the loader's part, of the first seed's "
+        "training on train and val, beside which no other ran.",
     ]
     return notes if any(row.peak_mib for row in found.rows) else [*notes, f"- {ON_CPU}"]
 

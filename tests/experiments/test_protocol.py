@@ -121,10 +121,10 @@ class TestChoosing:
         (chosen,) = ran.search([("tiny:a", "linear", CELLS)])
         assert chosen.cell in CELLS
         with pytest.raises(AssertionError, match="the test split was touched"):
-            ran.test("tiny:a", "linear", chosen.cell, [0])
+            ran.test([("tiny:a", "linear", chosen.cell)], [0])
 
     def test_what_is_tested_is_trained_on_trainval_with_each_seed(self, setup, tmp_path, trained):
-        results = protocol(setup, tmp_path).test("tiny:a", "linear", CELLS[2], [0, 1])
+        (results,) = protocol(setup, tmp_path).test([("tiny:a", "linear", CELLS[2])], [0, 1])
         assert [(t.split, t.seed, t.cell) for t in trained] == [
             ("trainval", 0, CELLS[2]),
             ("trainval", 1, CELLS[2]),
@@ -165,7 +165,7 @@ class TestDivergence:
         with pytest.raises(NonFiniteLoss, match="full on tiny:a: all 1 cells .* diverged"):
             ran.search([("tiny:a", "full", cells)])
         with pytest.raises(NonFiniteLoss, match=r"full on tiny:a, lr 1e\+30.* on trainval"):
-            ran.test("tiny:a", "full", cells[0], [0])
+            ran.test([("tiny:a", "full", cells[0])], [0])
 
     def test_a_broken_image_is_no_divergence(self, setup, tmp_path):
         setup.tasks["tiny:a"].splits["train"].tensors[0][3] = float("nan")
@@ -214,10 +214,12 @@ class TestResuming:
 
 def test_processes_find_the_same(setup, tmp_path):
     searches = [("tiny:a", "linear", CELLS)]
-    one = protocol(setup, tmp_path / "one").search(searches)
-    two = protocol(setup, tmp_path / "two", processes=2).search(searches)
-    assert two[0].cell == one[0].cell
-    assert two[0].accuracy == one[0].accuracy
+    runs = {n: protocol(setup, tmp_path / str(n), processes=n) for n in (1, 2)}
+    chosen = {n: run.search(searches)[0] for n, run in runs.items()}
+    assert chosen[1] == chosen[2]
+    choices = [("tiny:a", "linear", chosen[1].cell)]
+    one, two = (run.test(choices, [0, 1, 2])[0] for run in runs.values())
+    assert [r["loss"] for r in two] == pytest.approx([r["loss"] for r in one], rel=1e-5)
 
 
 # What a method adds, and the head, over the tiny backbone: width 24, 2 blocks, 3 classes.
@@ -246,6 +248,13 @@ def test_parameters_of_all_weights_and_of_published_size(setup):
     published = timm.create_model("vit_base_patch16_224", num_classes=100)
     found = counted(pcx.Adapter(published, 64))  # VPT paper, Table 12, as the share it gives
     assert found == {"parameters": 230_544, "head_parameters": 76_900}
+
+
+def test_parameters_of_peft_are_its_adapters_and_the_head():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["qkv"], modules_to_save=["head"])
+    model = pcx.PeftModel(peft.get_peft_model(tiny_backbone(3), config))
+    assert counted(model) == {"parameters": 2 * 2 * (24 + 72), "head_parameters": 75}
 
 
 def test_the_median_step_leaves_out_what_lies_between_epochs(monkeypatch):
