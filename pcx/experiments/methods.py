@@ -208,11 +208,12 @@ def _value(text: str, hint: Any, where: str) -> Any:
     """
     options = _options(hint)
     lists = [option for option in options if _is_list(option)]
-    # peft reads the text "qkv" as a pattern of whole names, and the list ["qkv"] as their ends.
-    alone = str in options and text != ALL_LINEAR
-    if lists and text != "none" and ("+" in text or alone or set(options) <= {*lists, type(None)}):
+    if lists and text != "none":
         (member,) = typing.get_args(lists[0])[:1] or (Any,)
-        return [_value(part, member, where) for part in text.split("+")]
+        # peft reads the text "qkv" as a pattern of whole names, the list ["qkv"] as their ends.
+        alone = str in options and member is str and text != ALL_LINEAR
+        if "+" in text or alone or set(options) <= {*lists, type(None)}:
+            return [_value(part, member, where) for part in text.split("+")]
     if type(None) in options and text == "none":
         return None
     if bool in options and text in ("true", "false"):

@@ -1,5 +1,7 @@
 """Methods with arguments as text."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import nn
@@ -88,6 +90,21 @@ class WithConfig(nn.Module):
         self.given = (model, config, num_classes, head_init)
 
 
+class Wide(nn.Module):
+    """A class whose arguments are of several kinds."""
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        depth: int | Sequence[int] | str | None = None,
+        names: list[str] | str = "",
+        num_classes: int | None = None,
+        head_init: str = "",
+    ):
+        super().__init__()
+
+
 class Strict(nn.Module):
     """A class that needs an argument, and has types that are there for a type checker alone."""
 
@@ -98,7 +115,9 @@ class Strict(nn.Module):
 
 @pytest.fixture
 def added(monkeypatch):
-    monkeypatch.setattr(METHODS, "_entries", {**METHODS._entries, "c": WithConfig, "s": Strict})
+    monkeypatch.setattr(
+        METHODS, "_entries", {**METHODS._entries, "c": WithConfig, "s": Strict, "w": Wide}
+    )
 
 
 @pytest.mark.usefixtures("added")
@@ -128,6 +147,14 @@ def test_a_configuration_of_peft_is_made():
     with pytest.raises(ValueError, match="c: peft refuses .*r.*-1"):
         build_method("c:peft_type=LORA,r=4,layers_to_transform=3,target_modules=all-linear,"
                      "loftq_config=-1", backbone, None)  # fmt: skip
+
+
+@pytest.mark.usefixtures("added")
+def test_kinds_are_told_apart():
+    for text, value in {"3": 3, "1+-1": [1, -1], "top": "top", "none": None}.items():
+        assert parse_method(f"w:depth={text}").arguments == {"depth": value}
+    for text, value in {"a": ["a"], "a+b": ["a", "b"], "all-linear": "all-linear"}.items():
+        assert parse_method(f"w:names={text}").arguments == {"names": value}
 
 
 @pytest.mark.usefixtures("added")
