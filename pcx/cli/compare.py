@@ -67,7 +67,7 @@ def compare(
     """Compares methods on tasks, each at its best by val, and tests several seeds once each."""
     from pcx.experiments.compare import compare as compare_methods
     from pcx.experiments.grids import Changes
-    from pcx.experiments.reports import ON_CPU, table, write_reports
+    from pcx.experiments.reports import remarks, table, write_reports
     from pcx.experiments.trials import Recipe
     from pcx.extras import need
 
@@ -92,8 +92,8 @@ def compare(
     )
     write_reports(found, out)
     Console(width=None if sys.stdout.isatty() else 200).print(table(found))
-    if all(row.peak_mib is None for row in found.rows):
-        o.say(ON_CPU)
+    for said in remarks(found):
+        o.say(said)
     o.say(f"wrote {out / 'compare.csv'}, compare.md and compare.png")
 
 

@@ -35,6 +35,7 @@ class Row:
         val_accuracy: of that cell, in percent; the search chose by it.
         cells: how many the grid has.
         diverged: how many of them diverged.
+        edge: "lowest" or "highest" where the chosen rate is that of the grid's, else "".
         accuracies: on test, of each seed, in percent.
         parameters: that the method trains, without the head, as the papers count them.
         head_parameters: of the head.
@@ -49,6 +50,7 @@ class Row:
     val_accuracy: float
     cells: int
     diverged: int
+    edge: str
     accuracies: tuple[float, ...]
     parameters: int
     head_parameters: int
@@ -203,6 +205,7 @@ def _row(choice: tuple[str, str, Cell], chosen: Chosen, results: Sequence[dict[s
         chosen.accuracy,
         chosen.cells,
         chosen.diverged,
+        chosen.edge,
         tuple(result["accuracy"] for result in results),
         first["parameters"],
         first["head_parameters"],

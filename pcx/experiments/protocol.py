@@ -28,12 +28,15 @@ class Chosen(NamedTuple):
         accuracy: on val, in percent.
         diverged: how many cells diverged.
         cells: how many there are.
+        edge: "lowest" or "highest" where the rate is that of several rates, so that a wider grid
+            may hold a better one; else "".
     """
 
     cell: Cell
     accuracy: float
     diverged: int
     cells: int
+    edge: str = ""
 
 
 class Protocol:
@@ -154,7 +157,10 @@ def choose(
             f"{min(rates):g} to {max(rates):g}; give a grid of lower rates, or one that clips"
         )
     cell, result = max(whole, key=lambda found: (found[1]["accuracy"], -found[1]["loss"]))
-    return Chosen(cell, result["accuracy"], len(cells) - len(whole), len(cells))
+    rates = sorted({each.lr for each in cells})
+    edges = {rates[0]: "lowest", rates[-1]: "highest"} if len(rates) > 1 else {}
+    diverged = len(cells) - len(whole)
+    return Chosen(cell, result["accuracy"], diverged, len(cells), edges.get(cell.lr, ""))
 
 
 def run_all(

@@ -49,6 +49,7 @@ def csv_row(row: Row) -> dict[str, Any]:
         **row.cell._asdict(),
         "cells": row.cells,
         "diverged_cells": row.diverged,
+        "edge": row.edge,
         "val_accuracy": round(row.val_accuracy, 3),
         "accuracies": " ".join(f"{value:.3f}" for value in row.accuracies),
         "mean": round(row.mean, 3),
@@ -120,7 +121,20 @@ def _notes(found: Comparison) -> list[str]:
         "- ms/step is the median from step to step, with the loader's part, of the first seed's "
         "training on train and val, beside which no other ran.",
     ]
-    return notes if any(row.peak_mib for row in found.rows) else [*notes, f"- {ON_CPU}"]
+    notes += [f"- {said}" for said in remarks(found)]
+    return notes
+
+
+def remarks(found: Comparison) -> list[str]:
+    """What a reader of the table must know."""
+    said = [] if any(row.peak_mib for row in found.rows) else [ON_CPU]
+    edges = [f"{row.method} on {row.task} ({row.edge})" for row in found.rows if row.edge]
+    if edges:
+        said.append(
+            f"A wider grid may do better where the chosen rate is at the grid's edge: "
+            f"{', '.join(edges)}."
+        )
+    return said
 
 
 def _groups(found: Comparison, groups: dict[str, list[str]]) -> tuple[list[str], list[list[str]]]:
@@ -135,12 +149,13 @@ def _groups(found: Comparison, groups: dict[str, list[str]]) -> tuple[list[str],
 
 
 def _chosen(found: Comparison) -> tuple[list[str], list[list[str]]]:
-    columns = ["task", "method", "cell", "val", "cells", "diverged", "seeds"]
+    columns = ["task", "method", "cell", "rate of the grid", "val", "cells", "diverged", "seeds"]
     lines = [
         [
             row.task,
             row.method,
             str(row.cell),
+            row.edge or EMPTY,
             f"{row.val_accuracy:.2f}",
             str(row.cells),
             str(row.diverged),

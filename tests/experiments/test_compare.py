@@ -12,7 +12,7 @@ from pcx.analysis import figures
 from pcx.experiments import averages
 from pcx.experiments.compare import Comparison, Row, compare
 from pcx.experiments.grids import Cell, Changes
-from pcx.experiments.reports import csv_row, markdown, overview, write_reports
+from pcx.experiments.reports import csv_row, markdown, overview, remarks, write_reports
 from pcx.experiments.trials import Recipe
 from pcx.tasks.listed import ALIASES, VTAB_CLASSES
 
@@ -21,7 +21,7 @@ CELL = Cell(0.1, 0.0, None, "momentum")
 
 def rows_of(method, accuracies, **more):
     """Rows of a method; accuracies of each seed by task."""
-    facts = {"val_accuracy": 50.0, "cells": 4, "diverged": 1, "parameters": 10}
+    facts = {"val_accuracy": 50.0, "cells": 4, "diverged": 1, "parameters": 10, "edge": ""}
     facts |= {"head_parameters": 5, "ms_per_step": 2.0, "peak_mib": None, **more}
     return [Row(task, method, CELL, accuracies=seeds, **facts) for task, seeds in accuracies]
 
@@ -105,19 +105,25 @@ class TestReports:
     def test_the_report_says_what_was_chosen_tested_and_not_known(self, found):
         text = markdown(found)
         assert "| a | 70.00 | 91.00 | 45.00 | 68.67 | 69.00 |" in text
-        assert "lr 0.1, decay 0, not clipped, momentum | 50.00 | 4 | 1 | 60.00 62.00 |" in text
+        assert "lr 0.1, decay 0, not clipped, momentum | - | 50.00 | 4 | 1 | 60.00 62.00 |" in text
         assert f"| a | - | {found.p_value('a', 'b'):.2g} |" in text
         assert found.p_value("a", "b") == 0.0625
         assert "With fewer than 5 tasks no p is under 0.05." in text
         assert "a CPU has no such figure" in text
+
+    def test_rates_at_the_edge_of_a_grid_are_named(self, found):
+        assert not any("edge" in said for said in remarks(found))
+        (row,) = rows_of("a", A[:1], edge="highest")
+        (said,) = remarks(Comparison(("vtab:dtd",), ("a",), (row,), SETTINGS))[1:]
+        assert said.endswith("at the grid's edge: a on vtab:dtd (highest).")
 
     def test_the_rows_of_the_csv(self):
         (row,) = rows_of("a", [("vtab:kitti", (40.0,))], peak_mib=3.0)
         assert csv_row(row) == {
             "task": "vtab:kitti", "group": "structured", "method": "a", "lr": 0.1,
             "weight_decay": 0.0, "clip_grad": None, "opt": "momentum", "cells": 4,
-            "diverged_cells": 1, "val_accuracy": 50.0, "accuracies": "40.000", "mean": 40.0,
-            "interval_95": None, "parameters": 10, "parameters_with_head": 15,
+            "diverged_cells": 1, "edge": "", "val_accuracy": 50.0, "accuracies": "40.000",
+            "mean": 40.0, "interval_95": None, "parameters": 10, "parameters_with_head": 15,
             "ms_per_step": 2.0, "peak_mib": 3.0,
         }  # fmt: skip
 

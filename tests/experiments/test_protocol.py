@@ -35,7 +35,7 @@ class TestGrids:
     def test_published_rates_are_scaled_by_the_batch(self):
         rates = {cell.lr for cell in grid_of("vpt").cells(64)}
         assert (min(rates), max(rates)) == (0.005 / 4, 50 / 4)
-        assert {cell.lr for cell in grid_of("sct").cells(64)} == {1e-4, 1e-3, 3e-3, 1e-2}
+        assert {cell.lr for cell in grid_of("sct").cells(64)} == {1e-4, 1e-3, 3e-3, 1e-2, 3e-2}
         assert {cell.opt for cell in grid_of("full").cells(64)} == {"adamw"}
 
     def test_every_method_has_a_grid_and_others_get_that_of_small_modules(self):
@@ -111,9 +111,19 @@ class TestChoosing:
         assert chosen((50.0, 1.0), (50.0, 0.9), (50.0, 1.1)).cell == CELLS[1]
         assert chosen((50.0, 1.0), (50.0, 1.0)).cell == CELLS[0]
         found = chosen(None, (0.0, 9.0), None)
-        assert found == (CELLS[1], 0.0, 2, 3)
+        assert found[:4] == (CELLS[1], 0.0, 2, 3)
         with pytest.raises(NonFiniteLoss, match=r"m on t: all 2 cells .* rates 0.01 to 0.01; give"):
             chosen(None, None)
+
+    def test_a_rate_at_the_edge_of_the_grid_is_named(self):
+        cells = Grid((1.0, 3.0, 2.0), (0.0,)).cells(1)
+        edges = []
+        for best in range(3):
+            accuracies = [50.0 + (i == best) for i in range(3)]
+            results = [{"diverged": False, "accuracy": a, "loss": 1.0} for a in accuracies]
+            edges.append(choose("t", "m", cells, results).edge)
+        assert edges == ["lowest", "highest", ""]
+        assert choose("t", "m", cells[:1], results[:1]).edge == ""
 
     def test_test_is_not_touched_before_val_has_chosen(self, setup, tmp_path):
         setup.tasks = {"tiny:a": tiny_task(test=Unread())}
