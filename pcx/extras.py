@@ -8,6 +8,7 @@ from importlib.util import find_spec
 EXTRAS = {
     "matplotlib": ("matplotlib", "study"),
     "optuna": ("optuna", "study"),
+    "scipy": ("scipy", "study"),
     "sklearn": ("scikit-learn", "study"),
     "torchmetrics": ("torchmetrics", "study"),
     "onnx": ("onnx", "export"),

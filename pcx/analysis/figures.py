@@ -1,8 +1,8 @@
-"""Draws figures of a condensation."""
+"""Draws figures of a condensation, and of a comparison of methods."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,26 @@ def accuracy_by_keep(result: dict, file: Path) -> None:
         axes.errorbar(*zip(*points, strict=True), yerr=error, marker="o", capsize=3, label=label)
     axes.axhline(result["accuracy"]["linear"], color="0.5", linestyle=":", label="linear probe")
     axes.legend()
+    _write(figure, file)
+
+
+def accuracy_by_parameters(
+    points: Mapping[str, tuple[float, float, float | None]], file: Path
+) -> None:
+    """Draws accuracy against trained parameters, without the heads (VPT paper, Fig. 3).
+
+    Args:
+        points: by method, its parameters, its accuracy in percent, and half an interval or None.
+        file: where the figure is written; the name's ending says the format.
+    """
+    figure, axes = _figure("trained parameters, without the head", "test accuracy, %")
+    for method, (parameters, accuracy, half) in points.items():
+        axes.errorbar([parameters], [accuracy], yerr=[half or 0], fmt="o", capsize=3, label=method)
+    most = max(parameters for parameters, *_ in points.values())
+    axes.set_xscale("symlog", linthresh=1000)  # a linear probe has none
+    axes.set_xticks([0, *(10**k for k in range(3, len(str(round(most))) + 1))])
+    axes.set_xlim(left=-200)
+    figure.legend(loc="outside right upper", fontsize=7)
     _write(figure, file)
 
 

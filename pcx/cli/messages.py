@@ -11,11 +11,15 @@ from typer.core import TyperArgument, TyperCommand
 # Arguments in Python whose options have another name.
 OPTION_OF = {
     "checkpoint_dir": "out",
+    "clip_grad": "grid_clip_grad",
+    "lr": "grid_lr",
     "name": "task",
     "names": "track",
     "num_prompts": "prompts",
     "num_workers": "workers",
+    "opt": "grid_opt",
     "path": "model",
+    "weight_decay": "grid_weight_decay",
 }
 # A name in the midst of a sentence is an argument where it is no word.
 _NO_WORDS = ("lr",)

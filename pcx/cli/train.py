@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pcx.cli import options as o
 from pcx.models import HEAD_INITS, METHODS
 
+if TYPE_CHECKING:
+    from pcx.experiments.methods import Method
+
 RATE, RATED = 0.3, ("vpt", "linear")
-Method = Annotated[str, typer.Option(help=f"one of {', '.join(METHODS)}")]
+MethodText = Annotated[
+    str,
+    typer.Option(
+        help=f"one of {', '.join(METHODS)}; with arguments as adapter:reduction=64,init=published"
+    ),
+]
 Prompts = Annotated[
     str,
     typer.Option(help="of vpt: number per layer, for all or one each, as 8,8,4; 0 is allowed"),
@@ -33,7 +40,7 @@ def train(
     ] = None,
     backbone: o.Backbone = o.EMBEDDED,
     weights: o.Weights = None,
-    method: Method = "vpt",
+    method: MethodText = "vpt",
     prompts: Prompts = "20",
     kind: Annotated[str, typer.Option(help="of vpt: deep, shallow or prefix")] = "deep",
     dropout: Annotated[float, typer.Option(help="of vpt: share of prompt elements")] = 0.0,
@@ -64,25 +71,25 @@ def train(
     import torch
 
     import pcx
+    from pcx.experiments.methods import build_method
 
     name = o.one_task(photos, task)
     out = out or _default_out(name)
-    _check(out, method, split, replaced=overwrite or resume)
+    _check(out, split, replaced=overwrite or resume)
+    chosen = _method(ctx, method, {"num_prompts": prompts, "kind": kind, "dropout": dropout})
     data = o.new_task(name, o.backbone_data_config(backbone, weights), root, cache)
     if lr is None and base_lr is None:
-        lr, clip_grad = _default_rate(method, clip_grad)
+        lr, clip_grad = _default_rate(chosen.name, clip_grad)
     followed = _followed(patience, split, track, out)
     torch.manual_seed(seed)
-    model = METHODS[method](
-        o.new_backbone(backbone, data.num_classes, weights),
-        head_init=head_init,
-        **_arguments(ctx, method, {"prompts": prompts, "kind": kind, "dropout": dropout}),
-    )
+    plain = o.new_backbone(backbone, data.num_classes, weights)
+    loader = data.loader(split, batch_size, num_workers=workers)
+    model: Any = build_method(chosen, plain, loader, head_init=head_init)
     o.set_task(model, data)
     val = data.loader("val", batch_size, num_workers=workers) if split == "train" else None
     history = pcx.fit(
         model,
-        data.loader(split, batch_size, num_workers=workers),
+        loader,
         epochs=epochs,
         lr=lr,
         base_lr=base_lr,
@@ -159,37 +166,47 @@ def _default_rate(method: str, clip_grad: float | None) -> tuple[float, float]:
         ValueError: the method trains more than prompts and a head, whose rate depends on more.
     """
     if method not in RATED:
-        raise ValueError(f"lr: give lr or base_lr; --method {method} has no rate of its own")
+        raise ValueError(
+            f"lr: give lr or base_lr; --method {method} has no rate of its own, and pcx compare "
+            "finds one on val"
+        )
     clip_grad = 1.0 if clip_grad is None else clip_grad
     o.say(f"learning rate {RATE}, gradients clipped to norm {clip_grad:g}; --lr sets another")
     return RATE, clip_grad
 
 
-def _check(out: Path, method: str, split: str, *, replaced: bool) -> None:
+def _check(out: Path, split: str, *, replaced: bool) -> None:
     """Raises a ValueError where options do not fit, before anything is read."""
     o.check_out(out, replaced=replaced)
-    METHODS.get_checked(method)
     if split not in ("train", "trainval"):
         raise ValueError(f"--split: got {split!r}, expected train or trainval")
 
 
-def _arguments(ctx: typer.Context, method: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a method's own options.
+def _method(ctx: typer.Context, text: str, options: dict[str, Any]) -> Method:
+    """The method of a text, with the arguments that have options of their own.
+
+    Args:
+        ctx: of the command.
+        text: of --method.
+        options: their values, by the argument's name.
 
     Raises:
-        ValueError: an option is given that the method does not have, or the method is not built
-            from a backbone alone.
+        ValueError: an option is given that the method does not have, or that its text gives too.
     """
-    taken = inspect.signature(METHODS[method]).parameters
-    if "backbone" not in taken:
-        raise ValueError(f"--method: {method!r} is not built from a backbone; use it in Python")
-    arguments = {}
-    for option, value in options.items():
-        name = {"prompts": "num_prompts"}.get(option, option)
-        if name in taken:
-            arguments[name] = value
-        elif getattr(ctx.get_parameter_source(option), "name", None) != "DEFAULT":
-            raise ValueError(f"--{option}: --method {method} has no such option; leave it out")
+    from pcx.experiments.methods import parse_method
+
+    method, arguments = parse_method(text), {}
+    for argument, value in options.items():
+        option = {"num_prompts": "prompts"}.get(argument, argument)
+        if getattr(ctx.get_parameter_source(option), "name", None) != "DEFAULT":
+            if not method.takes(argument):
+                raise ValueError(
+                    f"--{option}: --method {method.name} has no such option; leave it out"
+                )
+            if argument in method.arguments:
+                raise ValueError(f"--{option}: --method {text} gives it too; leave one out")
+        if method.takes(argument) and argument not in method.arguments:
+            arguments[argument] = value
     if "num_prompts" in arguments:
         arguments["num_prompts"] = o.one_or_more("prompts", arguments["num_prompts"], int)
-    return arguments
+    return method.with_arguments(arguments)

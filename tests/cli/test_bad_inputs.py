@@ -21,6 +21,7 @@ C = "condense m.safetensors --task digits --out new --lr 0.1"
 E = "eval m.safetensors --task digits"
 P = "prune m.safetensors --task digits --layers 1 --keep 0.5"
 S = "search m.safetensors --task digits --budget 0.7"
+M = "compare --task digits --methods linear --out new"
 
 TABLE = f"""
 trian                                        | No such command 'trian'. Did you mean 'train'
@@ -53,6 +54,12 @@ train ./nowhere --out new                    | nowhere: no such folder
 {T} --dropout nan                            | --dropout: nan
 {T} --method liner                           | --method: got 'liner'
 {T} --method peft                            | --method: 'peft' is not built
+{T} --method vpt:prompts=2                   | --method: vpt has no argument 'prompts'. Did you mean 'num_prompts'
+{T} --method vpt:num_prompts=2 --prompts 3   | --prompts: --method vpt:num_prompts=2 gives it too
+{T} --method vpt:kind=wide                   | --method: vpt: kind: got 'wide'
+{T} --method partial:num_layers=x            | --method: partial: num_layers: 'x', expected a whole number
+{T} --method partial:num_layers=9            | --method: partial: num_layers: 9, and
+{T} --method sct:k=200                       | --method: sct: k: 200 channels of layer 0
 {T} --method linear --prompts 2              | --prompts: --method linear has no such option
 {T} --method full --kind deep                | --kind: --method full has no such option
 {T} --head-init zero                         | --head-init: got 'zero'
@@ -208,6 +215,35 @@ export m.safetensors --out text.txt/new.ts   | --out: text.txt is a file
 export none --out new.ts                     | MODEL: no file none
 export text.txt --out new.ts                 | MODEL: text.txt is not a whole safetensors file
 export m.safetensors --out new.ts --backbone x | --backbone: timm knows no 'x'
+compare                                      | Missing option '--task'
+compare --task digits --out new              | --methods: got none; give --methods linear,vpt
+compare --task letters --methods linear --out new | --task: 'letters'
+compare --task digits --methods liner --out new | --method: got 'liner'
+compare --task digits --methods vpt:kind=deep --out new | --methods: 'vpt:kind=deep' has arguments
+{M} --method linear                          | --methods: 'linear' is given twice
+{M} --method vpt:kind=wide                   | --method: vpt: kind: got 'wide'
+{M} --method vpt:wide=1                      | --method: vpt has no argument 'wide'
+{M} --method partial:num_layers=9            | --method: partial: num_layers: 9, and
+{M} --task digits                            | --task: digits is given twice
+{M} --seeds 0                                | --seeds: 0
+{M} --seeds x                                | --seeds
+{M} --epochs 0                               | --epochs: 0
+{M} --batch-size 0                           | --batch-size: 0
+{M} --workers -1                             | --workers: -1
+{M} --processes 0                            | --processes: 0
+{M} --grid-lr x                              | --grid-lr: 'x', expected numbers as 0.01,0.1
+{M} --grid-lr 0.1,0                          | --grid-lr: 0.0, expected a positive number
+{M} --grid-lr 1,1                            | --grid-lr: [1.0, 1.0], expected some values, and none twice
+{M} --grid-weight-decay -1                   | --grid-weight-decay: -1.0
+{M} --grid-clip-grad none,0                  | --grid-clip-grad: 0.0
+{M} --grid-clip-grad no                      | --grid-clip-grad: 'no', expected numbers as none,1
+{M} --grid-opt adamm                         | --grid-opt: 'adamm'
+{M} --head-init zero                         | --head-init: got 'zero'
+{M} --amp fp16                               | --amp: 'fp16' needs a GPU
+{M} --execution cuda-graph                   | --execution: 'cuda-graph'
+{M} --backbone x                             | --backbone: timm knows no 'x'
+{M} --out text.txt                           | --out: text.txt is a file
+{M} --out .                                  | --out: . has files and no config.json
 env extra                                    | unexpected extra argument
 demo --bogus                                 | No such option: --bogus
 """

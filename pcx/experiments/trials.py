@@ -1,0 +1,210 @@
+"""One training of a comparison: a method, a task, a cell of its grid and a seed."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pcx.backbones.residual import Wrapper
+from pcx.experiments.grids import Cell
+from pcx.experiments.methods import build_method
+from pcx.models import HEAD_INITS
+from pcx.models.base import TunedModel
+from pcx.tasks import Task
+from pcx.training.callbacks import Callback
+from pcx.training.evaluation import accelerator_for, evaluate
+from pcx.training.fitting import fit
+from pcx.training.losses import NonFiniteInput, NonFiniteLoss
+
+# A model that is trained on the first is tested on the second.
+TESTED_ON = {"train": "val", "trainval": "test"}
+HEAD_SEED = 0  # of the backbone's own head, which head_init="keep" starts from
+
+
+class Trial(NamedTuple):
+    """What decides a training, besides what all trials of a comparison share.
+
+    Attributes:
+        task: its name.
+        method: its text.
+        cell: of the method's grid.
+        split: "train", which is tested on val, or "trainval", which is tested on test.
+        seed: one of the comparison's.
+    """
+
+    task: str
+    method: str
+    cell: Cell
+    split: str
+    seed: int
+
+    def as_json(self) -> dict[str, Any]:
+        """The trial as a journal holds it."""
+        return {**self._asdict(), "cell": list(self.cell)}
+
+    @property
+    def own_seed(self) -> int:
+        """The seed of the trial's random numbers, which no other trial has or changes."""
+        text = json.dumps(self.as_json(), sort_keys=True)
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+    def __str__(self) -> str:
+        return f"{self.method} on {self.task}, {self.cell}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What all trainings of a comparison share besides the backbone, as `pcx.fit` takes it."""
+
+    epochs: int = 100
+    batch_size: int = 64
+    amp: str = "no"
+    execution: str = "auto"
+    head_init: str = HEAD_INITS[0]
+    num_workers: int = 0
+
+
+@dataclass
+class Setup:
+    """The tasks and the backbone of a comparison, on which its trials run.
+
+    Args:
+        tasks: by name.
+        new_backbone: number of classes -> the backbone; a function of a module where trials run in
+            several processes.
+        recipe: of all trainings.
+    """
+
+    tasks: Mapping[str, Task]
+    new_backbone: Callable[[int], nn.Module]
+    recipe: Recipe = field(default_factory=Recipe)
+    _built: dict[int, nn.Module] = field(default_factory=dict, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the backbones, which a process builds itself."""
+        return {**self.__dict__, "_built": {}}
+
+    def backbone(self, num_classes: int) -> nn.Module:
+        """A copy of the backbone on the device of the trainings."""
+        if num_classes not in self._built:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(HEAD_SEED)
+                self._built[num_classes] = self.new_backbone(num_classes)
+        return copy.deepcopy(self._built[num_classes]).to(self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where models are trained; a ValueError where that cannot be done with this precision."""
+        with accelerator_for(self.recipe.amp) as accelerator:
+            return accelerator.device
+
+    def build(self, trial: Trial) -> TunedModel:
+        """The trial's model, not trained."""
+        task = self.tasks[trial.task]
+        torch.manual_seed(trial.own_seed)
+        return build_method(
+            trial.method,
+            self.backbone(task.num_classes),
+            self._loader(trial.task, trial.split),
+            head_init=self.recipe.head_init,
+        )
+
+    def run(self, trial: Trial) -> dict[str, Any]:
+        """Trains a trial's model to the last epoch, and tests it once.
+
+        Returns:
+            {"diverged": False, "accuracy": percent, "loss": mean} and the facts of the training:
+            "parameters" without the head, "head_parameters", "ms_per_step" and "peak_mib", None
+            where they are not known. Of a training that diverged {"diverged": True}.
+
+        Raises:
+            NonFiniteInput: an image is not finite.
+        """
+        model, recipe, cell = self.build(trial), self.recipe, trial.cell
+        times, cuda = StepTimes(), self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            fit(
+                model,
+                self._loader(trial.task, trial.split),
+                epochs=recipe.epochs,
+                **cell._asdict(),
+                amp=recipe.amp,
+                execution=recipe.execution,
+                seed=trial.own_seed,
+                callbacks=times,
+                progress=False,
+            )
+            peak = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None
+            loader = self._loader(trial.task, TESTED_ON[trial.split])
+            found = evaluate(model, loader, amp=recipe.amp, execution=recipe.execution)
+        except NonFiniteInput:
+            raise
+        except NonFiniteLoss:
+            return {"diverged": True}
+        return {
+            "diverged": False,
+            "accuracy": found["accuracy"],
+            "loss": found["loss"],
+            **counted(model),
+            "ms_per_step": times.median(),
+            "peak_mib": peak,
+        }
+
+    def _loader(self, task: str, split: str) -> Any:
+        recipe = self.recipe
+        return self.tasks[task].loader(split, recipe.batch_size, num_workers=recipe.num_workers)
+
+
+def counted(model: TunedModel) -> dict[str, int]:
+    """How many parameters a model trains: {"parameters", "head_parameters"}.
+
+    The papers count what a method adds, and the head, which is as large for all, apart. The linear
+    layer of the logits is the head; hidden layers before it are the method's.
+    """
+    heads = [head.inner if isinstance(head, Wrapper) else head for head in model.heads]
+    of_heads = {id(p) for head in heads for p in head.parameters()}
+    trained = {id(p): p.numel() for p in model.trainable().values()}
+    head = sum(count for key, count in trained.items() if key in of_heads)
+    return {"parameters": sum(trained.values()) - head, "head_parameters": head}
+
+
+class StepTimes(Callback):
+    """Measures the time from step to step, within epochs, with the loader's part in it.
+
+    On a GPU events are recorded, which wait for nothing.
+    """
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[int, Any]] = []
+
+    def on_step(self, epoch: int, step: int, losses: Tensor) -> None:
+        """Marks the end of a step."""
+        mark: Any = time.perf_counter()
+        if losses.is_cuda:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        self._marks.append((epoch, mark))
+
+    def median(self) -> float | None:
+        """The median in milliseconds; None where no epoch has two steps."""
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        times = [_between(a, b) for (first, a), (second, b) in pairs if first == second]
+        return statistics.median(times) if times else None
+
+
+def _between(start: Any, end: Any) -> float:
+    if isinstance(start, float):
+        return 1000 * (end - start)
+    end.synchronize()
+    return start.elapsed_time(end)
