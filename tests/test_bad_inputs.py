@@ -91,7 +91,6 @@ vpt().features(X, layers=9)                             | layers: 9
 pcx.freeze("m")                                         | model: got 'm'
 pcx.freeze(torch.nn.Linear(2, 2))                       | model: a Linear
 pcx.freeze(pcx.freeze(vpt()))                           | model: it is frozen already
-pcx.freeze(pcx.VPT(vit(), 2, kind="shallow"))           | model: the prompts of kind='shallow'
 pcx.freeze(vpt(), amp="half")                           | amp: got 'half'
 pcx.freeze(vpt(), execution="fast")                     | execution: got 'fast'
 pcx.export("m", "new.ts")                               | model: got 'm'

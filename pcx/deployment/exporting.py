@@ -20,7 +20,7 @@ from pcx.checkpoints.files import written_whole
 from pcx.deployment.formats import FORMATS, Format, Job, quiet
 from pcx.deployment.freezing import Frozen, freeze
 from pcx.extras import need
-from pcx.models.base import TunedModel, check_module, keeping_modes
+from pcx.models.base import check_module, keeping_modes
 from pcx.models.peft_model import known_by
 
 EXAMPLE = 2  # images of the batch that an export records
@@ -123,12 +123,10 @@ def check_target(
 
 
 def _deployed(model: nn.Module) -> nn.Module:
-    """The model for inference alone: frozen, or where its prompts do not fold a copy of it."""
+    """The model for inference alone."""
     check_values(model, "model")
     if isinstance(model, Frozen):
         return model
-    if isinstance(model, TunedModel) and not model.folds:
-        return model.copy().eval().requires_grad_(False)
     return freeze(model, execution="eager")
 
 

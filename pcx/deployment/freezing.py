@@ -109,14 +109,16 @@ def freeze(model: nn.Module, *, amp: str = "no", execution: str = "auto") -> Fro
     """Makes a model for inference; what the method adds becomes constants where it folds.
 
     The keys and values of a VPT's prompts are computed once and kept as buffers; the prompts and
-    their projections are gone. The patch embedding becomes a matrix product, and each block a
-    straight line of calls in which a residual sum and the LayerNorm behind it are one, where that
-    is proven to be the same. The backbone's weights are shared with the model's, which computes as
-    before. A token reduction that is set up on the model stays.
+    their projections are gone. Prompts whose outputs are read, as those of kind "shallow", stay
+    tokens. An SCT's map at position "mlp" is folded into the MLP, and the one at "attn" is computed
+    with the sum before it and the norm behind it. The patch embedding becomes a matrix product, and
+    each block a straight line of calls in which a residual sum and the LayerNorm behind it are one,
+    where that is proven to be the same. The backbone's weights are shared with the model's, which
+    computes as before. A token reduction that is set up on the model stays.
 
     Args:
-        model: a tuned model or a model of peft, where it is a VPT of kind "deep" or "prefix"; or a
-            timm or Hugging Face model, such as one on which a token reduction is set up.
+        model: a tuned model or a model of peft; or a timm or Hugging Face model, such as one on
+            which a token reduction is set up.
         amp: "bf16" or "fp16" to compute in autocast with the weights of linear and convolutional
             layers cast once, which autocast does anew in every call and to the same bits. The cast
             weights are the frozen model's own. "no" leaves precision to the caller.
@@ -128,11 +130,11 @@ def freeze(model: nn.Module, *, amp: str = "no", execution: str = "auto") -> Fro
 
     Returns:
         A module that maps images to logits as the model does in eval mode, to rounding. It has no
-        prompts, no parameter that requires a gradient, and cannot be put into training mode.
+        parameter that requires a gradient, and cannot be put into training mode.
 
     Raises:
-        ValueError: the model is neither tuned nor a backbone, it is frozen already, its prompts do
-            not fold (kind "shallow"), amp is none of the three, or there is no such execution.
+        ValueError: the model is neither tuned nor a backbone, it is frozen already, amp is none of
+            the three, or there is no such execution.
 
     Example:
         >>> deployed = pcx.freeze(model)

@@ -92,8 +92,8 @@ def test_members_of_kind_prefix_and_of_equal_counts(backbone, dataset):
 
 def test_what_cannot_be_frozen_or_joined_is_named(backbone):
     good = pcx.VPT(backbone, 3)
-    with pytest.raises(ValueError, match="model: the prompts of kind='shallow' do not fold"):
-        pcx.freeze(pcx.VPT(backbone, 3, kind="shallow"))
+    with pytest.raises(ValueError, match=r"models\[1\]: the prompts of kind='shallow' do not fold"):
+        pcx.ensemble([good, pcx.VPT(backbone, 3, kind="shallow")])
     with pytest.raises(ValueError, match="model: a Linear, expected a model of a method"):
         pcx.freeze(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="models: none given"):
