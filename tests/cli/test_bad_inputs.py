@@ -53,7 +53,7 @@ train ./nowhere --out new                    | nowhere: no such folder
 {T} --dropout -0.5                           | --dropout: -0.5
 {T} --dropout nan                            | --dropout: nan
 {T} --method liner                           | --method: got 'liner'
-{T} --method peft                            | --method: 'peft' is not built
+{T} --method peft                            | --method: peft: peft_type: None, expected one of
 {T} --method vpt:prompts=2                   | --method: vpt has no argument 'prompts'. Did you mean 'num_prompts'
 {T} --method vpt:num_prompts=2 --prompts 3   | --prompts: --method vpt:num_prompts=2 gives it too
 {T} --method vpt:kind=wide                   | --method: vpt: kind: got 'wide'

@@ -26,7 +26,7 @@ REFUSED = [
     ("", "method: got ''"),
     ("vpt:", "method: 'vpt:' ends in ':'; vpt takes num_prompts=a whole number or a list as a"),
     ("vpt:num_prompts", "method: vpt: 'num_prompts', expected argument=value; vpt takes"),
-    ("vpt:prompts=3", "method: vpt has no argument 'prompts'. Did you mean 'num_prompts'? It tak"),
+    ("vpt:prompts=3", "method: vpt has no argument 'prompts'. Did you mean 'num_prompts' or"),
     ("linear:k=3", "method: linear has no argument 'k'. It takes no arguments"),
     ("vpt:num_prompts=x", "method: vpt: num_prompts: 'x', expected a whole number or a list"),
     ("vpt:num_prompts=2++3", "method: vpt: num_prompts: '', expected a whole number"),

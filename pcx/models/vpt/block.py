@@ -223,8 +223,7 @@ class PromptedBlock(Wrapper):
             return False  # a hook sees the block's tokens, whatever the batch
         return trained or not (x.is_cuda and is_recorded())
 
-    @property
-    def width(self) -> int:
+    def prompts_among(self) -> int:
         """How many prompts are among the block's tokens in the concatenated form."""
         return self._owner[0].count(0 if self.kind == "shallow" else self.index)
 
@@ -342,7 +341,7 @@ class PromptedBlock(Wrapper):
             tokens = tokens.to(x.dtype)
             at_end = start == x.shape[1]
             x = torch.cat([x, tokens] if at_end else [x[:, :start], tokens, x[:, start:]], 1)
-        width = self.width
+        width = self.prompts_among()
         self._place(width)
 
         def attend(_: int, call: attention.Call) -> Tensor:

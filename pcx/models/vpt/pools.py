@@ -39,7 +39,7 @@ class Pooled(Wrapper):
         """Tokens [B, P + m + N, D] -> their mean, [B, 1, D]."""
         rows: Any = POOLS[self.pool]
         (last,) = self._last
-        prompts = last.width if last.keeps_prompts else 0
+        prompts = last.prompts_among() if last.keeps_prompts else 0
         return rows(self.inner(x), self.prefix, prompts).mean(1, keepdim=True)
 
 
