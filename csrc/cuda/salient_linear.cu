@@ -109,33 +109,32 @@ struct Block {
 
   // Reads the matrix, the bias and the index, and zeroes what pads u and the matrix.
   __device__ __forceinline__ void set_up() {
-    int64_t column = -1;  // asked for first, since it is waited for last
-    if (threadIdx.x < call.count) column = call.index[threadIdx.x];
     for (int i = threadIdx.x; i < layout.u_bytes / 4; i += blockDim.x)
       reinterpret_cast<uint32_t*>(u)[i] = 0;
     for (int i = threadIdx.x; i < call.dim; i += blockDim.x) place[i] = -1;
     for (int i = threadIdx.x; i < layout.padded; i += blockDim.x)
       bias[i] = i < call.count ? rounded(number(call.bias, i), call.product) : 0;
     const bool dense = call.count % 4 == 0;
-    const int stride = layout.padded + 8, fours = layout.padded / 4;
+    const int stride = layout.padded + 8;
 #pragma unroll 4
-    for (int at = threadIdx.x; at < layout.padded * fours; at += blockDim.x) {
-      const int j = at / fours, k = at % fours * 4;
-      float four[4];
-      read_four(four, call.matrix, j * call.count + k, j < call.count ? call.count - k : 0, dense);
-      if constexpr (kWide) {
+    for (int j = warp; j < layout.padded; j += warps)
+      for (int k = 4 * lane; k < layout.padded; k += 128) {
+        float four[4];
+        read_four(four, call.matrix, j * call.count + k, j < call.count ? call.count - k : 0,
+                  dense);
+        if constexpr (kWide) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (j < call.count && k + i < call.count)
-            matrix[(k + i) * (call.count | 1) + j] = four[i];
-      } else {
-        *reinterpret_cast<uint2*>(matrix + j * stride + k) =
-            make_uint2(pack<T>(four[0], four[1]), pack<T>(four[2], four[3]));
+          for (int i = 0; i < 4; ++i)
+            if (j < call.count && k + i < call.count)
+              matrix[(k + i) * (call.count | 1) + j] = four[i];
+        } else {
+          *reinterpret_cast<uint2*>(matrix + j * stride + k) =
+              make_uint2(pack<T>(four[0], four[1]), pack<T>(four[2], four[3]));
+        }
       }
-    }
     __syncthreads();
     for (int k = threadIdx.x; k < call.count; k += blockDim.x) {
-      if (k >= blockDim.x) column = call.index[k];
+      const int64_t column = call.index[k];
       if (column >= 0 && column < call.dim) place[column] = static_cast<int16_t>(k);
     }
     __syncthreads();
@@ -200,23 +199,6 @@ struct Block {
   }
 };
 
-// A row of x, or of x + y, which is rounded as a sum in memory is.
-template <int kFours>
-__device__ __forceinline__ void read_sum(const SalientLinear& call, float (&values)[kFours][4],
-                                         int row) {
-  if (row >= call.rows) return;
-  const int fours = call.dim / 4;
-  const int64_t start = int64_t{row} * fours;
-  read(values, call.x, start, fours);
-  if (!call.y.data) return;
-  float others[kFours][4];
-  read(others, call.y, start, fours);
-#pragma unroll
-  for (int i = 0; i < kFours; ++i)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) values[i][j] = rounded(values[i][j] + others[i][j], call.to_type);
-}
-
 template <int kFours>
 __device__ __forceinline__ void normalise(const SalientLinear& call, float (&values)[kFours][4],
                                           int row) {
@@ -267,14 +249,22 @@ __global__ void __launch_bounds__(kThreads, kFours <= 6 ? 2 : 1)
   extern __shared__ __align__(16) unsigned char memory[];
   Block<T> block(call, memory);
   const int lane = block.lane, fours = call.dim / 4, rows = block.warps;
-  float values[kFours][4];
-  read_sum(call, values, blockIdx.x * rows + block.warp);  // on its way while the matrix is
   block.set_up();
   for (int first = blockIdx.x * rows; first < call.rows; first += gridDim.x * rows) {
     const int row = first + block.warp;
     const int64_t start = int64_t{row} * fours;
-    if (first >= gridDim.x * rows) read_sum(call, values, row);
+    float values[kFours][4];
     if (row < call.rows) {
+      read(values, call.x, start, fours);
+      if (call.y.data) {
+        float others[kFours][4];
+        read(others, call.y, start, fours);
+#pragma unroll
+        for (int i = 0; i < kFours; ++i)
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            values[i][j] = rounded(values[i][j] + others[i][j], call.to_type);
+      }
 #pragma unroll
       for (int i = 0; i < kFours; ++i)
         if (lane + 32 * i < fours) {

@@ -48,7 +48,8 @@ def salient_linear(
             may not require gradients.
         dtype: of the normed rows; by default autocast's where it is on, else x's.
         backend: "cuda" (C++; bfloat16, float16, float32), "triton" (on CUDA) or "reference"
-            (torch). "auto" is the first of these that can run.
+            (torch). "auto" is the first of these that can run. By name it learns within
+            torch.compile from torch 2.12 on; torch 2.11's compiler raises.
 
     Returns:
         The normed rows [..., D] if `norm` is given, else x.

@@ -20,7 +20,7 @@ LIMITS = {
     "weighted_pagerank": (168, 244),
     "weighted_pagerank_once": (253, 160),
     "token_choice": (64, 0),
-    "salient_linear": (128, 532),
+    "salient_linear": (128, 516),
 }
 HOPPER_ONLY = ("prefix_attention_forward", "prefix_attention_queries", "prefix_attention_keys")
 CASES = [("sm_90a", name) for name in LIMITS] + [

@@ -19,8 +19,6 @@ from pcx.ops.salient_linear import DISPATCH, salient_linear
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
-    # of torch 2.11's compiler, of a function's own way to be compiled
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     # its advice on a GPU that has them
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
 ]
@@ -293,12 +291,18 @@ def gradients_of(layer, run, x):
     return torch.autograd.grad(run(x).square().sum(), [x, *layer.parameters()])
 
 
+# In torch 2.11 it raises; "auto" takes torch's own operations there.
+NO_GRADIENT_WHEN_COMPILED = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("kind", ["none", "affine"])
 @pytest.mark.parametrize("by", ["what auto takes", "the op"])
 def test_torch_compile(monkeypatch, device, backend, kind, by):
     if by == "the op":  # as a backend asked for by name, and inference on CUDA
+        if NO_GRADIENT_WHEN_COMPILED:
+            pytest.skip("this torch compiles no gradient of a function that changes its input")
         monkeypatch.setattr(module, "_run_of", lambda *_: torch.ops.pcx.salient_linear.default)
     torch.compiler.reset()
     layer = Layer(kind=kind, device=device)
