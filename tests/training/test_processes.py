@@ -33,9 +33,9 @@ def trained(folder, processes, batch, device, *more):
     return [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in range(processes)]
 
 
-def check(tmp_path, device, tolerance, *more):
-    (alone,) = trained(tmp_path / "alone", 1, 8, device)
-    first, second = trained(tmp_path / "together", 2, 4, device, *more)
+def check(tmp_path, device, tolerance, *more, method="vpt"):
+    (alone,) = trained(tmp_path / "alone", 1, 8, device, method)
+    first, second = trained(tmp_path / "together", 2, 4, device, method, *more)
     for name, tensor in first["state"].items():
         assert torch.equal(tensor, second["state"][name]), name
         torch.testing.assert_close(tensor, alone["state"][name], rtol=tolerance, atol=tolerance)
@@ -46,6 +46,11 @@ def check(tmp_path, device, tolerance, *more):
 
 def test_two_processes_train_as_one(tmp_path):
     check(tmp_path, "cpu", 1e-10)
+
+
+@pytest.mark.parametrize("method", ["sct", "adapter"])
+def test_two_processes_train_other_methods_as_one(tmp_path, method):
+    check(tmp_path, "cpu", 1e-10, method=method)
 
 
 def test_a_loader_that_is_divided_already_is_not_divided_again(tmp_path):

@@ -1,6 +1,7 @@
 """Trains a model as one of several processes.
 
-`python train_together.py FOLDER BATCH DEVICE [divided]`; "divided" gives each process its samples.
+`python train_together.py FOLDER BATCH DEVICE METHOD [divided]`; "divided" gives each process its
+samples.
 """
 
 import os
@@ -13,6 +14,12 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import pcx
 
+MODELS = {
+    "vpt": lambda backbone: pcx.VPT(backbone, 3),
+    "sct": lambda backbone: pcx.SCT(backbone, None, k=5, selection="random"),
+    "adapter": lambda backbone: pcx.Adapter(backbone, 4),
+}
+
 
 def main() -> None:
     folder, batch, device = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -24,7 +31,7 @@ def main() -> None:
     )
     images, labels = torch.randn(48, 3, 32, 32, dtype=dtype), torch.arange(48) % 3
     torch.manual_seed(rank)  # only the first process has the prompts that all are to have
-    model = pcx.VPT(backbone.to(dtype), 3)
+    model = MODELS[sys.argv[4]](backbone.to(dtype))
     data, sampler = TensorDataset(images, labels), None
     if "divided" in sys.argv and "WORLD_SIZE" in os.environ:
         parts = int(os.environ["WORLD_SIZE"])
