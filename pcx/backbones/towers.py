@@ -24,18 +24,21 @@ class Tower(nn.Module):
 
     Attributes:
         tower: the model.
-        head: the linear layer, an identity where there is none.
+        classifier: the linear layer, an identity where there is none. No tower has a part of that
+            name, by which peft finds it.
         has_cls: whether the model's first token is [CLS].
     """
+
+    base_model_prefix = ""  # what transformers, asked by peft, reads of a model with a config
 
     def __init__(self, tower: nn.Module, num_classes: int):
         super().__init__()
         self.has_cls: bool = library_facts(tower)["has_cls"]
         self.tower = tower
-        self.head: nn.Module = nn.Identity()
+        self.classifier: nn.Module = nn.Identity()
         self.width = _width(self)
         if num_classes:
-            self.head = nn.Linear(self.width, num_classes)
+            self.classifier = nn.Linear(self.width, num_classes)
 
     @property
     def config(self) -> Any:
@@ -49,7 +52,7 @@ class Tower(nn.Module):
 
     def forward(self, x: Tensor, **inputs: Any) -> Tensor:
         """Images [B, C, H, W] -> logits [B, num_classes], or features [B, D]."""
-        return self.head(pooled_features(self.tower(x, **inputs), self.has_cls))
+        return self.classifier(pooled_features(self.tower(x, **inputs), self.has_cls))
 
 
 def facts_of(backbone: Any) -> dict[str, Any]:
@@ -58,7 +61,7 @@ def facts_of(backbone: Any) -> dict[str, Any]:
     return {
         **facts,
         "family": type(backbone.tower).__name__,
-        "heads": ("head",) if isinstance(backbone.head, nn.Linear) else (),
+        "heads": ("classifier",) if isinstance(backbone.classifier, nn.Linear) else (),
         "listed": tuple(f"tower.{name}" for name in facts["listed"]),
         "dim": backbone.width,
     }
@@ -89,7 +92,7 @@ def with_head(backbone: Any, num_classes: int | None) -> Any:
     if not heads and not isinstance(backbone, Tower):
         hugging_face.leave_out_drawn_pooler(backbone)
         return Tower(backbone, num_classes or 0)
-    for name in heads or ("head",):
+    for name in heads or ("classifier",):
         old = backbone.get_submodule(name)
         width = getattr(old, "in_features", None) or backbone.width
         new = nn.Linear(width, num_classes) if num_classes else nn.Identity()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pcx.experiments.methods import Method
 
 RATE, RATED = 0.3, ("vpt", "linear")
+MORE = {"bias", "learn_cls", "location"}  # arguments that may train parts of the backbone
 MethodText = Annotated[
     str,
     typer.Option(
@@ -79,7 +80,7 @@ def train(
     chosen = _method(ctx, method, {"num_prompts": prompts, "kind": kind, "dropout": dropout})
     data = o.new_task(name, o.backbone_data_config(backbone, weights), root, cache)
     if lr is None and base_lr is None:
-        lr, clip_grad = _default_rate(chosen.name, clip_grad)
+        lr, clip_grad = _default_rate(chosen, clip_grad)
     followed = _followed(patience, split, track, out)
     torch.manual_seed(seed)
     plain = o.new_backbone(backbone, data.num_classes, weights)
@@ -159,16 +160,16 @@ def _default_out(task: str) -> Path:
     return Path(f"{re.sub(r'[^A-Za-z0-9_.-]+', '-', name).strip('-') or 'model'}.safetensors")
 
 
-def _default_rate(method: str, clip_grad: float | None) -> tuple[float, float]:
+def _default_rate(method: Any, clip_grad: float | None) -> tuple[float, float]:
     """A rate that suits prompts and heads over most backbones where gradients are clipped.
 
     Raises:
         ValueError: the method trains more than prompts and a head, whose rate depends on more.
     """
-    if method not in RATED:
+    if method.name not in RATED or MORE & set(method.arguments):
         raise ValueError(
-            f"lr: give lr or base_lr; --method {method} has no rate of its own, and pcx compare "
-            "finds one on val"
+            f"lr: give lr or base_lr; --method {method.text} has no rate of its own, and pcx "
+            "compare finds one on val"
         )
     clip_grad = 1.0 if clip_grad is None else clip_grad
     o.say(f"learning rate {RATE}, gradients clipped to norm {clip_grad:g}; --lr sets another")

@@ -7,7 +7,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,13 +15,15 @@ from torch import nn
 
 from pcx.models import HEAD_INITS, METHODS
 from pcx.models.base import TunedModel
+from pcx.models.vpt.locations import LOCATIONS
 
 # Arguments that a class needs and a text may leave out.
-DEFAULTS: dict[str, dict[str, Any]] = {"vpt": {"num_prompts": 20}}
+PROMPTS = 20  # of a VPT whose text says nothing of them
 # Arguments that do not come from a text, and where they come from.
 GIVEN = {
     "backbone": "the backbone",
     "channels": "the training images",
+    "images": "the training images",
     "num_classes": "the task",
     "head_init": "the argument head_init",
 }
@@ -110,11 +112,13 @@ def build_method(
     """
     chosen = parse_method(method) if isinstance(method, str) else method
     cls, parameters = METHODS[chosen.name], _parameters(chosen.name)
-    arguments = {**DEFAULTS.get(chosen.name, {}), **chosen.arguments}
+    arguments = {**_defaults(parameters, chosen.arguments), **chosen.arguments}
     if "config" in parameters:
         arguments = {"config": _peft_config(chosen.name, arguments)}
     if "channels" in parameters:
         arguments["channels"] = loader
+    if "images" in parameters and arguments.get("init", "published") != "published":
+        arguments["images"] = loader
     arguments |= {"num_classes": num_classes, "head_init": head_init}
     missing = [
         name
@@ -130,6 +134,14 @@ def build_method(
         if argument and f"{argument[0]}=" in chosen.text:
             raise ValueError(f"method: {chosen.name}: {error}") from error
         raise
+
+
+def _defaults(parameters: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a class needs and its text does not say: the number of prompts, where it is counted."""
+    if "num_prompts" not in parameters:
+        return {}
+    location = LOCATIONS.get(given.get("location", "prepend"))
+    return {"num_prompts": PROMPTS if location is None or location.among else 0}
 
 
 def _parameters(name: str) -> dict[str, inspect.Parameter]:

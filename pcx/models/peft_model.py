@@ -14,7 +14,7 @@ from pcx.backbones.spec import check_unwrapped, find_spec, library_facts
 from pcx.backbones.towers import with_head
 from pcx.models import HEAD_INITS
 from pcx.models.base import TunedModel, check_choice, check_module
-from pcx.models.heads import draw_head, head_size, place_heads
+from pcx.models.heads import draw_head, head_size, place_heads, train_in_full
 from pcx.models.memory import over_same_memory
 from pcx.models.record import Record
 
@@ -189,6 +189,7 @@ def _adapted(
     heads = _heads(shared)
     place_heads(shared, heads)
     for head in heads:
+        train_in_full(head)
         draw_head(head, head_init)
     settings = copy.deepcopy(config)
     if with_head_saved and getattr(settings, "modules_to_save", ()) is None:

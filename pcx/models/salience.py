@@ -16,7 +16,6 @@ from pcx.tasks.batches import check_images, check_loader, images_and_labels
 SELECTIONS = ("salient", "balanced", "class-agnostic", "least", "random")
 
 
-@torch.no_grad()
 def channel_importance(
     backbone: nn.Module,
     spec: BackboneSpec,
@@ -52,29 +51,46 @@ def channel_importance(
     Raises:
         ValueError: the loader yields no images, or labels that are not one class per image.
     """
+    positions = (position,)
+    return channel_importances(backbone, spec, loader, positions, layers, selection)[position]
+
+
+@torch.no_grad()
+def channel_importances(
+    backbone: nn.Module,
+    spec: BackboneSpec,
+    loader: Any,
+    positions: Sequence[str],
+    layers: Sequence[int],
+    selection: str,
+) -> dict[str, list[Tensor]]:
+    """`channel_importance` at several positions, by one pass over the loader."""
     check_loader(loader, "channels")
     like = next(backbone.parameters())
-    sums: dict[Any, Tensor] = {}  # of squares, [D] by class and layer
+    sums: dict[Any, Tensor] = {}  # of squares, [D] by class, position and layer
     counts: dict[Hashable, int] = {}
     blocks = [spec.blocks[i] for i in layers]
-    with _activations(backbone, blocks, position) as seen:
+    with _activations(backbone, blocks, positions) as seen:
         for batch in loader:
             images, labels = images_and_labels(batch)
             check_images(images)
             classes = _classes(labels, len(images), aware=selection != "class-agnostic")
-            seen.clear()
+            for found in seen.values():
+                found.clear()
             backbone(images.to(like.device, like.dtype))
-            squares = [
-                _squares(x, block.layout, spec.prefix_tokens)
-                for x, block in zip(seen, blocks, strict=True)
-            ]
-            for i, label in enumerate(classes):
+            for label in classes:
                 counts[label] = counts.get(label, 0) + 1
-                for layer, per_image in enumerate(squares):
-                    _add(sums, (label, layer), per_image[i])
+            for position, found in seen.items():
+                for layer, (x, block) in enumerate(zip(found, blocks, strict=True)):
+                    squares = _squares(x, block.layout, spec.prefix_tokens)
+                    for label, of_image in zip(classes, squares, strict=True):
+                        _add(sums, (label, position, layer), of_image)
     if not counts:
         raise ValueError("channels: the loader yields no images; give one that does")
-    return [_mean_norm(sums, counts, layer, selection) for layer in range(len(blocks))]
+    return {
+        position: [_mean_norm(sums, counts, (position, i), selection) for i in range(len(blocks))]
+        for position in positions
+    }
 
 
 def chosen(importance: Tensor, k: int, selection: str, generator: torch.Generator) -> Tensor:
@@ -95,20 +111,24 @@ def chosen(importance: Tensor, k: int, selection: str, generator: torch.Generato
 
 @contextmanager
 def _activations(
-    backbone: nn.Module, blocks: Sequence[BlockSpec], position: str
-) -> Iterator[list[Tensor]]:
-    """A list that each forward adds every block's tensor to, in the order of the blocks."""
-    seen: list[Tensor] = []
+    backbone: nn.Module, blocks: Sequence[BlockSpec], positions: Sequence[str]
+) -> Iterator[dict[str, list[Tensor]]]:
+    """By position a list that each forward adds every block's tensor to, in order of the blocks."""
+    seen: dict[str, list[Tensor]] = {position: [] for position in positions}
     hooks = []
     for block in blocks:
-        if position == "attn":
+        if "attn" in seen:
             reader = backbone.get_submodule(str(block.reader))
-            hooks.append(reader.register_forward_pre_hook(lambda _, args: seen.append(args[0])))
-        else:
+            hooks.append(
+                reader.register_forward_pre_hook(lambda _, args: seen["attn"].append(args[0]))
+            )
+        if "mlp" in seen:
             module = backbone.get_submodule(block.name)
             hooks.append(
                 module.register_forward_hook(
-                    lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out)
+                    lambda _, args, out: seen["mlp"].append(
+                        out[0] if isinstance(out, tuple) else out
+                    )
                 )
             )
     try:
@@ -152,10 +172,11 @@ def _add(sums: dict[Any, Tensor], key: Any, value: Tensor) -> None:
 
 
 def _mean_norm(
-    sums: dict[Any, Tensor], counts: dict[Hashable, int], layer: int, selection: str
+    sums: dict[Any, Tensor], counts: dict[Hashable, int], place: tuple[str, int], selection: str
 ) -> Tensor:
     classes = sorted(counts, key=str)  # so that the order of batches does not change rounding
-    rows = torch.stack([sums[label, layer] for label in classes])
+    position, layer = place
+    rows = torch.stack([sums[label, position, layer] for label in classes])
     if selection == "balanced":
         rows = rows / torch.tensor([counts[label] for label in classes]).double()[:, None]
     return rows.sqrt().mean(0)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from pcx.arguments import real_number, whole_number
 from pcx.backbones.probing import BlockSpec
-from pcx.backbones.residual import OnOutput, SumReader, wrap
+from pcx.backbones.residual import Changing, OnOutput, SumReader, wrap
 from pcx.models import HEAD_INITS
 from pcx.models.base import TunedModel, check_choice
 from pcx.models.folding import fold
 from pcx.models.heads import trained_dtype
-from pcx.models.salience import SELECTIONS, channel_importance, chosen
+from pcx.models.salience import SELECTIONS, channel_importances, chosen
 from pcx.ops.salient_linear import salient_linear
 from pcx.ops.salient_sum import salient_sum
 
@@ -144,19 +144,19 @@ class SCT(TunedModel):
                 f"channels: None, and selection {self.selection!r} needs images; give a loader, "
                 "the channels themselves, or selection='random'"
             )
-        generator, found = torch.Generator().manual_seed(seed), {}
-        for name in names:
-            if self.selection == "random":
-                importances = [torch.zeros(block.dim) for block in blocks]
-            else:
-                importances = channel_importance(
-                    self.backbone, self.spec, given, name, self.layers, selection=self.selection
-                )
-            found[name] = [
+        generator = torch.Generator().manual_seed(seed)
+        importances = {name: [torch.zeros(block.dim) for block in blocks] for name in names}
+        if self.selection != "random":
+            importances = channel_importances(
+                self.backbone, self.spec, given, names, self.layers, self.selection
+            )
+        return {
+            name: [
                 chosen(importance, count, self.selection, generator)
-                for importance, count in zip(importances, counts, strict=True)
+                for importance, count in zip(importances[name], counts, strict=True)
             ]
-        return found
+            for name in names
+        }
 
     def _wrap(self) -> None:
         for name in POSITIONS[self.position]:
@@ -195,16 +195,17 @@ class SCT(TunedModel):
         """A backbone for inference alone; position "mlp" is folded into the MLP's last layer."""
         copied = self.copy().eval()
         for name in POSITIONS[self.position]:
-            part = "reader" if name == "attn" else "mlp"
+            if name != "mlp":
+                continue
             for block, salient in zip(self.blocks, copied.salient[name], strict=True):
-                path = str(getattr(block, part))
+                path = str(block.mlp)
                 wrapper = copied.backbone.get_submodule(path)
-                if name == "mlp" and fold(wrapper.inner, salient, block.dim):
+                if isinstance(wrapper, OnOutput) and fold(wrapper.inner, salient, block.dim):
                     copied.backbone.set_submodule(path, wrapper.inner)
-                else:
-                    salient.requires_grad_(False)
-                    wrapper.take_in()
-        return copied.backbone
+        for module in copied.backbone.modules():
+            if isinstance(module, Changing):
+                module.take_in()
+        return copied.backbone.requires_grad_(False)
 
 
 class Salient(nn.Module):

@@ -57,8 +57,8 @@ class Sidetune(TunedModel):
                 "the features of one; give another backbone"
             )
         self.backbone = Mixed(self.backbone, self.spec.heads, self.spec.dim, pretrained)
-        for part in ("side", "projection", "alpha", "head"):
-            if part != "head" or self.heads:
+        for part in ("side_network", "side_projection", "side_share", "side_head"):
+            if part != "side_head" or self.heads:
                 self.own(part)
         self.train(backbone.training)
 
@@ -67,7 +67,7 @@ class Sidetune(TunedModel):
         """The classifier head behind the mixed features, none where it was removed."""
         if not isinstance(self.backbone, Mixed):
             return super().heads
-        return [self.backbone.head] if self.spec.heads else []
+        return [self.backbone.side_head] if self.spec.heads else []
 
     def plain_backbone(self) -> Any:
         """The backbone, whose head stands behind the mixed features."""
@@ -92,26 +92,26 @@ class Mixed(Wrapper):
     def __init__(self, inner: nn.Module, heads: tuple[str, ...], dim: int, pretrained: bool):
         super().__init__(inner)
         like = next(inner.parameters())
-        self.side = _alexnet(pretrained)
-        self.projection = nn.Linear(9216, dim, bias=False)
-        self.alpha = nn.Parameter(torch.zeros(()))
-        for part in (self.side, self.projection):
+        self.side_network = _alexnet(pretrained)
+        self.side_projection = nn.Linear(9216, dim, bias=False)
+        self.side_share = nn.Parameter(torch.zeros(()))
+        for part in (self.side_network, self.side_projection):
             part.to(like.device, trained_dtype(like.dtype))
-        self.alpha.data = self.alpha.data.to(like.device, trained_dtype(like.dtype))
-        self.head: nn.Module = nn.Identity()
+        self.side_share.data = self.side_share.data.to(like.device, trained_dtype(like.dtype))
+        self.side_head: nn.Module = nn.Identity()
         for name in heads:
-            self.head = inner.get_submodule(name)
+            self.side_head = inner.get_submodule(name)
             inner.set_submodule(name, nn.Identity())
 
     def forward(self, x: Tensor, **inputs: Any) -> Tensor:
         """Images [B, 3, H, W] -> logits [B, C], or features [B, D]."""
         features = logits_of(self.inner(x, **inputs))
-        images = x.to(self.alpha.dtype)
+        images = x.to(self.side_share.dtype)
         if min(x.shape[-2:]) < LEAST:
             images = F.interpolate(images, (LEAST, LEAST), mode="bilinear", antialias=True)
-        side = self.projection(self.side(images).flatten(1))
-        share = self.alpha.sigmoid()
-        return self.head(share * features + (1 - share) * side)
+        side = self.side_projection(self.side_network(images).flatten(1))
+        share = self.side_share.sigmoid()
+        return self.side_head(share * features + (1 - share) * side)
 
 
 def _alexnet(pretrained: bool) -> nn.Module:

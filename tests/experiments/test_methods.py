@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from families import build, images
 from torch import nn
 
 from pcx.backbones import scenes_vit
@@ -164,3 +165,18 @@ def test_types_that_are_not_known_are_guessed_and_missing_arguments_named():
         assert build_method(f"s:width={text}", None, None).width == value
     with pytest.raises(ValueError, match="method: 's' lacks width; s takes width=text"):
         build_method("s", None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "prompts"),
+    [
+        ("vpt:init=cls-prototype,num_prompts=4", (4, 4, 4)),
+        ("vpt:location=add", (0, 0, 0)),
+        ("vpt:location=concat-channel,kind=shallow", (0, 0, 0)),
+        ("vpt:share=inter,project=5", (20, 20, 20)),
+    ],
+)
+def test_variants_of_vpt_are_built_from_text(text, prompts):
+    backbone = build("vit")
+    loader = [(images("vit", 4), torch.arange(4))]
+    assert build_method(text, backbone, loader, num_classes=4).counts == prompts

@@ -48,6 +48,16 @@ def test_biases_of_swin_leave_tables_of_positions_out():
     assert tuned(pcx.Bias(swin)) == 137_216
 
 
+def test_side_tuning_leaves_the_backbones_own_parts_of_a_head_alone():
+    model = pcx.Sidetune(timm.create_model("convnext_atto"), pretrained=False, num_classes=5)
+    of_head = {n for n in model.trainable() if "side_" not in n}
+    assert not of_head
+    assert {n for n in model.trainable() if "side_head" in n} == {
+        "backbone.side_head.weight",
+        "backbone.side_head.bias",
+    }
+
+
 def test_the_published_start_of_an_adapter_moves_ups_bias_alone(backbone, loader):
     model = pcx.Adapter(backbone, 4, init="published")
     before = {n: t.clone() for n, t in model.adapters.state_dict().items()}

@@ -74,6 +74,30 @@ def test_lora_of_the_papers_size():
     assert sum(p.numel() for p in with_head.trainable().values()) == 294_912 + 7_690
 
 
+@pytest.mark.parametrize("name", ["Dinov2Model", "SiglipVisionModel"])
+def test_a_vision_tower_is_adapted(name):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name.removesuffix('Model').removesuffix('Vision')}Config")
+    if name.startswith("Siglip"):
+        config = transformers.SiglipVisionConfig
+    size = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size |= {"intermediate_size": 48, "image_size": 32, "patch_size": 8}
+    if name.startswith("Dinov2"):
+        del size["intermediate_size"]
+    tower = getattr(transformers, name)(config(**size))
+    config = peft.LoraConfig(r=2, target_modules=["query", "q_proj"])  # names of two versions
+    model = pcx.PeftModel(tower, config, num_classes=5)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+    assert sum(p.numel() for n, p in model.trainable().items() if "lora" not in n) == 24 * 5 + 5
+
+
+def test_the_head_over_16_bits_is_float32(backbone):
+    config = peft.LoraConfig(r=2, target_modules=["qkv"])
+    model = pcx.PeftModel(copy.deepcopy(backbone).bfloat16(), config, num_classes=4)
+    assert {p.dtype for p in model.trainable().values()} == {torch.float32}
+    assert model(torch.randn(2, 3, 32, 32).bfloat16()).dtype == torch.float32
+
+
 def test_what_a_config_does_not_fit_is_named(backbone):
     config = peft.LoraConfig(r=2, target_modules=["query"])
     with pytest.raises(ValueError, match="config: it does not fit VisionTransformer"):

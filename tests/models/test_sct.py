@@ -312,6 +312,44 @@ def test_selections():
     assert (published[0] - salient[0]).abs().max() > 1e-3
 
 
+def test_both_positions_are_found_in_one_pass():
+    backbone, (x, y) = MAKE["vit"](), dataset()
+    reads = []
+
+    def batches():
+        reads.append(1)
+        yield x[:3], y[:3]
+        yield x[3:], y[3:]
+
+    both = pcx.SCT(backbone, batches(), k=6, position="both")
+    assert len(reads) == 1
+    for position in ("attn", "mlp"):
+        alone = pcx.SCT(backbone, [(x, y)], k=6, position=position)
+        for a, b in zip(both.salient[position], alone.salient[position], strict=True):
+            assert torch.equal(a.index, b.index)
+
+
+@pytest.mark.parametrize("name", ["swinv2", "vit-post-norm", "vit"])
+def test_a_frozen_model_holds_all_of_its_maps(name):
+    backbone = MAKE[name]()
+    channels = channels_of(pcx.Linear(backbone).spec)
+    model = pcx.SCT(backbone, {"attn": channels, "mlp": channels}, position="both").eval()
+    with torch.no_grad():
+        for parameter in model.salient.parameters():
+            parameter.normal_(0, 0.3)
+    x = inputs_of(name)
+    expected, frozen = model(x), pcx.freeze(model)
+    torch.testing.assert_close(frozen(x), expected, rtol=1e-9, atol=1e-10)
+    narrow = copy.deepcopy(frozen).float()
+    torch.testing.assert_close(narrow(x.float()), expected.float(), rtol=1e-2, atol=1e-3)
+    moved = copy.deepcopy(frozen).to("meta")
+    maps = [m for m in moved.modules() if type(m).__name__ == "Salient"]
+    assert maps
+    assert all(t.is_meta for m in maps for t in (m.weight, m.bias, m.index))
+    reached = [m._change[0] for m in moved.modules() if hasattr(m, "_change")]
+    assert all(m.weight.is_meta for m in reached)
+
+
 def test_labels_may_be_text():
     backbone = MAKE["vit"]()
     x, y = dataset()

@@ -322,6 +322,33 @@ def test_a_pooling_that_the_backbone_cannot_do_is_refused():
         pcx.VPT(build("siglip"), 2, learn_cls=True)
 
 
+def test_what_is_kept_of_a_variant_stays_that_variant(tmp_path):
+    for share in (None, "inter"):
+        fixed = pcx.VPT(build("vit"), 4, freeze_prompts=True, share=share)
+        kept = fixed.keep([[0, 2]] * 3)
+        assert not [n for n in kept.trainable() if n.startswith("prompts")]
+    intra = pcx.VPT(build("vit"), 4, share="intra").eval()
+    small = intra.keep([[0, 1], [0], []])
+    pcx.save(small, tmp_path / "m")
+    loaded = pcx.load(tmp_path / "m", build("vit"))
+    assert loaded.counts == (2, 1, 0)
+    x = images("vit", 2)
+    assert torch.equal(loaded(x), small.eval()(x))
+    assert "prompts.sources.2" not in small.trainable()
+    pixels = variant("prepend-pixel")
+    assert [n for n in pixels.trainable() if n.startswith("prompts")] == ["prompts.sources.0"]
+
+
+def test_a_pool_of_prompts_needs_prompts_to_read():
+    for arguments in ({"num_prompts": 0}, {"num_prompts": 3, "depth": 2}):
+        with pytest.raises(ValueError, match="pool: 'prompt' reads the last layer's prompts"):
+            pcx.VPT(build("vit"), **arguments, pool="prompt")
+    with pytest.raises(ValueError, match="pool: 'prompt' reads the last layer's prompts"):
+        pcx.VPT(build("vit"), 2, pool="prompt").keep([[0], [0], []])
+    with pytest.raises(ValueError, match="norm: True, and pool='image' leaves no map"):
+        pcx.VPT(build("vit"), 2, pool="image").features(images("vit", 1), norm=True)
+
+
 def test_the_defaults_are_the_papers_own():
     assert pcx.VPT(build("vit"), 2).variant == Variant()
     assert Variant().as_json() == {}

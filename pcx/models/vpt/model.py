@@ -19,7 +19,7 @@ from pcx.models.parts import biases_of, cls_token_of
 from pcx.models.record import Condensation
 from pcx.models.vpt.block import PATHS, PromptedBlock
 from pcx.models.vpt.locations import LOCATIONS, pixel_prompts
-from pcx.models.vpt.pools import OF_PROMPTS, Pooled, check_pool
+from pcx.models.vpt.pools import OF_PROMPTS, Pooled, check_pool, check_read_prompts
 from pcx.models.vpt.prompts import counts_per_layer, draw_prompts
 from pcx.models.vpt.prototypes import INITS, prototypes
 from pcx.models.vpt.sources import OwnPrompts, SharedPrompts, shared_prompts
@@ -125,6 +125,7 @@ class VPT(TunedModel):
         self.read_only = read_only
         check_pool(self.spec, pool)
         counts = counts_per_layer(num_prompts, len(self.spec.blocks), kind, depth)
+        check_read_prompts(pool, counts, kind)
         self.prompts = self._new_prompts(counts)
         if init != "published":
             self._start_from(prototypes(self.backbone, self.spec, images, init, counts))
@@ -248,6 +249,21 @@ class VPT(TunedModel):
             layer.training = mode
         return self
 
+    def features(
+        self,
+        x: Tensor,
+        layers: int | Sequence[int] | None = None,
+        norm: bool = False,
+        **inputs: Any,
+    ) -> list[Tensor]:
+        """As `TunedModel.features`; with a `pool` the last norm gives one token, and no map."""
+        if norm and self.variant.pool != "cls":
+            raise ValueError(
+                f"norm: True, and pool={self.variant.pool!r} leaves no map behind the last norm; "
+                "use norm=False"
+            )
+        return super().features(x, layers, norm, **inputs)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each block in the backward pass instead of keeping its activations."""
         for layer in self.layers:
@@ -282,6 +298,7 @@ class VPT(TunedModel):
             if rows != sorted(set(rows)):
                 raise ValueError(f"kept: layer {i}: {rows}, expected ascending ones, none twice")
             places.append(torch.tensor(rows, dtype=torch.int64))
+        check_read_prompts(self.variant.pool, list(map(len, places)), self.kind)
         small.prompts.keep(places)
         return small
 

@@ -51,3 +51,12 @@ def check_pool(spec: BackboneSpec, pool: str) -> None:
             f"{spec.family} has not as it is; use pool='cls', or build the backbone with "
             "global_pool='token'"
         )
+
+
+def check_read_prompts(pool: str, counts: list[int], kind: str) -> None:
+    """Raises a ValueError where the head would read prompts and there are none to read."""
+    if pool == "prompt" and not counts[0 if kind == "shallow" else -1]:
+        raise ValueError(
+            f"pool: 'prompt' reads the last layer's prompts, and it has none of {counts}; use "
+            "another pool, or give that layer prompts"
+        )

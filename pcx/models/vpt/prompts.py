@@ -83,9 +83,9 @@ def draw_prompts(
     return prompt_parameter(empty.uniform_(-bound, bound))
 
 
-def prompt_parameter(values: Tensor) -> nn.Parameter:
+def prompt_parameter(values: Tensor, *, trained: bool = True) -> nn.Parameter:
     """A parameter, frozen where it holds no prompts: DDP would wait for its gradient."""
-    return nn.Parameter(values, requires_grad=values.shape[-2] > 0)
+    return nn.Parameter(values, requires_grad=trained and values.numel() > 0)
 
 
 def dropped(prompts: Tensor, share: float, groups: int | None, batch: int) -> Tensor:

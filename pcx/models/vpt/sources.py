@@ -29,8 +29,9 @@ class OwnPrompts(nn.ParameterList):
     def keep(self, rows: Sequence[Tensor]) -> None:
         """Keeps some prompts of each layer, by their indices."""
         for i, index in enumerate(rows):
-            values = self[i].detach()
-            self[i] = prompt_parameter(values.index_select(-2, index.to(values.device)))
+            given = self[i]
+            kept = given.detach().index_select(-2, index.to(given.device))
+            self[i] = prompt_parameter(kept, trained=given.requires_grad or not given.numel())
 
 
 class SharedPrompts(nn.Module):
@@ -103,12 +104,12 @@ class SharedPrompts(nn.Module):
         self.counts = tuple(
             len(index) if m else 0 for index, m in zip(rows, self.counts, strict=True)
         )
-        if self.within:
-            return
         for i, source in enumerate(self.sources):
             index: Any = torch.tensor(used[0] if self.tied and used else rows[i].tolist())
+            if self.within:  # the one row stands for all that are kept
+                index = index[:1] * 0
             kept = source.detach().index_select(0, index.long().to(source.device))
-            self.sources[i] = prompt_parameter(kept)
+            self.sources[i] = prompt_parameter(kept, trained=source.requires_grad)
 
 
 def shared_prompts(
