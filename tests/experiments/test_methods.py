@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+import families
 import pytest
 import torch
-from families import build, images
 from torch import nn
 
 from pcx.backbones import scenes_vit
@@ -177,6 +177,6 @@ def test_types_that_are_not_known_are_guessed_and_missing_arguments_named():
     ],
 )
 def test_variants_of_vpt_are_built_from_text(text, prompts):
-    backbone = build("vit")
-    loader = [(images("vit", 4), torch.arange(4))]
+    backbone = families.build("vit")
+    loader = [(families.images("vit", 4), torch.arange(4))]
     assert build_method(text, backbone, loader, num_classes=4).counts == prompts
