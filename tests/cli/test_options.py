@@ -110,7 +110,7 @@ def test_train_takes_any_method_that_is_built_from_a_backbone(tmp_path, monkeypa
     for wrong, message in (
         (["--method", "liner"], "Did you mean 'linear'"),
         (["--method", "linear", "--prompts", "3"], "--prompts: --method linear has no such"),
-        (["--method", "peft"], "--method: 'peft' is not built from a backbone"),
+        (["--method", "peft"], "--method: peft: peft_type: None, expected one of"),
     ):
         with pytest.raises(ValueError, match=message):
             CliRunner().invoke(app, [*arguments, *wrong], catch_exceptions=False)

@@ -1,6 +1,7 @@
 """Trackers: what TensorBoard's files hold, what Weights & Biases is handed, and who writes."""
 
 import sys
+import time
 import types
 
 import pytest
@@ -76,6 +77,8 @@ def test_tensorboard_shows_each_step_of_a_resumed_or_replaced_run_once(
     backbone, loader, tmp_path, scalars
 ):
     def tracker():
+        # TensorBoard reads a run's files in the order of the seconds in their names.
+        time.sleep(1.05 - time.time() % 1)
         return Tracker("tensorboard", folder=tmp_path, every=1)
 
     place = {"checkpoint_dir": tmp_path}
