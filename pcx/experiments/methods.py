@@ -17,7 +17,6 @@ from pcx.models import HEAD_INITS, METHODS
 from pcx.models.base import TunedModel
 from pcx.models.vpt.locations import LOCATIONS
 
-# Arguments that a class needs and a text may leave out.
 PROMPTS = 20  # of a VPT whose text says nothing of them
 # Arguments that do not come from a text, and where they come from.
 GIVEN = {

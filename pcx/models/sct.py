@@ -194,10 +194,8 @@ class SCT(TunedModel):
     def deployed(self) -> nn.Module:
         """A backbone for inference alone; position "mlp" is folded into the MLP's last layer."""
         copied = self.copy().eval()
-        for name in POSITIONS[self.position]:
-            if name != "mlp":
-                continue
-            for block, salient in zip(self.blocks, copied.salient[name], strict=True):
+        if "mlp" in copied.salient:
+            for block, salient in zip(self.blocks, copied.salient["mlp"], strict=True):
                 path = str(block.mlp)
                 wrapper = copied.backbone.get_submodule(path)
                 if isinstance(wrapper, OnOutput) and fold(wrapper.inner, salient, block.dim):
