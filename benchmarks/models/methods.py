@@ -1,7 +1,7 @@
 """Ten methods over the embedded backbone, each at its best by val.
 
 `python benchmarks/models/methods.py --processes 14` compares them on four tasks with three seeds,
-by `pcx.experiments.protocol` and the default grids: 664 trainings that choose, and 120 that are
+by `pcx.experiments.protocol` and the default grids: 776 trainings that choose, and 120 that are
 tested. It writes `results/methods_<device>.csv`, `.md` and `.png`. What is finished lies in
 `runs/methods`, and a further call goes on from there. `--quick` trains two methods on one task for
 an epoch, and writes to `--runs` alone.

@@ -145,11 +145,13 @@ def compare(
         say: called with a line for each finished training.
 
     Raises:
-        ValueError: an argument does not fit, or the folder is of a comparison with other settings.
+        ValueError: an argument does not fit, the folder is of a comparison with other settings, or
+            several processes were launched.
         NonFiniteLoss: every cell of a grid diverged, or a chosen one did on trainval.
         ImportError: scipy is not installed; nothing has run.
     """
     need("scipy", "a comparison")
+    _check_alone()
     recipe, changes = recipe or Recipe(), changes or Changes()
     seeds, processes = whole_number("seeds", seeds, 1), whole_number("processes", processes, 1)
     read = _read(methods)
@@ -168,6 +170,16 @@ def compare(
     tested = protocol.test(choices, range(seeds))
     rows = [_row(*found) for found in zip(choices, chosen, tested, strict=True)]
     return Comparison(tuple(tasks), tuple(cells), tuple(rows), settings)
+
+
+def _check_alone() -> None:
+    """Raises a ValueError in one of several processes that a launcher has started."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1":
+        raise ValueError(
+            f"processes: a comparison was launched in {count} processes, which would each run all "
+            "of it; start it without a launcher, and give processes= (--processes)"
+        )
 
 
 def _read(methods: Sequence[str]) -> list[Method]:

@@ -165,3 +165,10 @@ def test_a_comparison_goes_on_where_it_ended(tmp_path, trained):
     assert {r["peak_mib"] for r in rows} == {""}
     for name in ("config.json", "environment.json", "trials.jsonl", "compare.md", "compare.png"):
         assert (tmp_path / "out" / name).stat().st_size
+
+
+def test_a_comparison_in_several_processes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"^processes: a comparison was launched in 2 processes"):
+        compare({}, [], None, tmp_path)
+    assert not any(tmp_path.iterdir())

@@ -34,7 +34,7 @@ class TestGrids:
 
     def test_published_rates_are_scaled_by_the_batch(self):
         rates = {cell.lr for cell in grid_of("vpt").cells(64)}
-        assert (min(rates), max(rates)) == (0.005 / 4, 50 / 4)
+        assert (min(rates), max(rates)) == (0.005 / 4, 500 / 4)
         assert {cell.lr for cell in grid_of("sct").cells(64)} == {1e-4, 1e-3, 3e-3, 1e-2, 3e-2}
         assert {cell.opt for cell in grid_of("full").cells(64)} == {"adamw"}
 

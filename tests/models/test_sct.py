@@ -184,8 +184,8 @@ def test_it_is_the_librarys_own_block_with_one_line_inserted(name, training):
     x = inputs_of(name)
     found, expected = run(model, x, own), run(oracle, x, theirs)
     assert len(found) == len(expected) == 2 + 2 * len(model.spec.blocks)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13 * float(b.abs().max()))
+    for a, b in zip(found, expected, strict=True):  # a few roundings of float64, no more
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-15 * float(b.abs().max()))
     plain = copy.deepcopy(backbone)
     plain_logits = getattr(plain(x), "logits", plain(x))
     assert (plain_logits - found[0]).norm() > 1e-3 * plain_logits.norm()

@@ -255,9 +255,9 @@ def test_a_frozen_model_that_is_changed_records_anew():
         before = frozen(x)
     handle = pcx.token_pruning.tome(frozen.backbone, r=2)
     pruned = [frozen(x) for _ in range(3)]
-    assert not torch.equal(pruned[-1], before)
-    for found in pruned:
-        assert torch.equal(found, pruned[0])
+    assert (pruned[-1] - before).norm() > 1e-2 * before.norm()
+    for found in pruned:  # merging adds tokens in any order
+        torch.testing.assert_close(found, pruned[0])
     handle.remove()
     assert torch.equal(frozen(x), before)
     frozen.double()
