@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pcx.backbones.multihead import fuse_multihead
+from pcx.backbones.windows import fuse_windows
 
 
 @dataclass(slots=True)  # a frozen one takes four times as long to make
@@ -208,26 +209,27 @@ def placeless(needs: Needs, like: Tensor) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def route(block: nn.Module, module: nn.Module, expected: int, dim: int, needs: Needs = ()) -> bool:
+def route(
+    block: nn.Module, module: nn.Module, expected: int, tokens: Tensor, given: dict[str, Any]
+) -> bool:
     """Prepares a block of a model's own copy, so that its calls are handed over without a mode.
 
-    It is proven on a few made-up tokens that all calls of the block come that way and that the
+    It is proven on made-up tokens that all calls of the block come that way and that the
     block computes the same bits. Where they do not, the block is left as it was.
 
     Args:
         block: changed: its attention module gets a forward of ours.
         module: the module in it, or itself, whose forward makes the calls.
         expected: how many calls the block makes.
-        dim: width of its tokens.
-        needs: of its spec.
+        tokens: made up, that the block takes.
+        given: its other arguments.
 
     Returns:
         Whether the block is routed now.
     """
     if "forward" in vars(module) or not _names_of_functional(type(module).forward):
         return False
-    tokens, calls, routed = made_up_tokens(block, dim), list[Call](), list[Call]()
-    given = placeless(needs, tokens)
+    calls, routed = list[Call](), list[Call]()
 
     def keep(kept: list[Call]) -> Attend:
         def attend(_: int, call: Call) -> Tensor:
@@ -239,7 +241,8 @@ def route(block: nn.Module, module: nn.Module, expected: int, dim: int, needs: N
     with intercept(keep(calls), []):
         expected_out = block(tokens, **given)
     Routed(module)
-    setattr(block, ROUTED, True)
+    for each in (block, module):
+        setattr(each, ROUTED, True)
     missed: list[int] = []
     try:
         with intercept(keep(calls), missed):
@@ -250,7 +253,8 @@ def route(block: nn.Module, module: nn.Module, expected: int, dim: int, needs: N
         proven = False
     if not proven:
         del module.forward
-        setattr(block, ROUTED, False)
+        for each in (block, module):
+            setattr(each, ROUTED, False)
     return proven
 
 
@@ -322,6 +326,7 @@ def fuse(backbone: Any) -> None:
         if getattr(module, "fused_attn", True) is False:
             module.fused_attn = True
     fuse_multihead(backbone)
+    fuse_windows(backbone)
 
 
 @torch.no_grad()

@@ -57,8 +57,14 @@ class BlockSpec:
     arguments: tuple[str, ...]  # what the backbone passes to the block besides the stream
     returns_tuple: bool
     stream: tuple[int, ...]  # shape of one image's stream
+    given: tuple[int, ...]  # shape of the first tensor that the attention module is given
     values: tuple[Any, ...]  # of the arguments; a tensor's is a `TensorLike`
     needs: tuple[tuple[str, Any], ...] = ()  # arguments for tokens without a place, see `needed`
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the block takes a sequence of tokens, all of which meet in its attention."""
+        return self.layout == "BNC" and self.call_form == "BHND" and self.windows == 1
 
 
 @torch.no_grad()
@@ -168,6 +174,7 @@ class _Frame:
     read: set[int] = field(default_factory=set)  # what the reader gave
     follower: str | None = None  # the first module that is given it
     inside: list[tuple[str, set[int], set[int]]] = field(default_factory=list)  # name, in, out
+    first: str | None = None  # the first norm of the stream, entered before any attention call
     returns_tuple: bool = False
 
 
@@ -254,24 +261,31 @@ class _Trace(TorchFunctionMode):
             self._last, self.reader_of_last = outputs, None
         for frame in self._stack:
             frame.inside.append((left.name, self._of(left.tensors), outputs))
+            norms = not frame.calls and frame.first is None and _is_norm(module)
+            if norms and self._of(left.tensors) & self._of(frame.tensors[:1]) - outputs:
+                frame.first = left.name
             if frame.reader == left.name and not frame.read:
                 frame.read = outputs
 
     def norm_before(self, frame: _Frame) -> str | None:
-        """The module between the stream and the attention, where that is one module."""
+        """The module between the stream and the attention, where that is one module.
+
+        Where the norm's output is cut into windows on its way, it is the first norm of the stream.
+        """
         stream, targets = self._of(frame.tensors[:1]), set[int]()
         for inner in frame.path:
             targets |= self._of(inner.tensors)
         for name, given, gave in frame.inside:
             if given & stream and gave & targets and not gave & stream:
                 return name
-        return None
+        return frame.first if frame.path else None
 
 
 def _spec_of(model: nn.Module, frame: _Frame, before: str | None, stage: int) -> BlockSpec:
     q, k, v = frame.calls[0]
     layout, width = _layout(frame.tensors[0])
     form, heads, windows = _call_form(q.shape, v.shape[-1], width)
+    reads = (frame.path[-1] if frame.path else frame).tensors
     reader = frame.reader
     followed = reader is not None and _is_norm(model.get_submodule(reader))
     return BlockSpec(
@@ -292,6 +306,7 @@ def _spec_of(model: nn.Module, frame: _Frame, before: str | None, stage: int) ->
         arguments=frame.arguments,
         returns_tuple=frame.returns_tuple,
         stream=tuple(frame.tensors[0].shape),
+        given=tuple(reads[0].shape) if reads else (),
         values=frame.values,
         needs=needed(frame.module, dict(zip(frame.arguments, frame.values, strict=True))),
     )

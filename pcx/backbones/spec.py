@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pcx.backbones import attention
 from pcx.backbones.inputs import input_size
 from pcx.backbones.patches import find_patch_projection
 from pcx.backbones.probing import BlockSpec, probe_blocks, probe_listed, without_hooks
+from pcx.backbones.token_path import TokenPath, check_listed, find_path
 from pcx.registry import Registry
 
 # Of each library, by the package of a model's class, what cannot be found by running the model.
@@ -69,6 +69,11 @@ class BackboneSpec:
     def blocks_in(self, backbone: nn.Module) -> list[Any]:
         """The blocks' modules in a backbone, or in a copy whose blocks are wrapped."""
         return [backbone.get_submodule(block.name) for block in self.blocks]
+
+    @property
+    def is_one_sequence(self) -> bool:
+        """Whether tokens are one sequence of one width from the first block to the last."""
+        return all(block.is_flat and block.dim == self.blocks[0].dim for block in self.blocks)
 
 
 def find_spec(backbone: nn.Module) -> BackboneSpec:
@@ -196,24 +201,26 @@ def pools_by_token(backbone: Any) -> bool:
     return getattr(backbone, "global_pool", "token") == "token"
 
 
-def check_promptable(backbone: nn.Module, spec: BackboneSpec) -> None:
+def check_promptable(backbone: nn.Module, spec: BackboneSpec) -> tuple[TokenPath, ...]:
     """Proves that prompts can be folded into the attention of every block.
 
     Args:
-        backbone: with fused attention on; its blocks are run on a few made-up tokens.
+        backbone: with fused attention on; its blocks are run on made-up tokens.
         spec: of the backbone.
+
+    Returns:
+        For each block the way of prompts to their keys and values.
 
     Raises:
         ValueError: prompts cannot be folded exactly; the message says why, and what is supported.
     """
     check_not_quantised(backbone)
     try:
-        _check_forms(spec.blocks, spec.no_blocks)
+        if not spec.blocks:
+            raise ValueError(spec.no_blocks)
         with without_hooks(backbone):
-            needs = {block.name: block.needs for block in spec.blocks}
-            for name in spec.listed or needs:
-                block = backbone.get_submodule(name)
-                attention.probe(block, spec.blocks[0].dim, needs.get(name, ()))
+            check_listed(backbone, spec.listed, spec.blocks)
+            return tuple(find_path(backbone.get_submodule(b.name), b) for b in spec.blocks)
     except (
         AssertionError,
         AttributeError,
@@ -225,19 +232,3 @@ def check_promptable(backbone: nn.Module, spec: BackboneSpec) -> None:
         raise ValueError(
             f"backbone: {spec.family} is not supported: {error}. Supported: {PROMPTABLE}"
         ) from error
-
-
-def _check_forms(blocks: Sequence[BlockSpec], reason: str | None) -> None:
-    if not blocks:
-        raise ValueError(reason)
-    for block in blocks:
-        if block.layout != "BNC" or block.stage:
-            raise ValueError(
-                f"{block.name} has tokens of layout {block.layout} in stage {block.stage}, and "
-                "prompts need one sequence of tokens of one width [B, N, C]"
-            )
-        if block.call_form != "BHND" or block.windows != 1:
-            raise ValueError(
-                f"{block.name} attends by calls of the form {block.call_form} in {block.windows} "
-                "windows, and prompts need one call over all tokens [B, H, N, d]"
-            )

@@ -179,9 +179,10 @@ def _check(model, names, amp, execution, checkpoint_dir, resume) -> None:
         raise ValueError(SCORES.unknown(unknown[0]))
     check_prompted(model)
     observed = {x for n in names for x in getattr(SCORES[n], "observes", ())}
-    if "cls" in observed and not model.spec.has_cls:
+    if "cls" in observed and not (model.spec.has_cls and all(b.is_flat for b in model.spec.blocks)):
         raise ValueError(
-            f"method: 'cls-attention' needs a [CLS] token; {model.spec.family} has none"
+            "method: 'cls-attention' needs a [CLS] token in every block's attention; "
+            f"{model.spec.family} has none; use another method, such as 'taylor'"
         )
     if not sum(model.counts):
         raise ValueError("model: it has no prompts to score")

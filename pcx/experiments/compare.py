@@ -20,6 +20,7 @@ from pcx.experiments.protocol import Chosen, Protocol, check_splits
 from pcx.experiments.trials import Recipe, Setup, Trial
 from pcx.extras import need
 from pcx.tasks import Task
+from pcx.training.evaluation import accelerator_for
 from pcx.training.execution import check_execution
 from pcx.training.run_folder import device_name
 
@@ -174,8 +175,9 @@ def compare(
 
 def _check_alone() -> None:
     """Raises a ValueError in one of several processes that a launcher has started."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count != "1":
+    with accelerator_for() as accelerator:
+        count = accelerator.num_processes
+    if count > 1:
         raise ValueError(
             f"processes: a comparison was launched in {count} processes, which would each run all "
             "of it; start it without a launcher, and give processes= (--processes)"

@@ -14,6 +14,7 @@ from torch import nn
 import pcx
 from pcx.backbones import attention
 from pcx.backbones.spec import find_spec
+from pcx.backbones.token_path import trial_of
 
 
 class TorchAttentionBlock(nn.Module):
@@ -145,7 +146,7 @@ def test_a_routed_block_hands_over_the_same_call(family):
 
     with attention.intercept(attend("mode"), []):
         expected = block(x)
-    assert attention.route(block, backbone.get_submodule(spec.attention), 1, spec.dim)
+    assert attention.route(block, backbone.get_submodule(spec.attention), 1, *trial_of(spec, block))
     for way, used in (("routed", block), ("copy", copy.deepcopy(block))):
         found = attention.run(used, 1, attend(way), x)
         assert torch.equal(found, expected)
@@ -169,11 +170,12 @@ def test_what_cannot_be_routed_is_left_as_it_is():
     backbone = build("vit")
     block = backbone.blocks[0]
     block.attn.fused_attn = False
-    assert not attention.route(block, block.attn, 1, 48)
-    assert not attention.route(block, block.mlp, 1, 48)
+    few = attention.made_up_tokens(block, 48)
+    assert not attention.route(block, block.attn, 1, few, {})
+    assert not attention.route(block, block.mlp, 1, few, {})
     assert "forward" not in vars(block.attn)
     attention.fuse(backbone)
-    assert not attention.route(block, block.attn, 2, 48)  # it makes one call
+    assert not attention.route(block, block.attn, 2, few, {})  # it makes one call
     assert "forward" not in vars(block.attn)
     with pytest.raises(attention.MissedCall, match="made 1 calls"):
         attention.run(block, 2, lambda n, call: call.output(), torch.zeros(1, 2, 48).double())

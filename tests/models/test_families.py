@@ -135,7 +135,7 @@ def test_naflexvit_with_padding():
 
 
 @pytest.mark.parametrize(
-    "name", ["swin_tiny_patch4_window7_224", "resnet18", "cait_xxs24_224", "samvit_base_patch16"]
+    "name", ["hiera_tiny_224", "resnet18", "cait_xxs24_224", "pvt_v2_b0", "davit_tiny"]
 )
 def test_an_unsupported_family_is_named(name):
     import timm

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pcx.backbones import attention
 from pcx.backbones.residual import HOOKS, Wrapper
+from pcx.backbones.token_path import TokenPath
 from pcx.models.head_reads import is_head_alone, reading
 from pcx.models.vpt.calls import backend_for_lse, check_call, read_rows
 from pcx.models.vpt.probes import Probe
@@ -53,7 +54,7 @@ class PromptedBlock(Wrapper):
         dropout_groups: prompt-dropout masks per batch, None for one per sample.
         calls: attention calls the block makes.
         head_dims: (H, d, dv) of them.
-        needs: what the block has to be given with prompts alone, of its spec.
+        token_path: the way of prompts alone to the block's keys and values.
         prefix_tokens: tokens before the prompts.
         read_tokens: of the last block, the tokens to compute where that saves time and nothing but
             the head's output is taken, None for all.
@@ -74,7 +75,7 @@ class PromptedBlock(Wrapper):
         dropout_groups: int | None,
         calls: int,
         head_dims: tuple[int, int, int],
-        needs: attention.Needs,
+        token_path: TokenPath,
         prefix_tokens: int,
         read_tokens: int | None,
         last: bool,
@@ -86,7 +87,8 @@ class PromptedBlock(Wrapper):
         self.dropout_groups = dropout_groups
         self.calls = calls
         self.head_dims = head_dims
-        self.needs = needs
+        self.token_path = token_path
+        self.needs = getattr(token_path, "needs", ())
         self.prefix_tokens = prefix_tokens
         self.read_tokens = read_tokens
         self.last = last
@@ -290,8 +292,7 @@ class PromptedBlock(Wrapper):
             keys, values = prompts.unflatten(-1, (heads, -1)).transpose(-3, -2).unbind(-4)
             return [(keys, values)]
         tokens = prompts if prompts.dim() == 3 else prompts[None]
-        given = attention.placeless(self.needs, tokens)
-        calls = attention.capture(self.block, self.calls, tokens, **given)
+        calls = self.token_path.capture(self.block, tokens)
         if prompts.dim() == 3:
             return [(call.k, call.v) for call in calls]
         return [(call.k[0], call.v[0]) for call in calls]
@@ -328,7 +329,10 @@ class PromptedBlock(Wrapper):
         )
         if self.probe is None or not observes:
             return found
-        return self.probe.see_prefix(call, key, value, *found)
+        return self._seen(self.probe, call, key, value, *found)
+
+    def _seen(self, probe: Probe, call: attention.Call, *found: Tensor) -> Tensor:
+        return probe.see_prefix(call, *found)
 
     # Concatenated: prompts as tokens at `start`; the published form has them behind [CLS].
 

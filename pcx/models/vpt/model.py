@@ -13,6 +13,7 @@ from pcx.arguments import real_number, whole_number
 from pcx.backbones import attention
 from pcx.backbones.probing import without_hooks
 from pcx.backbones.spec import BackboneSpec, check_promptable
+from pcx.backbones.token_path import trial_of
 from pcx.models import HEAD_INITS
 from pcx.models.base import TunedModel, check_choice
 from pcx.models.parts import biases_of, cls_token_of
@@ -23,7 +24,8 @@ from pcx.models.vpt.pools import OF_PROMPTS, Pooled, check_pool, check_read_prom
 from pcx.models.vpt.prompts import counts_per_layer, draw_prompts
 from pcx.models.vpt.prototypes import INITS, prototypes
 from pcx.models.vpt.sources import OwnPrompts, SharedPrompts, shared_prompts
-from pcx.models.vpt.variants import Variant
+from pcx.models.vpt.variants import Variant, check_hierarchical
+from pcx.models.vpt.windowed import WindowedBlock
 
 KINDS = ("deep", "shallow", "prefix")
 
@@ -119,6 +121,8 @@ class VPT(TunedModel):
         if dropout_groups is not None:
             dropout_groups = whole_number("dropout_groups", dropout_groups, 1)
         super().__init__(backbone, num_classes=num_classes, head_init=head_init)
+        if not self.spec.is_one_sequence:
+            check_hierarchical(self.spec.family, kind, path, variant, init)
         self.kind = kind
         self.variant = variant
         self.dropout_groups = dropout_groups
@@ -137,7 +141,7 @@ class VPT(TunedModel):
 
     def _check_fits(self) -> None:
         attention.fuse(self.backbone)
-        check_promptable(self.backbone, self.spec)
+        self._token_paths = check_promptable(self.backbone, self.spec)
 
     def _new_prompts(self, counts: list[int]) -> OwnPrompts | SharedPrompts:
         """The prompts of each layer, drawn as published."""
@@ -151,11 +155,13 @@ class VPT(TunedModel):
             return pixel_prompts(self, counts)
         draw = partial(draw_prompts, spec=self.spec, kind=self.kind, like=like)
         if variant.share is None and variant.project is None:
-            return OwnPrompts(draw(m) for m in counts)
+            blocks = zip(counts, self.spec.blocks, strict=True)
+            return OwnPrompts(draw(m, block) for m, block in blocks)
+        first = self.spec.blocks[0]
         return shared_prompts(
             counts,
-            self.spec.blocks[0].dim,
-            lambda m, width: draw(m, width=width),
+            first.dim,
+            lambda m, width: draw(m, first, width=width),
             share=variant.share,
             project=variant.project,
         )
@@ -353,16 +359,17 @@ class VPT(TunedModel):
             )
 
     def _wrap_blocks(self) -> None:
-        for i, spec in enumerate(self.spec.blocks):
+        ways = zip(self.spec.blocks, self._token_paths, strict=True)
+        for i, (spec, token_path) in enumerate(ways):
             block: Any = self.backbone.get_submodule(spec.name)
             checkpoint = getattr(block, "gradient_checkpointing", False)
             if checkpoint:  # Hugging Face re-runs its layers outside of ours
                 block.gradient_checkpointing = False
             with without_hooks(block):
                 module = self.backbone.get_submodule(spec.attention)
-                attention.route(block, module, spec.calls, spec.dim, spec.needs)
+                attention.route(block, module, spec.calls, *trial_of(spec, block))
             reads_cls = self.read_only and self.variant.pool == "cls"
-            wrapped = PromptedBlock(
+            wrapped = (PromptedBlock if spec.is_flat else WindowedBlock)(
                 block,
                 i,
                 self.prompts,
@@ -370,7 +377,7 @@ class VPT(TunedModel):
                 dropout_groups=self.dropout_groups,
                 calls=spec.calls,
                 head_dims=(spec.heads, spec.head_dim, spec.value_dim),
-                needs=spec.needs,
+                token_path=token_path,
                 prefix_tokens=self.spec.prefix_tokens,
                 read_tokens=self.spec.read_tokens if reads_cls else None,
                 last=i == len(self.spec.blocks) - 1,

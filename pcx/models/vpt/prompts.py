@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pcx.arguments import whole_number
+from pcx.backbones.probing import BlockSpec
 from pcx.backbones.spec import BackboneSpec
 from pcx.models.heads import trained_dtype
 
@@ -58,12 +59,17 @@ def _chosen(layers: Any, depth: int, kind: str) -> range:
 
 
 def draw_prompts(
-    m: int, spec: BackboneSpec, kind: str, like: Tensor, width: int | None = None
+    m: int,
+    block: BlockSpec,
+    spec: BackboneSpec,
+    kind: str,
+    like: Tensor,
+    width: int | None = None,
 ) -> nn.Parameter:
-    """Draws prompts as published: U(-v, v), v = sqrt(6 / (3 * patch height * width + D)).
+    """Draws a layer's prompts as published: U(-v, v), v = sqrt(6 / (3 * patch height * width + D)).
 
-    They are float32 where `like` has 16 bits. `width` stands for D where a map makes prompts of
-    them.
+    D is the first layer's width for all layers, of hierarchical backbones too. Prompts are float32
+    where `like` has 16 bits. `width` stands for D where a map makes prompts of them.
 
     Returns:
         [m, D], or [2, m, H*d] of kind "prefix".
@@ -71,14 +77,12 @@ def draw_prompts(
     Raises:
         ValueError: the kind is "prefix" and a block's keys and values are not alike.
     """
-    first = spec.blocks[0]
-    width = width or first.dim
-    bound = math.sqrt(6 / ((spec.patch_elements or 0) + width))
-    shape: tuple[int, ...] = (m, width)
+    bound = math.sqrt(6 / ((spec.patch_elements or 0) + (width or spec.blocks[0].dim)))
+    shape: tuple[int, ...] = (m, width or block.dim)
     if kind == "prefix":
-        if {block.calls for block in spec.blocks} != {1} or first.head_dim != first.value_dim:
+        if block.calls != 1 or block.head_dim != block.value_dim:
             raise ValueError("kind: 'prefix' needs one attention call per block with d = dv")
-        shape = (2, m, first.heads * first.head_dim)
+        shape = (2, m, block.heads * block.head_dim)
     empty = torch.empty(shape, device=like.device, dtype=trained_dtype(like.dtype))
     return prompt_parameter(empty.uniform_(-bound, bound))
 

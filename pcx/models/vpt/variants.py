@@ -86,3 +86,28 @@ class Variant:
         """The parts that are not the default."""
         usual = asdict(Variant())
         return {name: value for name, value in asdict(self).items() if value != usual[name]}
+
+
+def check_hierarchical(
+    family: str, kind: str, path: str | None, variant: Variant, init: str
+) -> None:
+    """Raises a ValueError where prompts would have to be tokens of one sequence of one width.
+
+    Args:
+        family: of a backbone with stages or windows.
+        kind, path, variant, init: as `pcx.VPT` has them.
+    """
+    usual = Variant(freeze_prompts=variant.freeze_prompts, bias=variant.bias)
+    asked = [
+        ("kind", kind, "shallow"),
+        ("path", path, "concat"),
+        ("init", init, None if init == "published" else init),
+        *((name, value, value) for name, value in variant.as_json().items()),
+    ]
+    same = usual.as_json()
+    for name, value, refused in asked:
+        if value is not None and value == refused and name not in same:
+            raise ValueError(
+                f"{name}: {value!r} needs one sequence of tokens of one width, and {family} has "
+                "stages or windows; prompts of kind 'deep' and 'prefix' are folded into them"
+            )
