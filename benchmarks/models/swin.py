@@ -45,7 +45,7 @@ class Concatenated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         block, m = self.block, len(self.prompts)
         window, shift = block.window_size, block.shift_size
-        batch, height, width, dim = x.shape
+        batch, height, width, _ = x.shape
         prompts = self.prompts.expand(batch, -1, -1)
         both = block.norm1(torch.cat([prompts, x.flatten(1, 2)], 1))
         tokens = both[:, m:].view(x.shape)

@@ -61,14 +61,32 @@ class NormAndAttention:
     heads: int
 
     def capture(self, block: nn.Module, tokens: Tensor) -> list[seam.Call]:
-        """The attention call, whose keys and values are [G, H, m, d]."""
+        """The attention call, whose queries, keys and values are [G, H, m, d]."""
         if self.before is not None:
             norm = block.get_submodule(self.before)
             tokens = _as_rows(norm(_laid_out(tokens, self.stream)), self.stream)
         module = block.get_submodule(self.attention)
         (call,) = seam.capture(module, 1, _laid_out(tokens, self.given))
-        key, value = self._by_set(call.k), self._by_set(call.v)
-        return [seam.Call(call.q, key, value, None, call.scale)]
+        q, k, v = map(self._by_set, (call.q, call.k, call.v))
+        return [seam.Call(q, k, v, None, call.scale)]
+
+    def attended(self, block: nn.Module, tokens: Tensor, given: Tensor) -> Tensor:
+        """What the attention module makes of tokens [B, m, C] whose call gives `given`.
+
+        Args:
+            block: the block.
+            tokens: as `capture` takes them.
+            given: in place of the call's output, [B, H, m, dv].
+
+        Returns:
+            [B, m, C].
+        """
+        if self.before is not None:
+            norm = block.get_submodule(self.before)
+            tokens = _as_rows(norm(_laid_out(tokens, self.stream)), self.stream)
+        module = block.get_submodule(self.attention)
+        out = seam.run(module, 1, lambda _, call: given, _laid_out(tokens, self.given))
+        return _as_rows(out, self.given)
 
     def by_window(self, call: seam.Call) -> seam.Call:
         """The block's own call as one whose batch dimensions are images, then windows."""

@@ -122,7 +122,7 @@ class _GradientPass:
             both = torch.cat([arrived[i] for i in self.used], -1).detach() / scale
             found |= {"norm": both[0], "inner": both[1]}
         if "gate" in self.observed:
-            slopes: list[Any] = [p.gate.grad for p in probes if p.gate is not None]
+            slopes: list[Any] = [_slope(p.gate) for p in probes if p.gate is not None]
             by_layer = [torch.stack(s).sum(0) for s in self._by_prompts(slopes)]
             found["slope"] = torch.cat(by_layer, -1) / scale
         if "cls" in self.observed:
@@ -137,6 +137,11 @@ class _GradientPass:
         A travelling prompt is a key of every layer, any other of its own alone.
         """
         return [by_layer] if self.shallow else [[one] for one in by_layer]
+
+
+def _slope(gate: Tensor) -> Tensor:
+    """The gradient by a gate, zeros where no prompt came by it."""
+    return torch.zeros_like(gate) if gate.grad is None else gate.grad
 
 
 class _Tap(torch.autograd.Function):

@@ -159,6 +159,41 @@ def block_literally(version, block, t, prompts):
     return t + block.norm2(block.mlp(t))
 
 
+def shallow_literally(version, backbone, x, prompts, heads_of, merges=False):
+    """As `literally`, with prompts of the first block that travel, each image's own."""
+    logits = []
+    for b, image in enumerate(x):
+        t, own = backbone.patch_embed(image[None]), prompts if prompts.dim() == 2 else prompts[b]
+        for number, stage in enumerate(backbone.layers):
+            t = stage.downsample(t)
+            if number and own is not None:  # a 2 x 2 map of copies of one prompt
+                alone = [stage.downsample(p.expand(1, 2, 2, -1))[0, 0, 0] for p in own]
+                own = torch.stack(alone) if merges else None
+            for block in stage.blocks:
+                t, own = both_literally(version, block, t, own)
+        logits.append(F.linear(backbone.norm(t).mean((1, 2)), heads_of.weight, heads_of.bias))
+    return torch.cat(logits)
+
+
+def both_literally(version, block, t, own):
+    beside = t.new_zeros(0, t.shape[-1]) if own is None else own
+    if version == 1:
+        out, each = attend_literally(version, block, block.norm1(t[0]), block.norm1(beside))
+        t = t + out
+        t = t + block.mlp(block.norm2(t))
+        if own is not None:
+            own = own + each.mean(0)
+            own = own + block.mlp(block.norm2(own))
+        return t, own
+    out, each = attend_literally(version, block, t[0], beside)
+    t = t + block.norm1(out)
+    t = t + block.norm2(block.mlp(t))
+    if own is not None:
+        own = own + block.norm1(each.mean(0))
+        own = own + block.norm2(block.mlp(own))
+    return t, own
+
+
 def prompted(backbone, m=3, **more):
     torch.manual_seed(0)
     model = pcx.VPT(backbone, m, **more)
@@ -332,3 +367,77 @@ def test_condensing_keeps_other_counts_in_each_stage_and_freezing_keeps_the_func
     frozen = pcx.freeze(small)
     with torch.no_grad():
         close(frozen(x), expected, {1: 2e-14, 2: 1e-12}[version])
+
+
+@pytest.mark.parametrize("of_samples", [False, True], ids=["shared", "per-sample"])
+@pytest.mark.parametrize("merging", ["drop", "merge"])
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("case", ["divisible", "padded", "window-3-5", "called-at-80-36"])
+def test_shallow_prompts_travel_beside_each_image(case, version, merging, of_samples):
+    case = CASES[case]
+    backbone, x = swin(version, **case), images(case)
+    model = prompted(backbone, kind="shallow", merging=merging)
+    assert model.counts == (3, 0, 0, 0)
+    prompts = [model.prompts[0]]
+    if of_samples:
+        prompts = [torch.stack([p, p.flip(0), 2 * p]) for p in prompts]
+    found = differentiate(partial(swapped_in, model), x, prompts)
+
+    def oracle(x, prompts):
+        return shallow_literally(
+            version, backbone, x, prompts[0], model.heads[0], merging == "merge"
+        )
+
+    expected = differentiate(oracle, x, prompts)
+    for a, b in zip(found, expected, strict=True):
+        assert b.norm() > 0
+        close(a, b, {1: 5e-14, 2: 1e-12}[version])
+    whole = model(x)
+    for i in range(3):
+        close(model(x[i : i + 1]), whole[i : i + 1], 1e-14)
+    with torch.no_grad():
+        close(pcx.freeze(model)(x), whole, 1e-14)
+
+
+@pytest.mark.parametrize("merging", ["drop", "merge"])
+def test_shallow_prompts_are_scored_and_condensed(merging):
+    backbone, x = swin(1), images({}, batch=3)
+    y = torch.tensor([0, 4, 2])
+    model = prompted(backbone, kind="shallow", merging=merging)
+    own = model.prompts[0].detach().requires_grad_()
+    rows = []
+    for image, label in zip(x, y, strict=True):
+        logits = shallow_literally(
+            1, backbone, image[None], own, model.heads[0], merging == "merge"
+        )
+        (grad,) = torch.autograd.grad(F.cross_entropy(logits, label[None]), own)
+        rows.append((grad * own).norm(dim=-1))
+    found = pcx.score(model, loader_of(x, y), method=["taylor", "gate"], progress=False)
+    close(found["taylor"][0], torch.stack(rows).mean(0), 1e-10)
+    assert (found["gate"][0] > 0).all()
+    small = pcx.condense(model, loader_of(x, y), keep=0.4, epochs=0, progress=False)
+    assert small.counts == (1, 0, 0, 0)
+    assert small.variant.merging == merging
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"path": "concat"}, "path: 'concat' needs one sequence of tokens of one width, and Swin"),
+        ({"share": "inter"}, "share: 'inter' needs one sequence"),
+        ({"project": 8}, "project: 8 needs one sequence"),
+        ({"num_prompts": 0, "location": "add"}, "location: 'add' needs one sequence"),
+        ({"pool": "image"}, "pool: 'image' needs one sequence"),
+        ({"merging": "merge"}, "merging: 'merge' is for kind='shallow' over a backbone that"),
+        ({"merging": "split"}, "merging: got 'split', expected one of"),
+    ],
+)
+def test_what_has_no_meaning_in_stages_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        pcx.VPT(swin(1), **{"num_prompts": 3, **arguments})
+
+
+def test_shallow_prompts_of_other_models_with_stages_are_refused():
+    model = timm.create_model("pit_ti_224", num_classes=3)
+    with pytest.raises(ValueError, match="^kind: 'shallow' needs .* or timm's Swin"):
+        pcx.VPT(model, 3, kind="shallow")

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 
 from pcx.arguments import real_number, whole_number
 from pcx.backbones import attention
-from pcx.backbones.probing import without_hooks
 from pcx.backbones.spec import BackboneSpec, check_promptable
-from pcx.backbones.token_path import trial_of
 from pcx.models import HEAD_INITS
 from pcx.models.base import TunedModel, check_choice
 from pcx.models.parts import biases_of, cls_token_of
@@ -24,8 +22,8 @@ from pcx.models.vpt.pools import OF_PROMPTS, Pooled, check_pool, check_read_prom
 from pcx.models.vpt.prompts import counts_per_layer, draw_prompts
 from pcx.models.vpt.prototypes import INITS, prototypes
 from pcx.models.vpt.sources import OwnPrompts, SharedPrompts, shared_prompts
-from pcx.models.vpt.variants import Variant, check_hierarchical
-from pcx.models.vpt.windowed import WindowedBlock
+from pcx.models.vpt.variants import Variant, check_stages
+from pcx.models.vpt.wrapping import wrap_blocks
 
 KINDS = ("deep", "shallow", "prefix")
 
@@ -73,6 +71,8 @@ class VPT(TunedModel):
         freeze_prompts: leave the prompts as they are drawn (Prompt-Fixed).
         learn_cls: train a copy of the backbone's [CLS] token.
         bias: train copies of the backbone's biases (VPT+Bias).
+        merging: of kind "shallow" over Swin: prompts are dropped where patches are merged ("drop"),
+            or each is merged with copies of itself, as in the paper's code ("merge").
 
     Raises:
         ValueError: an argument is out of range, two have no meaning together, or the backbone's
@@ -108,10 +108,11 @@ class VPT(TunedModel):
         freeze_prompts: bool = False,
         learn_cls: bool = False,
         bias: bool = False,
+        merging: str = "drop",
     ):
         check_choice("kind", kind, KINDS)
         check_choice("init", init, INITS)
-        variant = Variant(location, share, project, pool, freeze_prompts, learn_cls, bias)
+        variant = Variant(location, share, project, pool, freeze_prompts, learn_cls, bias, merging)
         variant.check(kind, init)
         if (images is None) != (init == "published"):
             raise ValueError(
@@ -121,8 +122,7 @@ class VPT(TunedModel):
         if dropout_groups is not None:
             dropout_groups = whole_number("dropout_groups", dropout_groups, 1)
         super().__init__(backbone, num_classes=num_classes, head_init=head_init)
-        if not self.spec.is_one_sequence:
-            check_hierarchical(self.spec.family, kind, path, variant, init)
+        check_stages(self.backbone, self.spec, kind, path, variant, init)
         self.kind = kind
         self.variant = variant
         self.dropout_groups = dropout_groups
@@ -133,7 +133,7 @@ class VPT(TunedModel):
         self.prompts = self._new_prompts(counts)
         if init != "published":
             self._start_from(prototypes(self.backbone, self.spec, images, init, counts))
-        self._wrap_blocks()
+        wrap_blocks(self, self._token_paths)
         self._own_parts()
         self.set_dropout(dropout)
         self.path = path or ("concat" if kind == "shallow" else "folded")
@@ -357,40 +357,3 @@ class VPT(TunedModel):
             raise ValueError(
                 f"{name}: the prompts of kind='shallow' do not fold: their outputs travel on"
             )
-
-    def _wrap_blocks(self) -> None:
-        ways = zip(self.spec.blocks, self._token_paths, strict=True)
-        for i, (spec, token_path) in enumerate(ways):
-            block: Any = self.backbone.get_submodule(spec.name)
-            checkpoint = getattr(block, "gradient_checkpointing", False)
-            if checkpoint:  # Hugging Face re-runs its layers outside of ours
-                block.gradient_checkpointing = False
-            with without_hooks(block):
-                module = self.backbone.get_submodule(spec.attention)
-                attention.route(block, module, spec.calls, *trial_of(spec, block))
-            reads_cls = self.read_only and self.variant.pool == "cls"
-            wrapped = (PromptedBlock if spec.is_flat else WindowedBlock)(
-                block,
-                i,
-                self.prompts,
-                kind=self.kind,
-                dropout_groups=self.dropout_groups,
-                calls=spec.calls,
-                head_dims=(spec.heads, spec.head_dim, spec.value_dim),
-                token_path=token_path,
-                prefix_tokens=self.spec.prefix_tokens,
-                read_tokens=self.spec.read_tokens if reads_cls else None,
-                last=i == len(self.spec.blocks) - 1,
-            )
-            wrapped.checkpoint = checkpoint
-            self.backbone.set_submodule(spec.name, wrapped)
-        if self.spec.blocks:
-            last = self.layers[-1]
-            last.seen_by = (last, *last.block.modules(), *self._seeing_the_last())
-
-    def _seeing_the_last(self) -> list[nn.Module]:
-        """The modules, but for the backbone itself, that the last block's tokens go through."""
-        parts = self.spec.blocks[-1].name.split(".")
-        around = [".".join(parts[:depth]) for depth in range(1, len(parts))]
-        behind = [] if self.spec.norm is None else [self.spec.norm]
-        return [self.backbone.get_submodule(name) for name in (*around, *behind)]

@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import nn
+
 from pcx.arguments import whole_number
+from pcx.backbones.spec import BackboneSpec
+from pcx.backbones.timm_swin import residual_of
 from pcx.models.base import check_choice
 from pcx.models.vpt.locations import LOCATIONS
 from pcx.models.vpt.pools import POOLS
 from pcx.models.vpt.sources import SHARES
+
+MERGINGS = ("drop", "merge")
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class Variant:
         freeze_prompts: whether the prompts stay as they were drawn.
         learn_cls: whether the backbone's [CLS] token is trained, in a copy.
         bias: whether the backbone's biases are trained, in copies.
+        merging: one of `MERGINGS`: what becomes of travelling prompts where patches are merged.
     """
 
     location: str = "prepend"
@@ -33,11 +40,13 @@ class Variant:
     freeze_prompts: bool = False
     learn_cls: bool = False
     bias: bool = False
+    merging: str = "drop"
 
     def __post_init__(self) -> None:
         check_choice("location", self.location, tuple(LOCATIONS))
         check_choice("share", self.share, SHARES)
         check_choice("pool", self.pool, tuple(POOLS))
+        check_choice("merging", self.merging, MERGINGS)
         if self.project is not None:
             whole_number("project", self.project, 1)
         for name in ("freeze_prompts", "learn_cls", "bias"):
@@ -88,26 +97,44 @@ class Variant:
         return {name: value for name, value in asdict(self).items() if value != usual[name]}
 
 
-def check_hierarchical(
-    family: str, kind: str, path: str | None, variant: Variant, init: str
+def check_stages(
+    backbone: nn.Module,
+    spec: BackboneSpec,
+    kind: str,
+    path: str | None,
+    variant: Variant,
+    init: str,
 ) -> None:
     """Raises a ValueError where prompts would have to be tokens of one sequence of one width.
 
     Args:
-        family: of a backbone with stages or windows.
+        backbone: with or without stages and windows.
+        spec: of the backbone.
         kind, path, variant, init: as `pcx.VPT` has them.
     """
-    usual = Variant(freeze_prompts=variant.freeze_prompts, bias=variant.bias)
-    asked = [
-        ("kind", kind, "shallow"),
-        ("path", path, "concat"),
-        ("init", init, None if init == "published" else init),
-        *((name, value, value) for name, value in variant.as_json().items()),
-    ]
-    same = usual.as_json()
-    for name, value, refused in asked:
-        if value is not None and value == refused and name not in same:
-            raise ValueError(
-                f"{name}: {value!r} needs one sequence of tokens of one width, and {family} has "
-                "stages or windows; prompts of kind 'deep' and 'prefix' are folded into them"
-            )
+    travels = kind == "shallow" and not spec.is_one_sequence
+    if variant.merging != "drop" and not travels:
+        raise ValueError(
+            f"merging: {variant.merging!r} is for kind='shallow' over a backbone that merges "
+            "patches, such as Swin; leave it out"
+        )
+    if spec.is_one_sequence:
+        return
+    if travels and residual_of(backbone.get_submodule(spec.blocks[0].name)) is None:
+        raise ValueError(
+            f"kind: 'shallow' needs one sequence of tokens of one width, or timm's Swin, and "
+            f"{spec.family} is neither; use 'deep' or 'prefix'"
+        )
+    usual = Variant(
+        freeze_prompts=variant.freeze_prompts, bias=variant.bias, merging=variant.merging
+    ).as_json()
+    asked = {name: value for name, value in variant.as_json().items() if name not in usual}
+    if path == "concat" and not travels:
+        asked["path"] = path
+    if init != "published":
+        asked["init"] = init
+    for name, value in asked.items():
+        raise ValueError(
+            f"{name}: {value!r} needs one sequence of tokens of one width, and {spec.family} has "
+            "stages or windows; leave it out"
+        )
