@@ -58,13 +58,15 @@ class BlockSpec:
     returns_tuple: bool
     stream: tuple[int, ...]  # shape of one image's stream
     given: tuple[int, ...]  # shape of the first tensor that the attention module is given
+    given_more: tuple[tuple[str, Any], ...]  # its other arguments
     values: tuple[Any, ...]  # of the arguments; a tensor's is a `TensorLike`
     needs: tuple[tuple[str, Any], ...] = ()  # arguments for tokens without a place, see `needed`
 
     @property
     def is_flat(self) -> bool:
-        """Whether the block takes a sequence of tokens, all of which meet in its attention."""
-        return self.layout == "BNC" and self.call_form == "BHND" and self.windows == 1
+        """Whether the block takes any sequence of tokens, all of which meet in its attention."""
+        sequence = self.layout == "BNC" and self.call_form == "BHND" and self.windows == 1
+        return sequence and all(v is None or _are_tensors(v) for _, v in self.needs)
 
 
 @torch.no_grad()
@@ -174,7 +176,8 @@ class _Frame:
     read: set[int] = field(default_factory=set)  # what the reader gave
     follower: str | None = None  # the first module that is given it
     inside: list[tuple[str, set[int], set[int]]] = field(default_factory=list)  # name, in, out
-    first: str | None = None  # the first norm of the stream, entered before any attention call
+    norms: list[tuple[str, bool, set[int]]] = field(default_factory=list)
+    # Of the norms before any attention call: name, whether it reads the stream, what it gave.
     returns_tuple: bool = False
 
 
@@ -261,16 +264,17 @@ class _Trace(TorchFunctionMode):
             self._last, self.reader_of_last = outputs, None
         for frame in self._stack:
             frame.inside.append((left.name, self._of(left.tensors), outputs))
-            norms = not frame.calls and frame.first is None and _is_norm(module)
-            if norms and self._of(left.tensors) & self._of(frame.tensors[:1]) - outputs:
-                frame.first = left.name
+            if not frame.calls and _is_norm(module) and outputs - self._of(left.tensors):
+                of_stream = bool(self._of(left.tensors) & self._of(frame.tensors[:1]))
+                frame.norms.append((left.name, of_stream, outputs))
             if frame.reader == left.name and not frame.read:
                 frame.read = outputs
 
     def norm_before(self, frame: _Frame) -> str | None:
         """The module between the stream and the attention, where that is one module.
 
-        Where the norm's output is cut into windows on its way, it is the first norm of the stream.
+        Where other tokens join the stream before it, it is the norm that the attention reads; where
+        its output is cut into windows on the way, the first norm of the stream.
         """
         stream, targets = self._of(frame.tensors[:1]), set[int]()
         for inner in frame.path:
@@ -278,14 +282,18 @@ class _Trace(TorchFunctionMode):
         for name, given, gave in frame.inside:
             if given & stream and gave & targets and not gave & stream:
                 return name
-        return frame.first if frame.path else None
+        within = f"{frame.path[-1].name}." if frame.path else ""
+        norms = [norm for norm in frame.norms if not norm[0].startswith(within)]
+        read = [name for name, _, gave in norms if gave & targets]
+        of_stream = [name for name, reads, _ in norms if reads]
+        return next(iter([*read, *of_stream]), None)
 
 
 def _spec_of(model: nn.Module, frame: _Frame, before: str | None, stage: int) -> BlockSpec:
     q, k, v = frame.calls[0]
     layout, width = _layout(frame.tensors[0])
     form, heads, windows = _call_form(q.shape, v.shape[-1], width)
-    reads = (frame.path[-1] if frame.path else frame).tensors
+    reads = frame.path[-1] if frame.path else frame
     reader = frame.reader
     followed = reader is not None and _is_norm(model.get_submodule(reader))
     return BlockSpec(
@@ -306,7 +314,8 @@ def _spec_of(model: nn.Module, frame: _Frame, before: str | None, stage: int) ->
         arguments=frame.arguments,
         returns_tuple=frame.returns_tuple,
         stream=tuple(frame.tensors[0].shape),
-        given=tuple(reads[0].shape) if reads else (),
+        given=tuple(reads.tensors[0].shape) if reads.tensors else (),
+        given_more=tuple(zip(reads.arguments, reads.values, strict=True)),
         values=frame.values,
         needs=needed(frame.module, dict(zip(frame.arguments, frame.values, strict=True))),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import nn
 
 from pcx.backbones.inputs import input_size
 from pcx.backbones.patches import find_patch_projection
+from pcx.backbones.path_finding import check_listed, find_path
 from pcx.backbones.probing import BlockSpec, probe_blocks, probe_listed, without_hooks
-from pcx.backbones.token_path import TokenPath, check_listed, find_path
+from pcx.backbones.token_path import TokenPath
 from pcx.registry import Registry
 
 # Of each library, by the package of a model's class, what cannot be found by running the model.
@@ -201,26 +202,49 @@ def pools_by_token(backbone: Any) -> bool:
     return getattr(backbone, "global_pool", "token") == "token"
 
 
-def check_promptable(backbone: nn.Module, spec: BackboneSpec) -> tuple[TokenPath, ...]:
-    """Proves that prompts can be folded into the attention of every block.
+def check_promptable(
+    backbone: nn.Module, spec: BackboneSpec, counts: Sequence[int] | None = None
+) -> tuple[TokenPath | None, ...]:
+    """Proves that prompts can be folded into the attention of blocks.
 
     Args:
         backbone: with fused attention on; its blocks are run on made-up tokens.
         spec: of the backbone.
+        counts: how many prompts each block is to have, where the user says so for each; a block
+            without prompts may be any. None is prompts in all blocks that the library lists.
 
     Returns:
-        For each block the way of prompts to their keys and values.
+        For each block the way of prompts to their keys and values, None where there is none.
 
     Raises:
-        ValueError: prompts cannot be folded exactly; the message says why, and what is supported.
+        ValueError: prompts cannot be folded exactly; the message says why, which blocks can carry
+            some, and what is supported.
     """
     check_not_quantised(backbone)
+    found: list[TokenPath | str] = []
+    with without_hooks(backbone):
+        for block in spec.blocks:
+            found.append(_path_or_reason(find_path, backbone, block))
+        reason = spec.no_blocks
+        if spec.blocks and counts is None:
+            reason = _path_or_reason(check_listed, backbone, spec)
+    wanted = counts or [1] * len(spec.blocks)
+    failed = [path for path, m in zip(found, wanted, strict=True) if m and isinstance(path, str)]
+    reason = reason or next(iter(failed), None)
+    if reason is None:
+        return tuple(None if isinstance(path, str) else path for path in found)
+    can = [i for i, path in enumerate(found) if not isinstance(path, str)]
+    hint = f". Blocks {can} of its {len(found)} can: give depth= or num_prompts= for these"
+    hint = hint if can else ""
+    raise ValueError(
+        f"backbone: {spec.family} is not supported: {reason}{hint}. Supported: {PROMPTABLE}"
+    )
+
+
+def _path_or_reason(find: Callable[[nn.Module, Any], Any], backbone: nn.Module, what: Any) -> Any:
+    """What `find` gives, or why it fails: a model's own code may fail in any of these ways."""
     try:
-        if not spec.blocks:
-            raise ValueError(spec.no_blocks)
-        with without_hooks(backbone):
-            check_listed(backbone, spec.listed, spec.blocks)
-            return tuple(find_path(backbone.get_submodule(b.name), b) for b in spec.blocks)
+        return find(backbone, what)
     except (
         AssertionError,
         AttributeError,
@@ -229,6 +253,4 @@ def check_promptable(backbone: nn.Module, spec: BackboneSpec) -> tuple[TokenPath
         TypeError,
         RuntimeError,
     ) as error:
-        raise ValueError(
-            f"backbone: {spec.family} is not supported: {error}. Supported: {PROMPTABLE}"
-        ) from error
+        return str(error) or type(error).__name__

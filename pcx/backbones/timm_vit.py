@@ -20,7 +20,7 @@ def facts_of(backbone: Any) -> dict[str, Any]:
     patch = getattr(embed, "patch_size", None)
     patch = patch if isinstance(patch, tuple) or patch is None else (patch, patch)
     return {
-        "heads": _names(backbone, classifiers),
+        "heads": _names(backbone, [m for each in classifiers for m in _linear(backbone, each)]),
         "listed": listed_in(backbone, "blocks"),
         "dim": getattr(backbone, "embed_dim", None) or backbone.num_features,
         "prefix_tokens": getattr(backbone, "num_prefix_tokens", 0),
@@ -50,7 +50,22 @@ def _read_tokens(backbone: Any) -> int | None:
     return read if read <= getattr(backbone, "num_prefix_tokens", 0) else None
 
 
-def _names(backbone: nn.Module, modules: tuple[nn.Module, ...]) -> tuple[str, ...]:
+def _linear(backbone: Any, classifier: nn.Module) -> list[nn.Module]:
+    """The linear layers that give logits in a classifier, which may be a norm and one, or several.
+
+    Of a classifier without any it is the classifier itself.
+    """
+    if isinstance(classifier, nn.Linear):
+        return [classifier]
+    found: list[nn.Module] = [
+        module
+        for module in classifier.modules()
+        if isinstance(module, nn.Linear) and module.out_features == backbone.num_classes
+    ]
+    return found or [classifier]
+
+
+def _names(backbone: nn.Module, modules: list[nn.Module]) -> tuple[str, ...]:
     return tuple(
         next(name for name, module in backbone.named_modules() if module is wanted)
         for wanted in modules

@@ -1,4 +1,4 @@
-"""Swin's window attention as one call of fused attention, so that its call can be intercepted.
+"""Window attention of Swin models as one call of fused attention, which can be intercepted.
 
 timm's Swin has a fused form that copies the mask of shifted windows for every image of the batch,
 and Swin-v2 has none. The classes here take their place in a model's own copy, with its weights.
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from timm.models import swin_transformer as v1
 from timm.models import swin_transformer_v2 as v2
+from timm.models import swin_transformer_v2_cr as cr
 from torch import Tensor, nn
 
 
@@ -41,9 +42,7 @@ class CosineWindowAttention(v2.WindowAttention):
         if self.q_bias is not None:
             bias = torch.cat((self.q_bias, self.k_bias, self.v_bias))  # type: ignore[arg-type]
         q, k, v = _heads(F.linear(x, self.qkv.weight, bias), self.num_heads)
-        factor = self.logit_scale.clamp(max=math.log(1 / 0.01)).exp()
-        q, k = F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1)
-        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast normalize gives float32
+        q, k = _cosines(q, k, self.logit_scale)
         q, k, v, bias = _by_image(q, k, v, self._positions(), mask)
         dropped = self.attn_drop.p if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropped, scale=1.0)
@@ -59,10 +58,24 @@ class CosineWindowAttention(v2.WindowAttention):
         return 16 * torch.sigmoid(found.permute(2, 0, 1).contiguous())[None]
 
 
+class CrWindowAttention(cr.WindowMultiHeadAttention):
+    """timm's window attention of Swin-v2-CR, as a fused call."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Windows [B * W, N, C], and a mask [W, N, N] of shifted ones -> [B * W, N, C]."""
+        q, k, v = _heads(self.qkv(x), self.num_heads)
+        q, k = _cosines(q, k, self.logit_scale.view(-1, 1, 1))
+        q, k, v, bias = _by_image(q, k, v, self._relative_positional_encodings(), mask)
+        dropped = self.attn_drop.p if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropped, scale=1.0)
+        return self.proj_drop(self.proj(_tokens(out)))
+
+
 # The class of ours that computes what a module of timm's class does.
 SWAPS: dict[type, type] = {
     v1.WindowAttention: WindowAttention,
     v2.WindowAttention: CosineWindowAttention,
+    cr.WindowMultiHeadAttention: CrWindowAttention,
 }
 
 
@@ -76,6 +89,13 @@ def fuse_windows(model: nn.Module) -> None:
 def _heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
     """[B, N, 3 * H * d] -> queries, keys and values, [B, H, N, d]."""
     return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _cosines(q: Tensor, k: Tensor, log_factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose products are cosines times the learned factor, at most 100."""
+    factor = log_factor.clamp(max=math.log(1 / 0.01)).exp()
+    dtype = q.dtype  # under autocast normalize gives float32
+    return (F.normalize(q, dim=-1) * factor).to(dtype), F.normalize(k, dim=-1).to(dtype)
 
 
 def _by_image(

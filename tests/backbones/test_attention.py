@@ -13,8 +13,8 @@ from torch import nn
 
 import pcx
 from pcx.backbones import attention
+from pcx.backbones.path_finding import trial_of
 from pcx.backbones.spec import find_spec
-from pcx.backbones.token_path import trial_of
 
 
 class TorchAttentionBlock(nn.Module):

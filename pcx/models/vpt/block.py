@@ -54,7 +54,7 @@ class PromptedBlock(Wrapper):
         dropout_groups: prompt-dropout masks per batch, None for one per sample.
         calls: attention calls the block makes.
         head_dims: (H, d, dv) of them.
-        token_path: the way of prompts alone to the block's keys and values.
+        token_path: the way of prompts alone to the block's keys and values, None where it has none.
         prefix_tokens: tokens before the prompts.
         read_tokens: of the last block, the tokens to compute where that saves time and nothing but
             the head's output is taken, None for all.
@@ -75,7 +75,7 @@ class PromptedBlock(Wrapper):
         dropout_groups: int | None,
         calls: int,
         head_dims: tuple[int, int, int],
-        token_path: TokenPath,
+        token_path: TokenPath | None,
         prefix_tokens: int,
         read_tokens: int | None,
         last: bool,
@@ -292,6 +292,7 @@ class PromptedBlock(Wrapper):
             keys, values = prompts.unflatten(-1, (heads, -1)).transpose(-3, -2).unbind(-4)
             return [(keys, values)]
         tokens = prompts if prompts.dim() == 3 else prompts[None]
+        assert self.token_path is not None  # there are prompts
         calls = self.token_path.capture(self.block, tokens)
         if prompts.dim() == 3:
             return [(call.k, call.v) for call in calls]

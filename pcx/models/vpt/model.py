@@ -129,11 +129,13 @@ class VPT(TunedModel):
         self.read_only = read_only
         check_pool(self.spec, pool)
         counts = counts_per_layer(num_prompts, len(self.spec.blocks), kind, depth)
+        chosen = depth is not None or not isinstance(num_prompts, int)
+        token_paths = check_promptable(self.backbone, self.spec, counts if chosen else None)
         check_read_prompts(pool, counts, kind)
         self.prompts = self._new_prompts(counts)
         if init != "published":
             self._start_from(prototypes(self.backbone, self.spec, images, init, counts))
-        wrap_blocks(self, self._token_paths)
+        wrap_blocks(self, token_paths)
         self._own_parts()
         self.set_dropout(dropout)
         self.path = path or ("concat" if kind == "shallow" else "folded")
@@ -141,7 +143,6 @@ class VPT(TunedModel):
 
     def _check_fits(self) -> None:
         attention.fuse(self.backbone)
-        self._token_paths = check_promptable(self.backbone, self.spec)
 
     def _new_prompts(self, counts: list[int]) -> OwnPrompts | SharedPrompts:
         """The prompts of each layer, drawn as published."""

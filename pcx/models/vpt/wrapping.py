@@ -8,18 +8,20 @@ from typing import Any
 from torch import nn
 
 from pcx.backbones import attention
+from pcx.backbones.path_finding import trial_of
 from pcx.backbones.probing import without_hooks
-from pcx.backbones.token_path import TokenPath, trial_of
+from pcx.backbones.token_path import TokenPath
 from pcx.models.vpt.block import PromptedBlock
 from pcx.models.vpt.windowed import WindowedBlock, set_up_travelling
 
 
-def wrap_blocks(model: Any, token_paths: Sequence[TokenPath]) -> None:
+def wrap_blocks(model: Any, token_paths: Sequence[TokenPath | None]) -> None:
     """Wraps the blocks of a VPT's own copy of its backbone.
 
     Args:
         model: a VPT whose prompts are drawn.
-        token_paths: for each block the way of prompts to their keys and values.
+        token_paths: for each block the way of prompts to their keys and values, None where it has
+            no prompts.
     """
     backbone, blocks = model.backbone, model.spec.blocks
     for i, (spec, token_path) in enumerate(zip(blocks, token_paths, strict=True)):
@@ -31,7 +33,8 @@ def wrap_blocks(model: Any, token_paths: Sequence[TokenPath]) -> None:
             module = backbone.get_submodule(spec.attention)
             attention.route(block, module, spec.calls, *trial_of(spec, block))
         reads_cls = model.read_only and model.variant.pool == "cls"
-        wrapped = (PromptedBlock if spec.is_flat else WindowedBlock)(
+        among = token_path is not None and token_path.takes_tokens
+        wrapped = (PromptedBlock if among else WindowedBlock)(
             block,
             i,
             model.prompts,
