@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 SOURCES := setup.py pyproject.toml $(CSRC)
 
-.PHONY: demo test test-oldest lint bench soak clean
+.PHONY: demo test test-oldest families lint bench soak clean
 
 demo: $(READY)
 	$(BIN)/pcx demo
@@ -34,6 +34,10 @@ bench: $(READY)
 # Kills training, scoring, condensing, searching and saving 500 times; about half an hour.
 soak: $(READY)
 	$(BIN)/python tests/soak.py --kills 500
+
+# Runs every cell of the table of families, and writes docs/families.md; about 15 minutes.
+families: $(READY)
+	PYTHONPATH=tests $(BIN)/python tests/matrix.py
 
 # torch first: the extension is built against it.
 $(READY): $(SOURCES)

@@ -121,8 +121,13 @@ def feature_maps(
     Raises:
         ValueError: the backbone gives no such maps, or tokens were dropped on the way.
     """
-    flat = all(block.layout == "BNC" for block in spec.blocks)
+    flat = bool(spec.blocks) and spec.is_one_sequence
     if not hasattr(backbone, "forward_intermediates"):
+        if not flat:
+            raise ValueError(
+                f"model: {spec.family} has stages, and its library gives no maps of them; give "
+                "timm's model of that kind"
+            )
         found = _behind_blocks(backbone, spec, x, layers, norm, inputs)
     else:
         found = backbone.forward_intermediates(

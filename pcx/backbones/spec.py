@@ -248,7 +248,7 @@ def _path_or_reason(find: Callable[[nn.Module, Any], Any], backbone: nn.Module, 
     except (
         AssertionError,
         AttributeError,
-        KeyError,
+        LookupError,
         ValueError,
         TypeError,
         RuntimeError,

@@ -184,7 +184,9 @@ class Placed(NormAndAttention):
 def _laid_out(tokens: Tensor, layout: str) -> Tensor:
     """[G, m, C] in a layout; a norm over the last axis takes any number of axes before it."""
     if layout == "BCHW":
-        return tokens.transpose(1, 2).unsqueeze(-1)
+        # Contiguous: torch 2.14's batch_norm on CPU gives wrong gradients for a map of one column
+        # whose strides could be those of channels-last too.
+        return tokens.transpose(1, 2).contiguous().unsqueeze(-1)
     return tokens[:, None] if layout == "BHWC" else tokens
 
 

@@ -94,7 +94,10 @@ class SCT(TunedModel):
         like = next(self.backbone.parameters())
         self.salient = nn.ModuleDict(
             {
-                name: nn.ModuleList(Salient(index, scale, like) for index in of_layers)
+                name: nn.ModuleList(
+                    Salient(index, scale, like, block.layout == "BCHW")
+                    for index, block in zip(of_layers, self.blocks, strict=True)
+                )
                 for name, of_layers in found.items()
             }
         )
@@ -213,14 +216,15 @@ class Salient(nn.Module):
         index: the channels, [K].
         scale: factor on what is added.
         like: a weight of the backbone, for device and dtype; the map is float32 over 16 bits.
+        channels_first: whether channels are the second axis, as of a map [B, D, H, W].
     """
 
     autocasts: ClassVar[bool] = True  # autocast casts its weight and bias in every call
     index: Tensor
 
-    def __init__(self, index: Tensor, scale: float, like: Tensor):
+    def __init__(self, index: Tensor, scale: float, like: Tensor, channels_first: bool = False):
         super().__init__()
-        self.scale = scale
+        self.scale, self.channels_first = scale, channels_first
         options: dict[str, Any] = {"device": like.device, "dtype": trained_dtype(like.dtype)}
         self.register_buffer("index", index.to(like.device))
         self.weight = nn.Parameter(torch.empty(len(index), len(index), **options))
@@ -229,6 +233,10 @@ class Salient(nn.Module):
 
     def forward(self, x: Tensor, norm: Any = None) -> Tensor:
         """x, changed in place; with a norm's (weight, bias, eps) the LayerNorm of it."""
+        if self.channels_first:
+            rows = x.movedim(1, -1).contiguous()
+            changed = salient_linear(rows, self.index, self.weight, self.bias, self.scale)
+            return x.copy_(changed.movedim(-1, 1))
         return salient_linear(x, self.index, self.weight, self.bias, self.scale, norm=norm)
 
     def of_sum(self, x: Tensor, y: Tensor, norm: Any) -> tuple[Tensor, Tensor]:

@@ -128,6 +128,8 @@ class VPT(TunedModel):
         self.dropout_groups = dropout_groups
         self.read_only = read_only
         check_pool(self.spec, pool)
+        if self.spec.no_blocks is not None:
+            check_promptable(self.backbone, self.spec)
         counts = counts_per_layer(num_prompts, len(self.spec.blocks), kind, depth)
         chosen = depth is not None or not isinstance(num_prompts, int)
         token_paths = check_promptable(self.backbone, self.spec, counts if chosen else None)

@@ -1,0 +1,35 @@
+"""The table of families is what its cells give; CI runs the families with stages and some others.
+
+`make families` runs all of it.
+"""
+
+import pytest
+from matrix import CELLS, NAMES, STAGED, TABLE, mark, marks_in, table_of
+
+QUICK = [cell for cell in CELLS if cell not in ("compile", "export")]
+# One family of each form of attention call and of each way of prompts to their keys.
+FORMS = ("vit", "swin", "nest", "samvit", "visformer", "hiera", "cait")
+
+
+@pytest.fixture(scope="module")
+def page():
+    return marks_in(TABLE.read_text())
+
+
+def test_the_page_has_every_family_and_cell(page):
+    assert set(page) == {(name, cell) for name in NAMES for cell in CELLS}
+    assert marks_in(table_of(page)) == page
+    green = sum(not reason for reason in page.values())
+    assert f"{green} of {len(page)} cells hold" in TABLE.read_text()
+
+
+@pytest.mark.parametrize("cell", QUICK)
+@pytest.mark.parametrize("name", ["vit", "naflexvit", *STAGED, "hf-swin"])
+def test_a_cell_is_as_the_page_says(cell, name, page):
+    assert mark(cell, name) == page[name, cell]
+
+
+@pytest.mark.parametrize("cell", ["compile", "export"])
+@pytest.mark.parametrize("name", FORMS)
+def test_each_form_compiles_and_exports(cell, name, page):
+    assert mark(cell, name) == page[name, cell]
