@@ -20,6 +20,7 @@ __all__ = [
     "VPT",
     "Adapter",
     "Bias",
+    "Border",
     "Condensation",
     "Full",
     "Linear",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from pcx.models import METHODS
     from pcx.models.adapter import Adapter
     from pcx.models.bias import Bias
+    from pcx.models.border import Border
     from pcx.models.full import Full
     from pcx.models.linear import Linear
     from pcx.models.mlp import MLP
@@ -93,6 +95,7 @@ _MODULES = {
     "METHODS": "pcx.models",
     "Adapter": "pcx.models.adapter",
     "Bias": "pcx.models.bias",
+    "Border": "pcx.models.border",
     "Full": "pcx.models.full",
     "Linear": "pcx.models.linear",
     "MLP": "pcx.models.mlp",

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from pcx.backbones.fused_forms import fuse_written_out
 from pcx.backbones.multihead import fuse_multihead
-from pcx.backbones.windows import fuse_windows
 
 
 @dataclass(slots=True)  # a frozen one takes four times as long to make
@@ -326,7 +326,7 @@ def fuse(backbone: Any) -> None:
         if getattr(module, "fused_attn", True) is False:
             module.fused_attn = True
     fuse_multihead(backbone)
-    fuse_windows(backbone)
+    fuse_written_out(backbone)
 
 
 @torch.no_grad()

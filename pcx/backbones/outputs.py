@@ -121,8 +121,10 @@ def feature_maps(
     Raises:
         ValueError: the backbone gives no such maps, or tokens were dropped on the way.
     """
-    flat = bool(spec.blocks) and spec.is_one_sequence
-    if not hasattr(backbone, "forward_intermediates"):
+    own = hasattr(backbone, "forward_intermediates")
+    # Attention blocks behind convolutions are not all that the library's indices count.
+    flat = bool(spec.blocks) and spec.is_one_sequence and (bool(spec.listed) or not own)
+    if not own:
         if not flat:
             raise ValueError(
                 f"model: {spec.family} has stages, and its library gives no maps of them; give "

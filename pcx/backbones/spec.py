@@ -30,7 +30,8 @@ PROMPTABLE = (
     "timm's VisionTransformer (ViT, AugReg, DeiT, DeiT-III, DINOv2, CLIP, SigLIP and others), "
     "VisionTransformerDistilled, VisionTransformerRelPos, Eva (EVA-02, DINOv3, RoPE ViTs), Beit, "
     "NaFlexVit; Hugging Face's ViT, DeiT, BEiT, DINOv2, DINOv3, CLIP and SigLIP, with a classifier "
-    "or as vision towers; open_clip's VisionTransformer"
+    "or as vision towers; open_clip's VisionTransformer; timm's and Hugging Face's Swin, and other "
+    "models with stages (docs/families.md)"
 )
 
 

@@ -51,11 +51,12 @@ def _read_tokens(backbone: Any) -> int | None:
 
 
 def _linear(backbone: Any, classifier: nn.Module) -> list[nn.Module]:
-    """The linear layers that give logits in a classifier, which may be a norm and one, or several.
+    """The linear layers that give logits in a classifier of timm's: a norm and one, or several.
 
-    Of a classifier without any it is the classifier itself.
+    Another classifier, such as a user's own, is taken as a whole.
     """
-    if isinstance(classifier, nn.Linear):
+    container = isinstance(classifier, nn.ModuleList)
+    if not (container or type(classifier).__module__.startswith("timm.")):
         return [classifier]
     found: list[nn.Module] = [
         module

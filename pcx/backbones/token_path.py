@@ -87,7 +87,11 @@ class NormAndAttention(TokenPath):
         if self.before is None:
             return tokens
         norm = block.get_submodule(self.before)
-        return _as_rows(norm(_laid_out(tokens, self.stream)), self.stream)
+        if self.stream == "BCHW":
+            # Each token is a map by itself: torch 2.14's batch_norm on CPU gives wrong gradients
+            # for a map of one column, whose strides could be those of channels-last too.
+            return norm(tokens.reshape(-1, tokens.shape[-1], 1, 1)).reshape(tokens.shape)
+        return norm(tokens)  # a norm over the last axis takes any number of axes before it
 
     def attended(self, block: nn.Module, tokens: Tensor, given: Tensor) -> Tensor:
         """What the attention module makes of tokens [B, m, C] whose call gives `given`.
@@ -182,10 +186,8 @@ class Placed(NormAndAttention):
 
 
 def _laid_out(tokens: Tensor, layout: str) -> Tensor:
-    """[G, m, C] in a layout; a norm over the last axis takes any number of axes before it."""
+    """[G, m, C] as what an attention module is given in a layout."""
     if layout == "BCHW":
-        # Contiguous: torch 2.14's batch_norm on CPU gives wrong gradients for a map of one column
-        # whose strides could be those of channels-last too.
         return tokens.transpose(1, 2).contiguous().unsqueeze(-1)
     return tokens[:, None] if layout == "BHWC" else tokens
 

@@ -83,6 +83,7 @@ GRIDS: dict[str, Grid] = {
     "linear": VPT_SGD,
     "mlp": VPT_SGD,
     "sidetune": VPT_SGD,
+    "border": VPT_SGD,
     "full": VPT_ADAMW,
     "partial": VPT_ADAMW,
     "bias": SMALL_ADAMW,

@@ -14,6 +14,7 @@ METHODS = Registry(
         "bias": "pcx.models.bias:Bias",
         "adapter": "pcx.models.adapter:Adapter",
         "sidetune": "pcx.models.sidetune:Sidetune",
+        "border": "pcx.models.border:Border",
         "full": "pcx.models.full:Full",
         "peft": "pcx.models.peft_model:PeftModel",
     },

@@ -21,6 +21,7 @@ METHODS = {
     "bias": pcx.Bias,
     "adapter": lambda backbone: pcx.Adapter(backbone, 4),
     "sidetune": lambda backbone: pcx.Sidetune(backbone, pretrained=False),
+    "border": lambda backbone: pcx.Border(backbone, 3, inside=True),
     "full": pcx.Full,
     "peft": lambda backbone: pcx.PeftModel(lora(backbone)),
 }

@@ -268,7 +268,7 @@ def test_the_fused_classes_are_timms(version):
         backbone, x = swin(version, **case), images(case, 2)
         fused = swin(version, **case)
         attention.fuse(fused)
-        assert type(fused.layers[0].blocks[0].attn).__module__ == "pcx.backbones.windows"
+        assert type(fused.layers[0].blocks[0].attn).__module__ == "pcx.backbones.fused_forms"
         assert fused.state_dict().keys() == backbone.state_dict().keys()
         close(fused(x), backbone(x), 2e-15)
         assert type(backbone.layers[0].blocks[0].attn).__module__.startswith("timm.")

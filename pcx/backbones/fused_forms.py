@@ -1,8 +1,9 @@
-"""Window attention of Swin models as one call of fused attention, which can be intercepted.
+"""Attention that timm writes out, as one call of fused attention, which can be intercepted.
 
-timm's Swin has a fused form that copies the mask of shifted windows for every image of the batch,
-and Swin-v2 has none. The classes here take their place in a model's own copy, with its weights.
-Their call has one bias for each window of an image, [W, H, N, N], whatever the batch.
+Swin-v2, Swin-v2-CR, LeViT and EfficientFormer have no fused form, and Swin's copies the mask of
+shifted windows for every image of the batch. The classes here take their places in a model's own
+copy, with its weights. In shifted windows the call has one bias for each window of an image,
+[W, H, N, N], whatever the batch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models import efficientformer, levit
 from timm.models import swin_transformer as v1
 from timm.models import swin_transformer_v2 as v2
 from timm.models import swin_transformer_v2_cr as cr
@@ -71,16 +73,42 @@ class CrWindowAttention(cr.WindowMultiHeadAttention):
         return self.proj_drop(self.proj(_tokens(out)))
 
 
+class LevitAttention(levit.Attention):
+    """timm's attention of LeViT, as a fused call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [B, N, C] -> [B, N, C]; the form with convolutions [B, C, H, W] is timm's own."""
+        if self.use_conv:
+            return super().forward(x)
+        q, k, v = _split(self, self.qkv(x))
+        bias = self.get_attention_biases(x.device)[None].to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        return self.proj(_tokens(out))
+
+
+class EfficientFormerAttention(efficientformer.Attention):
+    """timm's attention of EfficientFormer, as a fused call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [B, N, C] -> [B, N, C]."""
+        q, k, v = _split(self, self.qkv(x))
+        bias = self.get_attention_biases(x.device)[None].to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        return self.proj(_tokens(out))
+
+
 # The class of ours that computes what a module of timm's class does.
 SWAPS: dict[type, type] = {
     v1.WindowAttention: WindowAttention,
     v2.WindowAttention: CosineWindowAttention,
     cr.WindowMultiHeadAttention: CrWindowAttention,
+    levit.Attention: LevitAttention,
+    efficientformer.Attention: EfficientFormerAttention,
 }
 
 
-def fuse_windows(model: nn.Module) -> None:
-    """Makes a model's own window attention modules fused ones."""
+def fuse_written_out(model: nn.Module) -> None:
+    """Makes a model's own attention modules of these classes fused ones."""
     for module in model.modules():
         if type(module) in SWAPS:
             module.__class__ = SWAPS[type(module)]
@@ -89,6 +117,12 @@ def fuse_windows(model: nn.Module) -> None:
 def _heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
     """[B, N, 3 * H * d] -> queries, keys and values, [B, H, N, d]."""
     return qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _split(module: Any, qkv: Tensor) -> tuple[Tensor, ...]:
+    """[B, N, H * (2 * d + dv)] -> queries and keys [B, H, N, d], values [B, H, N, dv]."""
+    parts = [module.key_dim, module.key_dim, module.val_dim]
+    return qkv.unflatten(-1, (module.num_heads, -1)).transpose(1, 2).split(parts, -1)
 
 
 def _cosines(q: Tensor, k: Tensor, log_factor: Tensor) -> tuple[Tensor, Tensor]:
