@@ -513,8 +513,8 @@ def table_of(marks: Marks) -> str:
         depth = STAGED[name][3] if name in STAGED else None
         partly = "" if depth is None else f", depth={_said(depth)}"
         lines.append(f"| {name} | {library_name(name)}{partly} | {' | '.join(cells)} |")
-    lines += ["", "Reasons:", ""]
-    lines += [f"{i}. {reason}" for i, reason in enumerate(reasons, 1)]
+    lines += ["", "| | reason |", "| --- | --- |"]
+    lines += [f"| {i} | {reason} |" for i, reason in enumerate(reasons, 1)]
     lines += ["", "Columns:", ""]
     lines += [f"- {cell}: {(run.__doc__ or '').splitlines()[0]}" for cell, run in CELLS.items()]
     lines += [
@@ -543,7 +543,9 @@ def library_name(name: str) -> str:
 
 def marks_in(text: str) -> Marks:
     """The marks of a page that `table_of` wrote."""
-    reasons = {int(n): reason for n, reason in re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE)}
+    reasons = {
+        int(n): reason for n, reason in re.findall(r"^\| (\d+) \| (.*) \|$", text, re.MULTILINE)
+    }
     found = {}
     for line in text.splitlines():
         parts = [part.strip() for part in line.strip("|").split("|")]
