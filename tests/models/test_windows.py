@@ -56,6 +56,37 @@ CASES = {
 }
 
 
+def stale_masks(backbone, x):
+    """Whether timm, before 1.0.31, has built shift masks for other windows than the image has."""
+    found = []
+
+    def see(module, args, kwargs):
+        mask = kwargs.get("mask")
+        found.append(mask is not None and len(mask) * len(x) != len(args[0]))
+
+    hooks = [
+        block.attn.register_forward_pre_hook(see, with_kwargs=True)
+        for stage in backbone.layers
+        for block in stage.blocks
+    ]
+    try:
+        backbone(x)
+    except RuntimeError:  # the windows of the batch are no multiple of the mask's
+        found.append(True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return any(found)
+
+
+def built(version, case):
+    """The backbone of a case, which old versions of timm cannot all build."""
+    try:
+        return swin(version, **case)
+    except RuntimeError as error:
+        pytest.skip(f"timm {timm.__version__} cannot build it: {str(error)[:60]}")
+
+
 def images(case, batch=3):
     size = case.get("called", case.get("size", 64))
     height, width = size if isinstance(size, tuple) else (size, size)
@@ -227,8 +258,12 @@ def swapped_in(model, x, prompts):
 def test_deep_prompts_are_in_every_window(case, version, backend, of_samples, monkeypatch):
     case = CASES[case]
     monkeypatch.setattr(vpt_block, "prefix_attention", partial(prefix_attention, backend=backend))
-    backbone, x = swin(version, **case), images(case)
+    backbone, x = built(version, case), images(case)
     model = prompted(backbone)
+    if stale_masks(backbone, x):
+        with pytest.raises(ValueError, match=r"^x: .*shift mask for \d+ windows"):
+            model(x)
+        return
     prompts = list(model.prompts)
     if of_samples:
         prompts = [torch.stack([p, p.flip(0), 2 * p]) for p in prompts]
@@ -265,7 +300,12 @@ def test_windows_of_another_number_than_the_masks_are_an_error(version):
 @pytest.mark.parametrize("version", [1, 2])
 def test_the_fused_classes_are_timms(version):
     for case in CASES.values():
-        backbone, x = swin(version, **case), images(case, 2)
+        try:
+            backbone, x = swin(version, **case), images(case, 2)
+        except RuntimeError:  # old versions of timm cannot build all
+            continue
+        if stale_masks(backbone, x):
+            continue
         fused = swin(version, **case)
         attention.fuse(fused)
         assert type(fused.layers[0].blocks[0].attn).__module__ == "pcx.backbones.fused_forms"
@@ -375,7 +415,7 @@ def test_condensing_keeps_other_counts_in_each_stage_and_freezing_keeps_the_func
 @pytest.mark.parametrize("case", ["divisible", "padded", "window-3-5", "called-at-80-36"])
 def test_shallow_prompts_travel_beside_each_image(case, version, merging, of_samples):
     case = CASES[case]
-    backbone, x = swin(version, **case), images(case)
+    backbone, x = built(version, case), images(case)
     model = prompted(backbone, kind="shallow", merging=merging)
     assert model.counts == (3, 0, 0, 0)
     prompts = [model.prompts[0]]

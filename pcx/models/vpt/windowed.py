@@ -61,6 +61,25 @@ class WindowedBlock(PromptedBlock):
             return None
         return torch.arange(batch, device=prompts.device) * prompts.shape[0] // max(batch, 1)
 
+    def _folded(self, watch: attention.Watch | None, x: Tensor, *args, **kwargs) -> Tensor:
+        def checked(call: attention.Call) -> attention.Call:
+            self._check_windows(call, len(x))
+            return call if watch is None else watch(call)
+
+        return super()._folded(checked, x, *args, **kwargs)
+
+    def _check_windows(self, call: attention.Call, images: int) -> None:
+        """Raises a ValueError where a shift mask is for other windows than the image has."""
+        form: Any = self.token_path
+        split = form is not None and form.form == "BWHND" and call.q.dim() == 5
+        if split and call.q.shape[0] != images:
+            raise ValueError(
+                f"x: a shift mask for {call.q.shape[1]} windows an image, which has "
+                f"{call.q.shape[0] * call.q.shape[1] // images}; timm before 1.0.31 builds such "
+                "masks for maps that windows do not divide: update timm, or build the backbone "
+                "with strict_img_size=False"
+            )
+
     def _attend(
         self, call: attention.Call, key: Tensor, value: Tensor, sets: Tensor | None
     ) -> Tensor:
@@ -92,6 +111,7 @@ class WindowedBlock(PromptedBlock):
         averaged: list[Tensor] = []
 
         def attend(_: int, call: attention.Call) -> Tensor:
+            self._check_windows(call, len(tokens))
             call = form.by_window(call)
             out, of_prompts = self._attend_beside(call, own)
             averaged.append(of_prompts)
