@@ -62,6 +62,9 @@ class WindowedBlock(PromptedBlock):
         return torch.arange(batch, device=prompts.device) * prompts.shape[0] // max(batch, 1)
 
     def _folded(self, watch: attention.Watch | None, x: Tensor, *args, **kwargs) -> Tensor:
+        if self.token_path is None:  # no prompts, and maybe no call either
+            return super()._folded(watch, x, *args, **kwargs)
+
         def checked(call: attention.Call) -> attention.Call:
             self._check_windows(call, len(x))
             return call if watch is None else watch(call)
