@@ -9,6 +9,7 @@ anything is timed, every form is compared with the plain blocks and SCT's four o
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import statistics
 import sys
@@ -17,8 +18,8 @@ from pathlib import Path
 
 import timm
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from sct import PublishedBlock
+from torch import nn
 
 import pcx
 
@@ -42,22 +43,13 @@ def sct_of(plain: nn.Module, position: str) -> pcx.SCT:
     return model.eval()
 
 
-def published(plain: nn.Module, model: pcx.SCT, x: Tensor) -> Tensor:
-    """The logits by the plain blocks' own modules, with four operations behind each position."""
-
-    def change(position: str, layer: int, tokens: Tensor) -> Tensor:
-        if position not in model.salient:
-            return tokens
-        salient = model.salient[position][layer]
-        u, tokens = tokens[..., salient.index], tokens.clone()
-        tokens[..., salient.index] = u + salient.scale * F.linear(u, salient.weight, salient.bias)
-        return tokens
-
-    x = plain._pos_embed(plain.patch_embed(x))
-    for layer, block in enumerate(plain.blocks):
-        x = change("attn", layer, x + block.attn(block.norm1(x)))
-        x = x + change("mlp", layer, block.mlp(block.norm2(x)))
-    return plain.forward_head(plain.norm(x))
+def published(plain: nn.Module, model: pcx.SCT) -> nn.Module:
+    """The plain model, with four operations behind each position."""
+    copied = copy.deepcopy(plain)
+    for i, block in enumerate(copied.blocks):
+        maps = {name: each[i] for name, each in model.salient.items()}
+        copied.blocks[i] = PublishedBlock(block, maps)
+    return copied
 
 
 def forms() -> dict[str, nn.Module]:
@@ -69,7 +61,7 @@ def forms() -> dict[str, nn.Module]:
         model = sct_of(plain, position)
         for name, form in ((position, model), (f"{position} frozen", pcx.freeze(model))):
             with torch.inference_mode():
-                expected = published(plain, model, images)
+                expected = published(plain, model)(images)
                 torch.testing.assert_close(form(images), expected, rtol=1e-3, atol=1e-3)
                 assert (plain(images) - expected).norm() > 1e-2 * expected.norm()
             found[f"SCT {name}"] = form

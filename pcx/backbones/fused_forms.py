@@ -73,28 +73,25 @@ class CrWindowAttention(cr.WindowMultiHeadAttention):
         return self.proj_drop(self.proj(_tokens(out)))
 
 
-class LevitAttention(levit.Attention):
+class _Biased:
+    """The forward of LeViT's attention and of EfficientFormer's, as a fused call."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """Tokens [B, N, C] -> [B, N, C]; LeViT's form with convolutions is timm's own."""
+        if getattr(self, "use_conv", False):
+            return super().forward(x)  # type: ignore[misc]
+        q, k, v = _split(self, self.qkv(x))
+        bias = self.get_attention_biases(x.device)[None].to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
+        return self.proj(_tokens(out))
+
+
+class LevitAttention(_Biased, levit.Attention):
     """timm's attention of LeViT, as a fused call."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens [B, N, C] -> [B, N, C]; the form with convolutions [B, C, H, W] is timm's own."""
-        if self.use_conv:
-            return super().forward(x)
-        q, k, v = _split(self, self.qkv(x))
-        bias = self.get_attention_biases(x.device)[None].to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
-        return self.proj(_tokens(out))
 
-
-class EfficientFormerAttention(efficientformer.Attention):
+class EfficientFormerAttention(_Biased, efficientformer.Attention):
     """timm's attention of EfficientFormer, as a fused call."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens [B, N, C] -> [B, N, C]."""
-        q, k, v = _split(self, self.qkv(x))
-        bias = self.get_attention_biases(x.device)[None].to(q.dtype)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scale)
-        return self.proj(_tokens(out))
 
 
 # The class of ours that computes what a module of timm's class does.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pcx.backbones import attention as seam
-from pcx.backbones.probing import BlockSpec, TensorLike
+from pcx.backbones.probing import BlockSpec, TensorLike, made_up_values
 from pcx.backbones.token_path import NormAndAttention, Placed, TokenPath, WholeBlock
 
 SAMPLED = 12  # rows and keys that a proof compares
@@ -38,12 +38,12 @@ def find_path(backbone: nn.Module, spec: BlockSpec) -> TokenPath:
     if spec.attention == spec.name or not spec.given:
         raise ValueError(f"{spec.name} has no attention module of its own that is given tokens")
     with torch.no_grad():
-        reads, call = _reads(block, spec)
+        rows, reads, call = _reads(block, spec)
         reasons = []
         for path in _candidates(spec):
             try:
-                _prove_norm(path, block, spec, reads)
-                return _proven(path, block, spec, call)
+                _prove_norm(path, block, spec, rows, reads)
+                return _proven(path, block, spec, rows, call)
             except Exception as error:  # a module may fail in any way on tokens that are not its
                 reasons.append(str(error))
     ours = [each for each in reasons if each.startswith(f"{spec.name}: ")]
@@ -80,17 +80,12 @@ def trial_of(spec: BlockSpec, block: nn.Module) -> tuple[Tensor, dict[str, Any]]
     if spec.is_flat:
         return few, seam.placeless(spec.needs, few)
     given = dict(zip(spec.arguments, spec.values, strict=True))
-    passed = {
-        name: seam.made_up(value.shape, value.dtype, few.device)
-        if isinstance(value, TensorLike)
-        else value
-        for name, value in given.items()
-    }
-    return seam.made_up(spec.stream, few.dtype, few.device), passed
+    stream = seam.made_up(spec.stream, few.dtype, few.device)
+    return stream, made_up_values(given, few.device)
 
 
-def _reads(block: nn.Module, spec: BlockSpec) -> tuple[Tensor, seam.Call]:
-    """What a block's attention module is given on made-up tokens, and the call that it makes."""
+def _reads(block: nn.Module, spec: BlockSpec) -> tuple[Tensor, Tensor, seam.Call]:
+    """Some made-up tokens of a stream [m, C], what the attention is given of it, and its call."""
     stream, given = trial_of(spec, block)
     inputs: list[Tensor] = []
     calls: list[seam.Call] = []
@@ -108,21 +103,17 @@ def _reads(block: nn.Module, spec: BlockSpec) -> tuple[Tensor, seam.Call]:
         hook.remove()
     if not calls:
         raise ValueError(f"{spec.name} makes no call of F.scaled_dot_product_attention")
-    return inputs[0], calls[0]
-
-
-def _sample(block: nn.Module, spec: BlockSpec) -> Tensor:
-    """Some tokens of the made-up stream, [m, C]."""
-    stream, _ = trial_of(spec, block)
     rows = (stream.movedim(1, -1) if spec.layout == "BCHW" else stream).reshape(-1, spec.dim)
-    return rows[:: max(1, len(rows) // SAMPLED)][:SAMPLED].flip(0)
+    return rows[:: max(1, len(rows) // SAMPLED)][:SAMPLED].flip(0), inputs[0], calls[0]
 
 
-def _prove_norm(path: NormAndAttention, block: nn.Module, spec: BlockSpec, reads: Tensor) -> None:
+def _prove_norm(
+    path: NormAndAttention, block: nn.Module, spec: BlockSpec, rows: Tensor, reads: Tensor
+) -> None:
     """Raises a ValueError where the attention reads something else than the stream, or its norm."""
-    rows = path.normed(block, _sample(block, spec)[None])[0]
+    normed = path.normed(block, rows[None])[0]
     read = reads.movedim(1, -1) if path.given == "BCHW" else reads
-    if read.shape[-1] != spec.dim or not _among(rows, read.reshape(-1, spec.dim)):
+    if read.shape[-1] != spec.dim or not _among(normed, read.reshape(-1, spec.dim)):
         raise ValueError(
             f"{spec.name}: what its attention reads is not the stream behind one norm, which "
             "prompts take alone"
@@ -130,7 +121,7 @@ def _prove_norm(path: NormAndAttention, block: nn.Module, spec: BlockSpec, reads
 
 
 def _proven(
-    path: NormAndAttention, block: nn.Module, spec: BlockSpec, call: seam.Call
+    path: NormAndAttention, block: nn.Module, spec: BlockSpec, rows: Tensor, call: seam.Call
 ) -> NormAndAttention:
     """The way, whose keys and values of vectors alone are those of the image's tokens.
 
@@ -138,8 +129,7 @@ def _proven(
         ValueError: they are not.
     """
     if isinstance(path, Placed):
-        path = replace(path, slots=_slots(path, block, spec))
-    rows = _sample(block, spec)
+        path = replace(path, slots=_slots(path, block, spec, rows[:2]))
     (alone,) = path.capture(block, torch.stack([rows, rows.flip(0)]))
     for own, all_of in ((alone.k, call.k), (alone.v, call.v)):
         expected = (2, spec.heads, len(rows), own.shape[-1])
@@ -158,17 +148,17 @@ def _proven(
     return path
 
 
-def _slots(path: Placed, block: nn.Module, spec: BlockSpec) -> tuple[int, ...]:
+def _slots(path: Placed, block: nn.Module, spec: BlockSpec, two: Tensor) -> tuple[int, ...]:
     """For each token that the attention module is given, the row of its key among the call's.
 
-    Two vectors stand in the places of the tokens, by the bits of each token's number. A row that is
-    the key of one of them in every such call is the key of the token that its bits spell.
+    Two vectors [2, C] stand in the places of the tokens, by the bits of each token's number. A row
+    that is the key of one of them in every such call is the key of the token that its bits spell.
 
     Raises:
         ValueError: some token has no key of its own.
     """
     room = math.prod(path.shape) // spec.dim
-    pair = path.normed(block, _sample(block, spec)[None, :2])[0]  # [2, C]
+    pair = path.normed(block, two[None])[0]
     numbers = torch.arange(room, device=pair.device)
 
     def keys(bits: Tensor) -> Tensor:

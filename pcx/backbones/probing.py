@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pcx.backbones.attention import fuse
+from pcx.backbones.attention import fuse, made_up
 
 _ADDS = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 _SOFTMAXES = {F.softmax, torch.softmax, Tensor.softmax}
@@ -338,6 +338,14 @@ def needed(block: nn.Module, given: dict[str, Any]) -> tuple[tuple[str, Any], ..
         if _are_tensors(value)
         or (name in parameters and parameters[name].default is inspect.Parameter.empty)
     )
+
+
+def made_up_values(given: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A block's arguments for a trial: made-up tensors in the place of each `TensorLike`."""
+    return {
+        name: made_up(value.shape, value.dtype, device) if isinstance(value, TensorLike) else value
+        for name, value in given.items()
+    }
 
 
 def _are_tensors(value: Any) -> bool:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from pcx.backbones import attention
-from pcx.backbones.probing import BlockSpec, TensorLike
+from pcx.backbones.probing import BlockSpec, TensorLike, made_up_values
 from pcx.backbones.residual import HOOKS, SumReader, Wrapper
 from pcx.ops.add_layer_norm import add_layer_norm
 
@@ -129,12 +129,7 @@ def straightened(block: nn.Module, spec: BlockSpec) -> Straight | None:
     captured = _captured(block, _caller(block, given), given)
     if captured is None:
         return None
-    passed = {
-        name: attention.made_up(value.shape, value.dtype, few.device)
-        if isinstance(value, TensorLike)
-        else value
-        for name, value in given.items()
-    }
+    passed = made_up_values(given, few.device)
     if any(isinstance(value, Tensor) for value in passed.values()):
         whole = attention.made_up(spec.stream, few.dtype, few.device)
         trials = [whole, torch.cat([whole, whole.flip(1)])]

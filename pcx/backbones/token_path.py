@@ -110,15 +110,18 @@ class NormAndAttention(TokenPath):
 
     def by_window(self, call: seam.Call) -> seam.Call:
         """The block's own call as one whose batch dimensions are images, then windows."""
-        if self.form == "(BH)ND":
-            q, k, v = (t.unflatten(0, (-1, self.heads)) for t in (call.q, call.k, call.v))
-            bias = call.bias if call.bias is None else call.bias.unflatten(0, (-1, self.heads))
-        elif self.form == "BHWND" and call.q.dim() == 5:
-            q, k, v = (t.transpose(1, 2) for t in (call.q, call.k, call.v))
-            bias = call.bias if call.bias is None else call.bias.transpose(-3, -4)
-        else:
+        if self.form in ("BHND", "BWHND"):
             return call
+        axes = call.q.dim()
+        q, k, v = (self._by_window(t, axes) for t in (call.q, call.k, call.v))
+        bias = call.bias if call.bias is None else self._by_window(call.bias, axes)
         return seam.Call(q, k, v, bias, call.scale, call.dropout)
+
+    def _by_window(self, x: Tensor, axes: int) -> Tensor:
+        """A tensor of a call whose queries have so many axes, as [B, (W,) H, N, d]."""
+        if self.form == "(BH)ND":
+            return x.unflatten(0, (-1, self.heads))
+        return x.transpose(-3, -4) if self.form == "BHWND" and axes == 5 else x
 
     def as_called(self, out: Tensor) -> Tensor:
         """What such a call gave, in the form of the block's own."""
@@ -128,18 +131,12 @@ class NormAndAttention(TokenPath):
 
     def _by_set(self, x: Tensor) -> Tensor:
         """Keys or values of the call as [G, H, m, d]; the vectors are one window."""
-        if self.form == "(BH)ND":
-            return x.unflatten(0, (-1, self.heads))
-        if self.form == "BWHND" and x.dim() == 5:
-            return x.flatten(0, 1)
-        return x.squeeze(2) if self.form == "BHWND" else x
+        x = self._by_window(x, x.dim())
+        return x.flatten(0, 1) if x.dim() == 5 else x
 
     def rows_of(self, x: Tensor) -> Tensor:
         """Keys or values of the block's own call as rows of all heads, [tokens, H * d]."""
-        if self.form == "(BH)ND":
-            x = x.unflatten(0, (-1, self.heads))
-        if self.form == "BHWND" and x.dim() == 5:
-            x = x.transpose(1, 2)
+        x = self._by_window(x, x.dim())
         return x.transpose(-3, -2).flatten(-2).reshape(-1, x.shape[-3] * x.shape[-1])
 
 

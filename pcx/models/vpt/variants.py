@@ -133,7 +133,8 @@ def check_stages(
         asked["path"] = path
     if init != "published":
         asked["init"] = init
-    for name, value in asked.items():
+    if asked:
+        name, value = next(iter(asked.items()))
         raise ValueError(
             f"{name}: {value!r} needs one sequence of tokens of one width, and {spec.family} has "
             "stages or windows; leave it out"

@@ -55,12 +55,6 @@ class WindowedBlock(PromptedBlock):
         """Never: the head reads all tokens."""
         return False
 
-    def _sets(self, prompts: Tensor, batch: int) -> Tensor | None:
-        """The set of each image, None for one set for all."""
-        if prompts.dim() < (4 if self.kind == "prefix" else 3):
-            return None
-        return torch.arange(batch, device=prompts.device) * prompts.shape[0] // max(batch, 1)
-
     def _folded(self, watch: attention.Watch | None, x: Tensor, *args, **kwargs) -> Tensor:
         if self.token_path is None:  # no prompts, and maybe no call either
             return super()._folded(watch, x, *args, **kwargs)
@@ -74,8 +68,7 @@ class WindowedBlock(PromptedBlock):
     def _check_windows(self, call: attention.Call, images: int) -> None:
         """Raises a ValueError where a shift mask is for other windows than the image has."""
         form: Any = self.token_path
-        split = form is not None and form.form == "BWHND" and call.q.dim() == 5
-        if split and call.q.shape[0] != images:
+        if form.form == "BWHND" and call.q.dim() == 5 and call.q.shape[0] != images:
             raise ValueError(
                 f"x: a shift mask for {call.q.shape[1]} windows an image, which has "
                 f"{call.q.shape[0] * call.q.shape[1] // images}; timm before 1.0.31 builds such "
@@ -99,7 +92,7 @@ class WindowedBlock(PromptedBlock):
         tokens, prompts = x if isinstance(x, Carried) else (x, None)
         if self.index == 0:
             own = self.prompt_sets(tokens.shape[0])
-            sets = PromptedBlock._sets(self, own, tokens.shape[0])
+            sets = self._sets(own, tokens.shape[0])
             prompts = per_sample(own, sets, (tokens.shape[0], *own.shape[-2:]))
         if prompts is None or not prompts.shape[1]:
             return self.block(tokens, *args, **kwargs)
