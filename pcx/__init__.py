@@ -17,6 +17,7 @@ __all__ = [
     "MLP",
     "SCORES",
     "SCT",
+    "SETR",
     "VPT",
     "Adapter",
     "Bias",
@@ -49,6 +50,7 @@ __all__ = [
 if TYPE_CHECKING:
     from pcx.analysis.cost import multiply_adds
     from pcx.analysis.prompt_cost import token_cost
+    from pcx.backbones.setr import SETR
     from pcx.checkpoints.saving import load, save
     from pcx.condensation import SCORES
     from pcx.condensation.condensing import condense
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "multiply_adds": "pcx.analysis.cost",
     "token_cost": "pcx.analysis.prompt_cost",
+    "SETR": "pcx.backbones.setr",
     "load": "pcx.checkpoints.saving",
     "save": "pcx.checkpoints.saving",
     "SCORES": "pcx.condensation",

@@ -3,15 +3,20 @@
 `python benchmarks/models/swin.py infer` and `... train` write rows of `results/swin_<gpu>.csv`:
 milliseconds of a call, and of a training step, of 64 images of 224 x 224 in bfloat16, every form
 compiled by `torch.compile` as a whole, then recorded in a CUDA graph. Peak memory is that of a
-step outside of graphs. `--eager` leaves the compiler out.
+step outside of graphs. `--eager` leaves the compiler out, `--ways` chooses forms.
 
 - plain: timm's model with its fused attention on; in training its head alone is trained;
+- plain, timm's default: the same with its attention written out, as timm has it by default;
 - folded: `pcx.VPT`, for inference through `pcx.freeze`;
 - concatenated: prompts as tokens of every window, as in the VPT paper's code, which also runs the
   MLP on the prompts' outputs, averaged over windows, before it drops them;
 - concatenated, no MLP on prompts: the same without that.
 
 Before anything is timed, every form is compared in float32 with the concatenated one.
+
+`... op` times the attention alone, of all windows of a stage's shifted block (of the last stage,
+which has one window, of a plain one): packed, the kernel that `pcx.prefix_attention` takes;
+tiled, the Triton kernel for any size; and SDPA over concatenated keys and widened bias.
 """
 
 from __future__ import annotations
@@ -19,12 +24,13 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import timm
 import torch
 import torch.nn.functional as F
 from by_hand import CLASSES, RESULTS, Rows, in_turns, peak_of, per_call
-from gpu_timing import graph_of
+from gpu_timing import graph_of, graphed
 from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 
@@ -80,13 +86,13 @@ class Concatenated(nn.Module):
         return module.proj(out.transpose(1, 2).flatten(2))
 
 
-def plain_of() -> nn.Module:
+def plain_of(fused: bool = True) -> nn.Module:
     torch.manual_seed(0)
     with torch.device(DEVICE):
         model = timm.create_model(NAME, num_classes=CLASSES)
     for module in model.modules():
         if hasattr(module, "fused_attn"):
-            module.fused_attn = True
+            module.fused_attn = fused
     return model.eval()
 
 
@@ -94,7 +100,7 @@ def forms() -> dict[str, nn.Module]:
     """The forms by name, over copies of one model's weights."""
     plain = plain_of()
     folded = pcx.VPT(plain, M, head_init="keep").eval()
-    found = {"plain": plain, "folded": folded}
+    found = {"plain": plain, "plain, timm's default": plain_of(fused=False), "folded": folded}
     for name, mlp in (("concatenated", True), ("concatenated, no MLP on prompts", False)):
         model = copy.deepcopy(plain).requires_grad_(False)
         prompts = iter(folded.prompts)
@@ -103,8 +109,9 @@ def forms() -> dict[str, nn.Module]:
                 stage.blocks[i] = Concatenated(block, next(prompts), mlp)
         model.head.requires_grad_()
         found[name] = model.eval()
-    plain.requires_grad_(False)
-    plain.head.requires_grad_()
+    for name in ("plain", "plain, timm's default"):
+        found[name].requires_grad_(False)
+        found[name].head.requires_grad_()
     return found
 
 
@@ -116,6 +123,8 @@ def checked(models: dict[str, nn.Module]) -> dict[str, nn.Module]:
             assert (models[name](x) - expected).norm() < 1e-3 * expected.norm(), name
         assert (pcx.freeze(models["folded"])(x) - expected).norm() < 1e-3 * expected.norm()
         assert (models["plain"](x) - expected).norm() > 1e-2 * expected.norm()
+        written_out = models["plain, timm's default"](x)
+        assert (models["plain"](x) - written_out).norm() < 1e-3 * written_out.norm()
     return models
 
 
@@ -170,15 +179,64 @@ def train(rows: Rows, models: dict[str, nn.Module], eager: bool) -> None:
         rows.add("train" + (", eager" if eager else ""), "Swin-B", way, BATCH, ms, peak)
 
 
+# Of Swin-B's stages: windows of an image, heads.
+STAGES = {"stage 1": (64, 4), "stage 2": (16, 8), "stage 3": (4, 16), "stage 4": (1, 32)}
+TOKENS, HEAD_DIM, SETS_OF_INPUTS = 49, 32, 4
+
+
+def op(rows: Rows) -> None:
+    from pcx.kernels.prefix_attention.forward import forward
+
+    for stage, (windows, heads) in STAGES.items():
+        like = {"device": DEVICE, "dtype": torch.bfloat16}
+        bias = torch.randn(windows, heads, TOKENS, TOKENS, **like)
+        prefix = torch.randn(2, heads, M, HEAD_DIM, **like).unbind(0)
+        each = [
+            torch.randn(BATCH * windows, TOKENS, 3, heads, HEAD_DIM, **like)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+            for _ in range(SETS_OF_INPUTS)
+        ]
+        scale = HEAD_DIM**-0.5
+        padded = F.pad(bias, (M, 0))
+
+        def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            shape = (BATCH, windows)
+            q, k, v = (t.unflatten(0, shape) for t in (q, k, v))
+            return pcx.prefix_attention(q, k, v, *prefix, bias=bias).flatten(0, 1)
+
+        def tiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return forward(q, k, v, *prefix, None, None, bias[None], scale, (64, 32, 4, 3))[0]
+
+        def concatenated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k, v = (torch.cat([p.expand(len(t), -1, -1, -1), t], 2)
+                    for p, t in zip(prefix, (k, v), strict=True))  # fmt: skip
+            q, k, v = (t.unflatten(0, (BATCH, windows)) for t in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=padded).flatten(0, 1)
+
+        ways = {"packed": packed, "tiled": tiled, "concatenated": concatenated}
+        expected = concatenated(*each[0]).float()
+        for way, run in ways.items():
+            assert (run(*each[0]).float() - expected).norm() < 1e-2 * expected.norm(), way
+            calls = [partial(run, *inputs) for inputs in each]
+            ms = graphed(calls)[1] / 1000
+            rows.add("op", f"Swin-B {stage}", way, BATCH, ms, float("nan"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("works", nargs="+", choices=("infer", "train"))
+    parser.add_argument("works", nargs="+", choices=("infer", "train", "op"))
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--ways", nargs="*")
     options = parser.parse_args()
-    models = checked(forms())
     rows = Rows(RESULTS, "swin")
-    for work in options.works:
-        (infer if work == "infer" else train)(rows, models, options.eager)
+    if "op" in options.works:
+        op(rows)
+    works = [work for work in options.works if work != "op"]
+    models = checked(forms()) if works else {}
+    chosen = {way: models[way] for way in options.ways or models}
+    for work in works:
+        (infer if work == "infer" else train)(rows, chosen, options.eager)
 
 
 if __name__ == "__main__":

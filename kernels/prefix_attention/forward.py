@@ -30,6 +30,7 @@ from pcx.kernels.prefix_attention.launch import (
     set_count,
     tail,
 )
+from pcx.kernels.prefix_attention.windows import forward_packed, packing_of
 from pcx.kernels.tiles import LOG2_E, biased, head_of, parts, precision, set_strides, tile
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -206,6 +207,13 @@ def forward(
     index, lengths = dense(index), dense(lengths)
     q, k, v, prefix_k, prefix_v = map(rowwise, (q, k, v, prefix_k, prefix_v))
     pointer, bias_strides, inner_batch, kind = bias_arguments(bias, q)
+    sets = lengths is not None or set_count(prefix_k) > 1
+    packing = packing_of(q, own, m, sets, bias_strides, inner_batch, kind)
+    if packing is not None and tiles is None:
+        shared_bias = pointer, bias_strides, kind
+        with on_device(q):
+            forward_packed(packing, q, k, v, prefix_k, prefix_v, shared_bias, out, lse, scale)
+        return out, lse
     with on_device(q):
         _forward[(triton.cdiv(n, bm) * heads * batch,)](
             q, k, v, prefix_k, prefix_v, given(index, q), given(lengths, q), pointer,

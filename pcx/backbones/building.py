@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import timm
 from torch import nn
 
 from pcx.backbones import NAME, scenes_vit
+from pcx.backbones.hugging_face import is_tower
+from pcx.backbones.setr import SETR
 from pcx.backbones.towers import Tower, with_head
 from pcx.backbones.weights_file import with_weights
 
@@ -19,6 +22,7 @@ def build_backbone(
     pretrained: bool = True,
     weights: Path | None = None,
     num_classes: int = 0,
+    setr: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> nn.Module:
     """Builds a backbone by its name.
@@ -30,6 +34,7 @@ def build_backbone(
         weights: a file of a timm model's weights, in place of timm's download; it is read as data
             alone.
         num_classes: size of the head; 0 for none, or Hugging Face's own.
+        setr: further arguments of `SETR`, for a backbone with its decoder; None for none.
         arguments: of a timm model's constructor, such as img_size; of Hugging Face's the class_name
             of a model that has no classifier.
 
@@ -37,6 +42,9 @@ def build_backbone(
         ValueError: no such name, or `weights` do not go with it, or do not fill the backbone.
         FileNotFoundError: there is no file of weights.
     """
+    if setr is not None:
+        plain = build_backbone(name, pretrained=pretrained, weights=weights, **arguments)
+        return SETR(plain, num_classes, **setr)
     if name == NAME:
         if weights is not None:
             raise ValueError(f"weights: {NAME} has its own; name another backbone")
@@ -78,8 +86,13 @@ def arguments_of(backbone: Any) -> dict[str, Any]:
 
     Depth, width and the like cannot; a fingerprint tells such models apart.
     """
+    if isinstance(backbone, SETR):
+        made = {"decoder": backbone.decoder.kind, "channels": backbone.decoder.channels}
+        return {"setr": made, **arguments_of(backbone.tower)}
     if isinstance(backbone, Tower):
-        return {"class_name": type(backbone.tower).__name__}
+        return arguments_of(backbone.tower)
+    if is_tower(backbone):
+        return {"class_name": type(backbone).__name__}
     if not hasattr(backbone, "pretrained_cfg"):
         return {}
     found: dict[str, Any] = {}

@@ -147,6 +147,26 @@ def feature_maps(
     return [_as_map(tokens, grid) for tokens in found]
 
 
+def last_map(backbone: Any, spec: BackboneSpec, x: Tensor, **inputs: Any) -> Tensor:
+    """The map of image tokens [B, C, H, W] behind the last block and the last norm.
+
+    Args:
+        backbone: without a classifier; or a copy whose blocks are wrapped.
+        spec: of the backbone.
+        x: images [B, 3, H, W].
+        inputs: the backbone's own further arguments.
+
+    Raises:
+        ValueError: the backbone gives no such map.
+    """
+    if hasattr(backbone, "forward_intermediates"):
+        return feature_maps(backbone, spec, x, [-1], norm=True, **inputs)[0]
+    tokens = getattr(backbone(x, **inputs), "last_hidden_state", None)
+    if not isinstance(tokens, Tensor) or tokens.dim() != 3 or not spec.is_one_sequence:
+        raise ValueError(f"model: {spec.family} gives no sequence of image tokens")
+    return _as_map(tokens, grid_of(backbone, spec, (x.shape[-2], x.shape[-1])))
+
+
 def _behind_blocks(
     backbone: nn.Module,
     spec: BackboneSpec,

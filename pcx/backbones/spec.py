@@ -53,6 +53,7 @@ class BackboneSpec:
         no_blocks: why `blocks` is empty, None where it is not.
         patch_projection: dotted name of the convolution that equals a matrix product over the
             patches, None where there is none.
+        reads_map: whether the head reads the map of all image tokens, as a decoder of pixels does.
     """
 
     family: str
@@ -67,6 +68,7 @@ class BackboneSpec:
     norm: str | None = None
     no_blocks: str | None = None
     patch_projection: str | None = None
+    reads_map: bool = False
 
     def blocks_in(self, backbone: nn.Module) -> list[Any]:
         """The blocks' modules in a backbone, or in a copy whose blocks are wrapped."""

@@ -54,17 +54,21 @@ class Tower(nn.Module):
         """Images [B, C, H, W] -> logits [B, num_classes], or features [B, D]."""
         return self.classifier(pooled_features(self.tower(x, **inputs), self.has_cls))
 
+    def facts(self) -> dict[str, Any]:
+        """Fields of a `BackboneSpec`: those of the tower, and the head's."""
+        facts = library_facts(self.tower)
+        return {
+            **facts,
+            "family": type(self.tower).__name__,
+            "heads": ("classifier",) if isinstance(self.classifier, nn.Linear) else (),
+            "listed": tuple(f"tower.{name}" for name in facts["listed"]),
+            "dim": self.width,
+        }
+
 
 def facts_of(backbone: Any) -> dict[str, Any]:
-    """Fields of a `BackboneSpec`: those of the tower, and the head's."""
-    facts = library_facts(backbone.tower)
-    return {
-        **facts,
-        "family": type(backbone.tower).__name__,
-        "heads": ("classifier",) if isinstance(backbone.classifier, nn.Linear) else (),
-        "listed": tuple(f"tower.{name}" for name in facts["listed"]),
-        "dim": backbone.width,
-    }
+    """Fields of a `BackboneSpec` of a transformer with a head of ours: it tells them itself."""
+    return backbone.facts()
 
 
 def with_head(backbone: Any, num_classes: int | None) -> Any:

@@ -123,6 +123,11 @@ def predict(
         def run(batch: Tensor) -> tuple[Tensor, Tensor]:
             with accelerator.autocast():
                 logits = logits_from(placed, called, batch, "images: the model cannot take them")
+            if logits.dim() != 2:
+                raise ValueError(
+                    f"model: it gives {list(logits.shape)}, and no classes of an image; call it "
+                    "itself, as model(images).argmax(1) for a class per pixel"
+                )
             found = probable(logits.float())
             values, labels = found.topk(min(count, found.shape[-1]), dim=-1)
             return values, labels

@@ -29,7 +29,7 @@ from pcx.models.block_forward import found_on
 from pcx.models.configuration import ConfigMethod
 from pcx.models.head_reads import run_for_head
 from pcx.models.heads import draw_head, head_size, place_heads, train_in_full
-from pcx.models.memory import over_same_memory
+from pcx.backbones.memory import over_same_memory
 from pcx.models.record import Record
 
 BACKBONE_MODES = ("eval", "train", "drop-path")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pcx.backbones.residual import unwrapped
+from pcx.backbones.setr import Decoder
 
 
 def place_heads(backbone: nn.Module, heads: Iterable[nn.Module]) -> None:
@@ -43,11 +44,13 @@ def _cast(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def head_size(heads: list[Any]) -> int:
-    """How many numbers the first head gives, 0 without one."""
-    linear = [
-        m for head in heads[:1] for m in unwrapped(head).modules() if isinstance(m, nn.Linear)
-    ]
-    return linear[-1].out_features if linear else 0
+    """How many numbers the first head gives, of an image or a pixel; 0 without one."""
+    for head in heads[:1]:
+        for module in reversed(list(unwrapped(head).modules())):
+            size = getattr(module, "out_features", None) or getattr(module, "out_channels", None)
+            if isinstance(module, nn.Linear | nn.Conv2d) and size:
+                return size
+    return 0
 
 
 def draw_head(head: nn.Module, init: str) -> None:
@@ -56,14 +59,18 @@ def draw_head(head: nn.Module, init: str) -> None:
     "trunc-normal" is timm's and BEiT's for a new head: a truncated normal of 0.02, bias zero. Its
     first loss is about log(classes), that of chance. "published" is that of the VPT paper's code:
     kaiming-normal by fan-out, bias -log 99. Its first loss is several times as high for few classes
-    (benchmarks/results/head_inits*.csv).
+    (benchmarks/results/head_inits*.csv). Of SETR's decoder this is the last convolution; the others
+    are drawn as torch draws them.
 
     Raises:
-        ValueError: the head is to be drawn and is not one linear layer.
+        ValueError: the head is to be drawn and is neither one linear layer nor SETR's decoder.
     """
     if init == "keep":
         return
-    if not isinstance(head, nn.Linear):
+    if isinstance(head, Decoder):
+        head.draw()
+        head = head.classifier
+    if not isinstance(head, nn.Linear | nn.Conv2d):
         raise ValueError(
             f"head_init: the backbone's head is {type(head).__name__}, and {init!r} is for one "
             "linear layer; use head_init='keep'"

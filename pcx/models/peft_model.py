@@ -15,7 +15,7 @@ from pcx.backbones.towers import with_head
 from pcx.models import HEAD_INITS
 from pcx.models.base import TunedModel, check_choice, check_module
 from pcx.models.heads import draw_head, head_size, place_heads, train_in_full
-from pcx.models.memory import over_same_memory
+from pcx.backbones.memory import over_same_memory
 from pcx.models.record import Record
 
 _BASE = "base_model.model."  # what peft puts before the names of the model that it adapts

@@ -51,10 +51,11 @@ class Sidetune(TunedModel):
         head_init: str = HEAD_INITS[0],
     ):
         super().__init__(backbone, num_classes=num_classes, head_init=head_init)
-        if len(self.heads) > 1:
+        if len(self.heads) > 1 or self.spec.reads_map:
+            has = "a decoder of maps" if self.spec.reads_map else f"{len(self.heads)} heads"
             raise ValueError(
-                f"backbone: {self.spec.family} has {len(self.heads)} heads, and side-tuning mixes "
-                "the features of one; give another backbone"
+                f"backbone: {self.spec.family} has {has}, and side-tuning mixes the features that "
+                "one head reads; give another backbone"
             )
         self.backbone = Mixed(self.backbone, self.spec.heads, self.spec.dim, pretrained)
         for part in ("side_network", "side_projection", "side_share", "side_head"):

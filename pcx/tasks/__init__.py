@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from pcx.tasks.digits import NUM_CLASSES as DIGITS_CLASSES
 from pcx.tasks.digits import read_digits
 from pcx.tasks.image_cache import cache_folder, cached, cached_splits
 from pcx.tasks.images import FileImages, MemoryImages
+from pcx.tasks.masks import NUM_CLASSES as MASKS_CLASSES
+from pcx.tasks.masks import draw_masks
 from pcx.tasks.photos import find_photos, splits_of
 from pcx.tasks.sprites import NUM_CLASSES as SPRITES_CLASSES
 from pcx.tasks.sprites import draw_sprites
@@ -23,7 +25,7 @@ from pcx.tasks.sprites import draw_sprites
 __all__ = ["FileImages", "Task", "cached", "load_task"]
 
 NAMES = (
-    "digits, sprites:count|ori|loc, vtab:<name>, fgvc:<name>, the path of a folder of photos with "
+    "digits, sprites:count|ori|loc, masks, vtab:<name>, fgvc:<name>, the path of a folder of photos with "
     "a folder for each class, or a name that timm.data.create_dataset reads"
 )
 # How names of data sets begin that timm reads; of any other it would read the root instead.
@@ -34,7 +36,7 @@ SQUASHED = {"crop_pct": 1.0, "crop_mode": "squash"}
 
 @dataclass
 class Task:
-    """A classification task: its name, its number of classes and its splits.
+    """A task: its name, its number of classes, of images or of pixels, and its splits.
 
     Attributes:
         name: as `load_task` was given it; a folder's own name without the folders around it.
@@ -44,6 +46,7 @@ class Task:
         transform: how images are prepared for evaluation, as `timm.data.create_transform` takes it.
         found: what was found in a folder of photos, and how it is split, in words.
         digest: of the files in each split of such a folder.
+        objective: what the labels are, by its name in `pcx.training.OBJECTIVES`.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Task:
     transform: dict[str, Any] | None = None
     found: str = ""
     digest: str | None = None
+    objective: str = "single-label"
 
     @property
     def held_out(self) -> str:
@@ -100,6 +104,7 @@ def load_task(
 
     Args:
         name: "digits" (real scans), "sprites:count", "sprites:ori", "sprites:loc" (rendered),
+            "masks" (rendered, a class for every pixel),
             "vtab:<name>", "fgvc:<name>" (on disk under root), the path of a folder of photos with
             a folder for each class ("folder" takes root itself), or a name that
             `timm.data.create_dataset` reads, such as "torch/cifar10" or "hfds/...".
@@ -124,6 +129,10 @@ def _loaded(name: str, config: dict, root: str | os.PathLike | None) -> Task:
     family, _, detail = name.partition(":")
     if name == "digits":
         return _in_memory(name, DIGITS_CLASSES, read_digits(), config)
+    if name == "masks":
+        return replace(
+            _in_memory(name, MASKS_CLASSES, draw_masks(), config), objective="segmentation"
+        )
     if name in ("", "folder"):
         return _of_photos(Path("data" if root is None else root), config)
     if family == "sprites":

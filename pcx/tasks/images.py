@@ -23,7 +23,8 @@ class MemoryImages(Dataset):
 
     Args:
         images: [N, 3, h, w] uint8.
-        labels: [N] int64.
+        labels: [N] int64, or a class for every pixel [N, h, w] int64, of which the nearest is
+            taken where images are resized.
         config: the image settings from `pcx.backbones.inputs.data_config`.
     """
 
@@ -37,12 +38,16 @@ class MemoryImages(Dataset):
         mean, std = (torch.tensor(config[k])[:, None, None] for k in ("mean", "std"))
         self.images = (pixels - mean) / std
         self.labels = labels
+        if labels.dim() == 3 and labels.shape[-2:] != (height, width):
+            resized = F.interpolate(labels[:, None].float(), (height, width), mode="nearest-exact")
+            self.labels = resized[:, 0].long()
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return self.images[i], int(self.labels[i])
+    def __getitem__(self, i: int) -> tuple[Tensor, int | Tensor]:
+        label = self.labels[i]
+        return self.images[i], label if label.dim() else int(label)
 
 
 class FileImages(Dataset):

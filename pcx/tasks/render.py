@@ -7,6 +7,7 @@ differ in the factors that they vary and ask for, not in how a shape looks.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,12 +43,33 @@ def render(objects: Objects, background: Tensor, size: int = 64) -> Tensor:
     Returns:
         Images [B, 3, size, size], uint8.
     """
-    device = objects.x.device
-    centres = (torch.arange(size, device=device) + 0.5) / size
+    batch = len(objects.x)
+    image = background.to(objects.x.device).expand(batch, 3, size, size).clone()
+    for k, cover in enumerate(_covers(objects, size)):
+        image = torch.lerp(image, objects.colour[:, k, :, None, None], cover[:, None])
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def render_shapes(objects: Objects, size: int = 64) -> Tensor:
+    """The shape that each pixel shows: [B, size, size] int64, 0 for none, else 1 + its place.
+
+    A pixel belongs to the topmost object that covers at least half of it.
+
+    Args:
+        objects: the factors of every object.
+        size: side of the square images in pixels.
+    """
+    found = torch.zeros(len(objects.x), size, size, dtype=torch.int64, device=objects.x.device)
+    for k, cover in enumerate(_covers(objects, size)):
+        found = torch.where(cover >= 0.5, 1 + objects.shape[:, k, None, None], found)
+    return found
+
+
+def _covers(objects: Objects, size: int) -> Iterator[Tensor]:
+    """The share of every pixel that each object covers, [B, size, size] in 0..1, one by one."""
+    centres = (torch.arange(size, device=objects.x.device) + 0.5) / size
     ys, xs = torch.meshgrid(centres, centres, indexing="ij")  # [size, size] each
-    batch, count = objects.x.shape
-    image = background.to(device).expand(batch, 3, size, size).clone()
-    for k in range(count):
+    for k in range(objects.x.shape[1]):
         radius = objects.radius[:, k, None, None]
         u, v = _local(
             xs - objects.x[:, k, None, None],
@@ -56,9 +78,7 @@ def render(objects: Objects, background: Tensor, size: int = 64) -> Tensor:
             radius,
         )
         distance = _distance(objects.shape[:, k], u, v) * radius * size  # roughly in pixels
-        cover = (0.5 - distance).clamp(0, 1) * objects.visible[:, k, None, None]  # [B, size, size]
-        image = torch.lerp(image, objects.colour[:, k, :, None, None], cover[:, None])
-    return (image.clamp(0, 1) * 255).round().to(torch.uint8)
+        yield (0.5 - distance).clamp(0, 1) * objects.visible[:, k, None, None]
 
 
 def _local(dx: Tensor, dy: Tensor, angle: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:

@@ -127,9 +127,14 @@ def blocks_of(model: Any, spec: BackboneSpec) -> list[Any]:
     """The model's blocks from first to last, checked for token reduction.
 
     Raises:
-        ValueError: attention depends on the tokens' positions, a block makes several attention
-            calls, or prompts are among the tokens.
+        ValueError: attention depends on the tokens' positions, the head reads a map of all tokens,
+            a block makes several attention calls, or prompts are among the tokens.
     """
+    if spec.reads_map:
+        raise ValueError(
+            f"model: the decoder of this {spec.family} reads a map of all image tokens, of which "
+            "none may go; use a model with a classifier"
+        )
     classes = {cls.__name__ for cls in type(backbone_of(model)).__mro__}
     if not classes.intersection(FAMILIES):
         raise ValueError(

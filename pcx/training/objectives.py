@@ -179,7 +179,7 @@ class SingleLabel(Objective):
         if len(shape) != 2:
             raise ValueError(
                 f"model: it gives {tuple(shape)}, expected logits [B, C]; give the model a head, "
-                "or use another objective"
+                "or use another objective, such as objective='segmentation' of a class per pixel"
             )
         classes = shape[-1]
         if low < 0 or high >= classes:

@@ -238,3 +238,53 @@ def test_what_is_not_finite_is_passed_on():
     out, _ = forward(q, k, v, pk, pv, None, None, None, 0.25, SMALL)
     expected = reference.prefix_attention(q, k, v, pk, pv, scale=0.25)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+BIASES = {
+    "none": None,
+    "shared": (1, 2, 49, 49),  # as Swin's
+    "of windows": (3, 2, 49, 49),  # as Swin's with shifted windows
+    "a mask of windows": (3, 1, 49, 49),
+}
+
+
+@pytest.mark.parametrize("kind", BIASES)
+@pytest.mark.parametrize(("m", "own"), [(9, 49), (0, 49), (50, 49), (50, 64)])
+def test_small_samples_are_packed(kind, m, own):
+    """Four images of three windows, of which one program computes several."""
+    from pcx.kernels.prefix_attention.launch import bias_arguments
+    from pcx.kernels.prefix_attention.windows import packing_of
+
+    q, k, v, pk, pv = inputs(12, 2, 49, own, m, 32, dtype=torch.float16)
+    bias = None
+    if BIASES[kind] is not None:
+        bias = rand(*BIASES[kind][:3], own)
+        bias = bias > -1 if "mask" in kind else bias
+        if "mask" in kind:
+            bias[0, :, 3] = False  # a row that attends to nothing of its own
+        bias = five_dimensions(bias, (4, 3))
+    _, *described = bias_arguments(bias, q)
+    packing = packing_of(q, own, m, False, *described)
+    assert packing.samples > 1
+    assert packing.groups == (3 if "windows" in kind else 1)
+    assert packing.chunks * packing.samples >= 12 // packing.groups
+    out, lse = forward(q, k, v, pk, pv, None, None, bias, 0.2)
+    wide = (t.double() for t in (q, k, v, pk, pv))
+    four = None if bias is None else four_dimensions(bias, 12)
+    expected, expected_lse = reference.prefix_attention(
+        *wide, bias=four, scale=0.2, return_lse=True
+    )
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-3)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_with_biases_of_their_own_are_not_packed():
+    from pcx.kernels.prefix_attention.launch import bias_arguments
+    from pcx.kernels.prefix_attention.windows import packing_of
+
+    q = inputs(12, 2, 49, dim=32, dtype=torch.float16)[0]
+    each = five_dimensions(rand(4, 1, 2, 49, 49), (4, 3))
+    assert packing_of(q, 49, 9, False, *bias_arguments(each, q)[1:]) is None
+    assert packing_of(q, 49, 9, True, *bias_arguments(None, q)[1:]) is None
+    assert packing_of(q.float(), 49, 9, False, *bias_arguments(None, q)[1:]) is None
+    assert packing_of(q[:1], 49, 9, False, *bias_arguments(None, q[:1])[1:]) is None

@@ -15,10 +15,10 @@ def test_in_the_interpreter():
 
 @pytest.fixture
 def recorded(monkeypatch):
-    from pcx.kernels.prefix_attention import forward, key_gradients, query_gradient
+    from pcx.kernels.prefix_attention import forward, key_gradients, query_gradient, windows
 
     recorders = {}
-    for file in (forward, query_gradient, key_gradients):
+    for file in (forward, query_gradient, key_gradients, windows):
         name = "_" + file.__name__.rpartition(".")[2]
         recorders[name] = Recorder(getattr(file, name))
         monkeypatch.setattr(file, name, recorders[name])
@@ -57,9 +57,19 @@ def test_compiles_without_spilling(recorded, capability, m, dim, dtype, monkeypa
                 assert "wgmma" in found.asm["ptx"]
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("n", "m"), [(49, 50), (64, 50), (49, 100)])
+def test_packed_windows_compile_without_spilling(recorded, capability, n, m):
+    launch(m, 32, torch.bfloat16, n)
+    assert not recorded["_forward"].launches
+    ((args, options),) = recorded["_windows"].launches
+    assert not spills(compiled(recorded["_windows"].kernel, args, options, capability))
+
+
 @pytest.mark.parametrize("dim", [72, 88])
 def test_loads_are_wide_where_the_head_dim_is_a_multiple_of_8_alone(recorded, dim):
     launch(100, dim, torch.bfloat16)
+    del recorded["_windows"]
     assert all(recorder.launches for recorder in recorded.values())
     for name, recorder in recorded.items():
         for args, options in recorder.launches:

@@ -1,0 +1,209 @@
+"""Backbones for semantic segmentation: a vision transformer, and SETR's decoder behind it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pcx.arguments import whole_number
+from pcx.backbones import hugging_face
+from pcx.backbones.inputs import input_size
+from pcx.backbones.memory import over_same_memory
+from pcx.backbones.outputs import last_map
+from pcx.backbones.probing import hollow
+from pcx.backbones.spec import find_spec, library_facts
+from pcx.backbones.towers import with_head
+
+DECODERS = ("pup", "naive")
+# What libraries and pcx ask of a backbone, and its transformer answers.
+_OF_TOWER = ("pretrained_cfg", "patch_embed", "config", "image_size", "forward_intermediates")
+
+
+class Decoder(nn.Module):
+    """SETR's decoder: from a map of image tokens to logits of pixels (Zheng et al. 2021, Sec. 3.3).
+
+    "pup" (progressive upsampling) norms the tokens, doubles the resolution once per stage after a
+    3 x 3 convolution with BatchNorm and ReLU, and ends with a 1 x 1 convolution to the classes.
+    "naive" has one such 1 x 1 convolution in place of the stages.
+
+    Args:
+        width: channels of the map.
+        num_classes: of pixels; 0 leaves the last convolution out.
+        stages: of "pup".
+        channels: between the convolutions.
+        kind: "pup" or "naive".
+    """
+
+    def __init__(self, width: int, num_classes: int, stages: int, channels: int, kind: str):
+        super().__init__()
+        self.kind, self.channels = kind, channels
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        size, widths = (3, [width] + [channels] * (stages - 1)) if kind == "pup" else (1, [width])
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(w, channels, size, padding=size // 2, bias=False),
+                nn.BatchNorm2d(channels),
+                nn.ReLU(),
+            )
+            for w in widths
+        )
+        self.classifier: nn.Module = nn.Identity()
+        self.reset(num_classes)
+
+    def reset(self, num_classes: int) -> None:
+        """Puts a new last convolution in, or none for 0 classes."""
+        like = self.norm.weight
+        new: nn.Module = nn.Identity()
+        if num_classes:
+            new = nn.Conv2d(self.channels, num_classes, 1).to(like.device, like.dtype)
+        self.classifier = new
+
+    def draw(self) -> None:
+        """Draws all but the last convolution anew."""
+        for module in (self.norm, *self.stages.modules()):
+            if isinstance(module, nn.LayerNorm | nn.Conv2d | nn.BatchNorm2d):
+                module.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, D, h, w] -> logits [B, C, H, W], with H = h * 2**stages for "pup", else h."""
+        x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        for stage in self.stages:
+            x = stage(x)
+            if self.kind == "pup":
+                x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+        return self.classifier(x)
+
+
+class SETR(nn.Module):
+    """A vision transformer with SETR's decoder: a class for every pixel.
+
+    It is a backbone as any other, whose head is the decoder: `pcx.VPT(pcx.SETR(backbone, 21), 10)`,
+    every other method, and training, saving, condensing and freezing work on it. A method trains
+    the decoder with what it adds. The decoder reads the last block's map of image tokens, behind
+    the backbone's last norm.
+
+    Args:
+        backbone: a model of timm with `forward_intermediates`, or a vision transformer of Hugging
+            Face, without or with a classifier, which is left out. Its weights lie in the same
+            memory as the given one's, and it is not changed.
+        num_classes: of pixels; 0 gives the decoder's features [B, channels, H, W].
+        decoder: "pup", progressive upsampling, or "naive", two 1 x 1 convolutions.
+        channels: of the decoder between its convolutions.
+
+    Attributes:
+        tower: the transformer.
+        decoder: a `Decoder`.
+
+    Raises:
+        ValueError: the backbone gives no map of image tokens, or an argument is out of range.
+
+    Example:
+        >>> backbone = pcx.SETR(timm.create_model("vit_base_patch16_384", pretrained=True), 150)
+        >>> model = pcx.VPT(backbone, num_prompts=10)
+        >>> pcx.fit(model, loader, objective="segmentation", epochs=100, lr=0.1)
+    """
+
+    global_pool = None  # all image tokens are read
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        decoder: str = DECODERS[0],
+        channels: int = 256,
+    ):
+        super().__init__()
+        if decoder not in DECODERS:
+            raise ValueError(f"decoder: got {decoder!r}, expected one of {DECODERS}")
+        num_classes = whole_number("num_classes", num_classes)
+        channels = whole_number("channels", channels, 1)
+        if isinstance(backbone, SETR):
+            raise ValueError("backbone: it is a SETR already; give its .tower for a new decoder")
+        self.tower: Any = _without_classifier(backbone)
+        self.spec = find_spec(self.tower)  # of the transformer alone
+        width, stride = self._width_and_stride()
+        stages = max(1, round(math.log2(stride)))
+        like = next(self.tower.parameters())
+        self.decoder = Decoder(width, num_classes, stages, channels, decoder)
+        self.decoder.to(like.device, like.dtype)
+        self.eval()
+
+    def __getattr__(self, name: str) -> Any:
+        """A part of the model, or what the transformer has of that name."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in _OF_TOWER:
+                raise
+        return getattr(self.tower, name)
+
+    @property
+    def num_classes(self) -> int:
+        """Of pixels, 0 where the decoder gives features."""
+        return getattr(self.decoder.classifier, "out_channels", 0)
+
+    def get_classifier(self) -> nn.Module:
+        """The decoder's last convolution, by timm's name for it."""
+        return self.decoder.classifier
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Puts a new last convolution in, or none for 0 classes."""
+        self.decoder.reset(num_classes)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that do not decay, as timm's models give them."""
+        found = getattr(self.tower, "no_weight_decay", set)()
+        return {f"tower.{name}" for name in found}
+
+    def facts(self) -> dict[str, Any]:
+        """Fields of a `BackboneSpec`."""
+        facts = library_facts(self.tower)
+        return {
+            **facts,
+            "family": f"SETR of {type(self.tower).__name__}",
+            "heads": ("decoder",) if self.num_classes else (),
+            "listed": tuple(f"tower.{name}" for name in facts["listed"]),
+            "read_tokens": None,
+            "reads_map": True,
+        }
+
+    def forward(self, x: Tensor, **inputs: Any) -> Tensor:
+        """Images [B, 3, H, W] -> logits of pixels [B, C, H, W]."""
+        found = self.decoder(last_map(self.tower, self.spec, x, **inputs))
+        if found.shape[-2:] == x.shape[-2:]:
+            return found
+        return F.interpolate(found, x.shape[-2:], mode="bilinear", align_corners=False)
+
+    @torch.no_grad()
+    def _width_and_stride(self) -> tuple[int, float]:
+        """Channels of the transformer's map, and how many pixels its step is; on shapes alone."""
+        model, size = hollow(self.tower), input_size(self.tower)
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        try:
+            found = last_map(model, self.spec, torch.empty(1, *size, device="meta", dtype=dtype))
+        except Exception as error:  # a model may fail in any way
+            raise ValueError(
+                f"backbone: {self.spec.family} gives no map of image tokens ({error}); give a model "
+                "of timm with forward_intermediates, or a vision transformer of Hugging Face"
+            ) from error
+        return found.shape[1], size[1] / found.shape[2]
+
+
+def _without_classifier(backbone: nn.Module) -> Any:
+    """A copy over the same memory, without a head; of Hugging Face's classifiers the model in it."""
+    heads = library_facts(backbone)["heads"]
+    base = getattr(backbone, "base_model_prefix", "")
+    if base and heads:
+        backbone = getattr(backbone, base)
+    copied = over_same_memory(backbone, backbone.parameters()).eval()
+    for own, given in zip(copied.parameters(), backbone.parameters(), strict=True):
+        own.requires_grad_(given.requires_grad)
+    if hugging_face.is_tower(copied):
+        hugging_face.leave_out_drawn_pooler(copied)
+        return copied
+    return with_head(copied, 0)
