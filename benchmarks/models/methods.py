@@ -55,6 +55,14 @@ def device_in(found: Comparison) -> str:
     return re.sub(r"\W+", "_", found.settings["device"].lower()).removeprefix("nvidia_")
 
 
+def report(found: Comparison, runs: Path, stem: str | None) -> None:
+    """Writes the reports to a folder and, unless the stem is None, to `results/<stem>_<device>`."""
+    check(found)
+    write_reports(found, runs)
+    for name in (CSV, MARKDOWN, FIGURE) if stem else ():
+        shutil.copyfile(runs / name, RESULTS / f"{stem}_{device_in(found)}{Path(name).suffix}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--processes", type=int, default=2)
@@ -73,12 +81,7 @@ def main() -> None:
         processes=options.processes,
         **(QUICK if options.quick else {}),
     )
-    check(found)
-    write_reports(found, options.runs)
-    if not options.quick:
-        for name in (CSV, MARKDOWN, FIGURE):
-            kept = RESULTS / f"methods_{device_in(found)}{Path(name).suffix}"
-            shutil.copyfile(options.runs / name, kept)
+    report(found, options.runs, None if options.quick else "methods")
 
 
 if __name__ == "__main__":

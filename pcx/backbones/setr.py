@@ -19,6 +19,7 @@ from pcx.backbones.spec import find_spec, library_facts
 from pcx.backbones.towers import with_head
 
 DECODERS = ("pup", "naive")
+CHANNELS = 256  # of the paper's decoders
 # What libraries and pcx ask of a backbone, and its transformer answers.
 _OF_TOWER = ("pretrained_cfg", "patch_embed", "config", "image_size", "forward_intermediates")
 
@@ -92,7 +93,8 @@ class SETR(nn.Module):
             memory as the given one's, and it is not changed.
         num_classes: of pixels; 0 gives the decoder's features [B, channels, H, W].
         decoder: "pup", progressive upsampling, or "naive", two 1 x 1 convolutions.
-        channels: of the decoder between its convolutions.
+        channels: of the decoder between its convolutions; None is the paper's 256, or the width of
+            the backbone's map where that is less.
 
     Attributes:
         tower: the transformer.
@@ -115,13 +117,13 @@ class SETR(nn.Module):
         num_classes: int,
         *,
         decoder: str = DECODERS[0],
-        channels: int = 256,
+        channels: int | None = None,
     ):
         super().__init__()
         if decoder not in DECODERS:
             raise ValueError(f"decoder: got {decoder!r}, expected one of {DECODERS}")
         num_classes = whole_number("num_classes", num_classes)
-        channels = whole_number("channels", channels, 1)
+        channels = None if channels is None else whole_number("channels", channels, 1)
         if isinstance(backbone, SETR):
             raise ValueError("backbone: it is a SETR already; give its .tower for a new decoder")
         self.tower: Any = _without_classifier(backbone)
@@ -129,6 +131,7 @@ class SETR(nn.Module):
         width, stride = self._width_and_stride()
         stages = max(1, round(math.log2(stride)))
         like = next(self.tower.parameters())
+        channels = channels or min(CHANNELS, width)
         self.decoder = Decoder(width, num_classes, stages, channels, decoder)
         self.decoder.to(like.device, like.dtype)
         self.eval()

@@ -70,6 +70,7 @@ def condense(
         lr=lr,
         val_loader=data.loader("val", batch_size, num_workers=workers),
         clip_grad=clip_grad,
+        objective=data.objective,
         amp=amp,
         execution=execution,
         seed=seed,

@@ -112,12 +112,18 @@ Config = Annotated[
 Ranking = Annotated[str, typer.Option(help="pagerank, cls, average or random")]
 
 
-def new_backbone(name: str, num_classes: int, weights: Path | None = None) -> nn.Module:
-    """Builds the embedded backbone, or a model of timm with timm's weights or a file's."""
+def new_backbone(
+    name: str, num_classes: int, weights: Path | None = None, objective: str = "single-label"
+) -> nn.Module:
+    """Builds the embedded backbone, or a model of timm with timm's weights or a file's.
+
+    For the objective "segmentation" it gets SETR's decoder.
+    """
     from pcx.backbones.building import build_backbone
 
     _check_backbone(name, weights)
-    return build_backbone(name, num_classes=num_classes, weights=weights)
+    setr: dict | None = {} if objective == "segmentation" else None
+    return build_backbone(name, num_classes=num_classes, weights=weights, setr=setr)
 
 
 def backbone_data_config(name: str, weights: Path | None = None) -> dict:
@@ -158,8 +164,9 @@ def loaded_model(file: Path, backbone: str | None, weights: Path | None) -> Any:
 
     if backbone is None and weights is None:
         return load(file)
-    named = backbone_in(file)["name"] if backbone is None else backbone
-    return load(file, new_backbone(named, 0, weights))
+    saved = backbone_in(file)
+    objective = "segmentation" if "setr" in (saved.get("arguments") or {}) else "single-label"
+    return load(file, new_backbone(backbone or saved["name"], 0, weights, objective))
 
 
 def check_out(out: Path, *, replaced: bool) -> None:
@@ -305,21 +312,26 @@ def say_accuracy(
     trained_on: str = "train",
     top5: bool = False,
 ) -> None:
-    """Evaluates a model on a split, the held-out one for None; prints accuracy and loss.
+    """Evaluates a model on a split, the held-out one for None; prints accuracy, or mIoU, and loss.
 
     Nothing is evaluated where the split was trained on.
     """
     from pcx.training.evaluation import evaluate, standard_error
-    from pcx.training.objectives import SingleLabel
+    from pcx.training.objectives import SingleLabel, objective_for
 
     split = split or data.held_out
     if split == trained_on or (split, trained_on) == ("val", "trainval"):
         say(f"{data.name}: no held-out split, since {trained_on} was trained on; not evaluated")
         return
-    loader, objective = data.loader(split, batch_size, num_workers=workers), SingleLabel()
-    if top5:
-        objective = SingleLabel(top=5)
+    loader = data.loader(split, batch_size, num_workers=workers)
+    objective = SingleLabel(top=5) if top5 else objective_for(data.objective)
     found = evaluate(model, loader, amp=amp, objective=objective)
+    if "mean_iou" in found:
+        say(
+            f"{data.name} {split}: mIoU {found['mean_iou']:.2f}% on {found['samples']} images, "
+            f"loss {found['loss']:.4f}"
+        )
+        return
     near = f", {found['accuracy_top5']:.2f}% among the five likeliest" if top5 else ""
     say(
         f"{data.name} {split}: {found['accuracy']:.2f} ± {standard_error(found):.2f}% "

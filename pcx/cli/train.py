@@ -81,9 +81,10 @@ def train(
     data = o.new_task(name, o.backbone_data_config(backbone, weights), root, cache)
     if lr is None and base_lr is None:
         lr, clip_grad = _default_rate(chosen, clip_grad)
-    followed = _followed(patience, split, track, out)
+    objective = _objective(class_weights, data, split, top5)
+    followed = _followed(patience, split, track, out, objective.metric)
     torch.manual_seed(seed)
-    plain = o.new_backbone(backbone, data.num_classes, weights)
+    plain = o.new_backbone(backbone, data.num_classes, weights, data.objective)
     loader = data.loader(split, batch_size, num_workers=workers)
     model: Any = build_method(chosen, plain, loader, head_init=head_init)
     o.set_task(model, data)
@@ -97,7 +98,7 @@ def train(
         val_loader=val,
         weight_decay=weight_decay,
         clip_grad=clip_grad,
-        objective=_objective(class_weights, data, split, top5),
+        objective=objective,
         amp=amp,
         execution=execution,
         cache="tokens" if cache_tokens else None,
@@ -114,10 +115,18 @@ def train(
 
 
 def _objective(weights: str | None, data: Any, split: str, top5: bool) -> Any:
-    """One class per image, with the class weights and the metrics that are asked for."""
+    """That of the task; of one class per image with the weights and metrics that are asked for."""
     from pcx.training.class_weights import balanced_weights, labels_in
-    from pcx.training.objectives import SingleLabel
+    from pcx.training.objectives import SingleLabel, objective_for
 
+    if data.objective != SingleLabel.name:
+        for option, value in (("--class-weights", weights), ("--top5", top5 or None)):
+            if value is not None:
+                raise ValueError(
+                    f"{option}: it is for one class per image, and {data.name} is of "
+                    f"{data.objective}; leave it out"
+                )
+        return objective_for(data.objective)
     if top5 and data.num_classes <= 5:
         raise ValueError(
             f"--top5: {data.name} has {data.num_classes} classes, expected 6 or more; leave it out"
@@ -140,7 +149,9 @@ def _objective(weights: str | None, data: Any, split: str, top5: bool) -> Any:
     return SingleLabel(class_weights=values, top=5 if top5 else None)
 
 
-def _followed(patience: int | None, split: str, track: list[str] | None, out: Path) -> dict:
+def _followed(
+    patience: int | None, split: str, track: list[str] | None, out: Path, metric: str
+) -> dict:
     """The arguments of fit that show a training to trackers, and that end it early."""
     from pcx.training.callbacks import Callback, EarlyStopping
     from pcx.training.trackers import Tracker
@@ -150,8 +161,8 @@ def _followed(patience: int | None, split: str, track: list[str] | None, out: Pa
         return {"callbacks": called}
     if split != "train":
         raise ValueError(f"--patience: it goes by val, which --split {split} trains on; use train")
-    stopping = EarlyStopping("val_accuracy", patience)
-    return {"best": "val_accuracy", "callbacks": [*called, stopping]}
+    best = f"val_{metric}"
+    return {"best": best, "callbacks": [*called, EarlyStopping(best, patience)]}
 
 
 def _default_out(task: str) -> Path:

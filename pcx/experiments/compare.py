@@ -22,6 +22,7 @@ from pcx.extras import need
 from pcx.tasks import Task
 from pcx.training.evaluation import accelerator_for
 from pcx.training.execution import check_execution
+from pcx.training.objectives import Segmentation
 from pcx.training.run_folder import device_name
 
 
@@ -78,12 +79,14 @@ class Comparison:
         methods: texts, in order.
         rows: one for each task and method.
         settings: what all trainings had in common.
+        of_pixels: the tasks of which the accuracy is the mIoU.
     """
 
     tasks: tuple[str, ...]
     methods: tuple[str, ...]
     rows: tuple[Row, ...]
     settings: dict[str, Any]
+    of_pixels: tuple[str, ...] = ()
 
     def row(self, task: str, method: str) -> Row:
         """The row of a task and a method."""
@@ -160,8 +163,9 @@ def compare(
     cells = {m.text: grid_of(m.name, changes).cells(recipe.batch_size) for m in read}
     setup = Setup(tasks, new_backbone, recipe)
     check_execution(recipe.execution, setup.device)
-    for text, of_method in cells.items():
-        setup.build(Trial(next(iter(tasks)), text, of_method[0], "train", 0))
+    for task in {tasks[name].objective: name for name in reversed(tasks)}.values():
+        for text, of_method in cells.items():
+            setup.build(Trial(task, text, of_method[0], "train", 0))
     settings = _settings(setup)
     journal = Journal(out, settings, str(setup.device))
     protocol = Protocol(setup, journal, say, processes)
@@ -170,7 +174,8 @@ def compare(
     choices = [(task, text, c.cell) for (task, text, _), c in zip(searches, chosen, strict=True)]
     tested = protocol.test(choices, range(seeds))
     rows = [_row(*found) for found in zip(choices, chosen, tested, strict=True)]
-    return Comparison(tuple(tasks), tuple(cells), tuple(rows), settings)
+    of_pixels = tuple(name for name, task in tasks.items() if task.objective == Segmentation.name)
+    return Comparison(tuple(tasks), tuple(cells), tuple(rows), settings, of_pixels)
 
 
 def _check_alone() -> None:

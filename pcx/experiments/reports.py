@@ -129,6 +129,10 @@ def remarks(found: Comparison) -> list[str]:
     """What a reader of the table must know."""
     said = [] if any(row.peak_mib for row in found.rows) else [ON_CPU]
     edges = [f"{row.method} on {row.task} ({row.edge})" for row in found.rows if row.edge]
+    if found.of_pixels:
+        said.append(
+            f"Of {', '.join(found.of_pixels)} the accuracy is the mean intersection over union."
+        )
     if edges:
         said.append(
             f"A wider grid may do better where the chosen rate is at the grid's edge: "

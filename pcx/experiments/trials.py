@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pcx.backbones.residual import Wrapper
+from pcx.backbones.setr import SETR
 from pcx.experiments.grids import Cell
 from pcx.experiments.methods import build_method
 from pcx.models import HEAD_INITS
@@ -24,6 +25,7 @@ from pcx.training.callbacks import Callback
 from pcx.training.evaluation import accelerator_for, evaluate
 from pcx.training.fitting import fit
 from pcx.training.losses import NonFiniteInput, NonFiniteLoss
+from pcx.training.objectives import Segmentation, SingleLabel, objective_for
 
 # A model that is trained on the first is tested on the second.
 TESTED_ON = {"train": "val", "trainval": "test"}
@@ -87,19 +89,23 @@ class Setup:
     tasks: Mapping[str, Task]
     new_backbone: Callable[[int], nn.Module]
     recipe: Recipe = field(default_factory=Recipe)
-    _built: dict[int, nn.Module] = field(default_factory=dict, repr=False)
+    _built: dict[tuple[int, str], nn.Module] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the backbones, which a process builds itself."""
         return {**self.__dict__, "_built": {}}
 
-    def backbone(self, num_classes: int) -> nn.Module:
-        """A copy of the backbone on the device of the trainings."""
-        if num_classes not in self._built:
+    def backbone(self, num_classes: int, objective: str = SingleLabel.name) -> nn.Module:
+        """A copy of the backbone on the device of the trainings, for pixels with SETR's decoder."""
+        key = num_classes, objective
+        if key not in self._built:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(HEAD_SEED)
-                self._built[num_classes] = self.new_backbone(num_classes)
-        return copy.deepcopy(self._built[num_classes]).to(self.device)
+                if objective == Segmentation.name:
+                    self._built[key] = SETR(self.new_backbone(0), num_classes)
+                else:
+                    self._built[key] = self.new_backbone(num_classes)
+        return copy.deepcopy(self._built[key]).to(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -113,7 +119,7 @@ class Setup:
         torch.manual_seed(trial.own_seed)
         return build_method(
             trial.method,
-            self.backbone(task.num_classes),
+            self.backbone(task.num_classes, task.objective),
             self._loader(trial.task, trial.split),
             head_init=self.recipe.head_init,
         )
@@ -122,7 +128,8 @@ class Setup:
         """Trains a trial's model to the last epoch, and tests it once.
 
         Returns:
-            {"diverged": False, "accuracy": percent, "loss": mean} and the facts of the training:
+            {"diverged": False, "accuracy": percent, "loss": mean} and the facts of the training;
+            for pixels the accuracy is the mIoU:
             "parameters" without the head, "head_parameters", "ms_per_step" and "peak_mib", None
             where they are not known. Of a training that diverged {"diverged": True}.
 
@@ -130,6 +137,7 @@ class Setup:
             NonFiniteInput: an image is not finite.
         """
         model, recipe, cell = self.build(trial), self.recipe, trial.cell
+        objective = objective_for(self.tasks[trial.task].objective)
         times, cuda = StepTimes(), self.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -139,6 +147,7 @@ class Setup:
                 self._loader(trial.task, trial.split),
                 epochs=recipe.epochs,
                 **cell._asdict(),
+                objective=objective,
                 amp=recipe.amp,
                 execution=recipe.execution,
                 seed=trial.own_seed,
@@ -147,14 +156,15 @@ class Setup:
             )
             peak = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None
             loader = self._loader(trial.task, TESTED_ON[trial.split])
-            found = evaluate(model, loader, amp=recipe.amp, execution=recipe.execution)
+            shared: dict[str, Any] = {"amp": recipe.amp, "execution": recipe.execution}
+            found = evaluate(model, loader, objective=objective, **shared)
         except NonFiniteInput:
             raise
         except NonFiniteLoss:
             return {"diverged": True}
         return {
             "diverged": False,
-            "accuracy": found["accuracy"],
+            "accuracy": found[objective.metric],
             "loss": found["loss"],
             **counted(model),
             "ms_per_step": times.median(),

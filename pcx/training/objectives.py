@@ -39,11 +39,13 @@ class Objective:
         name: in `OBJECTIVES`.
         loss_name: of the objective's own loss, by which files tell runs apart.
         targets: what targets look like, for error messages.
+        metric: the most telling number of its metrics.
     """
 
     name: ClassVar[str]
     loss_name: ClassVar[str]
     targets: ClassVar[str]
+    metric: ClassVar[str] = "accuracy"
 
     def __init__(self, criterion: Criterion | None = None):
         self.criterion = criterion
@@ -214,6 +216,7 @@ class MultiLabel(Objective):
     name = "multi-label"
     loss_name = "binary cross-entropy"
     targets = "0 or 1 for each class, [B, C]"
+    metric = "mean_average_precision"
 
     def fits(self, logits: Tensor, targets: Tensor) -> bool:
         """[B, C] as the logits."""
@@ -292,6 +295,7 @@ class Regression(Objective):
     name = "regression"
     loss_name = "squared error"
     targets = "numbers [B] or [B, K] for K outputs"
+    metric = "mean_absolute_error"
 
     def fits(self, logits: Tensor, targets: Tensor) -> bool:
         """[B, K] as the outputs, or [B] for one output."""
@@ -322,6 +326,7 @@ class Segmentation(Objective):
     name = "segmentation"
     loss_name = "cross-entropy of pixels"
     targets = "a class per pixel, integers [B, H, W] for logits [B, C, H, W]"
+    metric = "mean_iou"
     IGNORED: ClassVar[int] = 255
 
     def fits(self, logits: Tensor, targets: Tensor) -> bool:
