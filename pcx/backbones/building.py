@@ -61,6 +61,15 @@ def build_backbone(
     )
 
 
+def with_decoder_of(backbone: nn.Module, arguments: Mapping[str, Any]) -> nn.Module:
+    """A backbone with SETR's decoder where arguments of `build_backbone` name one, without it else.
+
+    The decoder gives features; its weights are to be set.
+    """
+    plain = backbone.tower if isinstance(backbone, SETR) else backbone
+    return plain if arguments.get("setr") is None else SETR(plain, 0, **arguments["setr"])
+
+
 def _hugging_face(name: str, num_classes: int, class_name: str | None = None) -> nn.Module:
     """A checkpoint by its class for image classification, or by the class of that name."""
     try:

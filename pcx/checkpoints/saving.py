@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pcx.backbones.architecture import architecture_of, differences
-from pcx.backbones.building import arguments_of, build_backbone
+from pcx.backbones.building import arguments_of, build_backbone, with_decoder_of
 from pcx.backbones.inputs import data_config, input_size
 from pcx.backbones.positions import grid_of, resampled
 from pcx.checkpoints.files import written_whole
@@ -66,7 +66,8 @@ def load(path: str | os.PathLike, backbone: nn.Module | None = None) -> Any:
 
     Args:
         path: the file.
-        backbone: the backbone it was trained on, with any head; convert dtype or device afterwards.
+        backbone: the backbone it was trained on, with any head or decoder; convert dtype or device
+            afterwards.
             It may take images of another size, for which timm resampled its position embeddings.
             None builds the one that the file names.
 
@@ -90,14 +91,14 @@ def load(path: str | os.PathLike, backbone: nn.Module | None = None) -> Any:
             f"{METHODS.unknown(described['method'])} `pcx.METHODS.add` adds your own"
         )
     cls = METHODS[described["method"]]
-    if backbone is None:
-        backbone = _built(path, saved)
+    given = _built(path, saved) if backbone is None else backbone
     try:
+        backbone = with_decoder_of(given, saved.get("arguments") or {})
         model = cls.from_config(backbone, described["settings"])
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"backbone: {path} was trained on {saved['name']}, whose place "
-            f"{backbone_name(backbone)} cannot take: {error}"
+            f"{backbone_name(given)} cannot take: {error}"
         ) from error
     model.own(keep=lambda name: f"backbone.{name}" in tensors)  # what a user had set to be trained
     _check_backbone(path, saved, model)

@@ -164,9 +164,8 @@ def loaded_model(file: Path, backbone: str | None, weights: Path | None) -> Any:
 
     if backbone is None and weights is None:
         return load(file)
-    saved = backbone_in(file)
-    objective = "segmentation" if "setr" in (saved.get("arguments") or {}) else "single-label"
-    return load(file, new_backbone(backbone or saved["name"], 0, weights, objective))
+    named = backbone_in(file)["name"] if backbone is None else backbone
+    return load(file, new_backbone(named, 0, weights))
 
 
 def check_out(out: Path, *, replaced: bool) -> None:

@@ -10,8 +10,8 @@ from PIL import Image
 
 from pcx.backbones import scenes_vit
 from pcx.backbones.inputs import data_config
-from pcx.tasks import load_task
-from pcx.tasks.render import SHAPES, Objects, render
+from pcx.tasks import load_task, masks
+from pcx.tasks.render import SHAPES, Objects, render, render_shapes
 from pcx.tasks.scenes import COLOURS, scenes
 from pcx.tasks.sprites import draw_sprites
 from pcx.training.loaders import plain_loader
@@ -288,3 +288,46 @@ def test_unknown_names_say_what_there_is(tmp_path):
         load_task("torch/nothing", CONFIG, root=tmp_path)
     with pytest.raises(ValueError, match="split: got 'dev'"):
         load_task("digits", CONFIG).loader("dev")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_masks_say_which_shape_a_pixel_shows(shape):
+    drawn = one(shape)
+    covered = render(drawn, torch.zeros(1, 3, 1, 1))[0, 0] > 127
+    expected = torch.where(covered, 1 + SHAPES.index(shape), 0)
+    assert torch.equal(render_shapes(drawn)[0], expected)
+    drawn.visible[:] = False
+    assert not render_shapes(drawn).any()
+
+
+def test_the_topmost_shape_counts():
+    both = Objects(
+        shape=torch.tensor([[SHAPES.index("square"), SHAPES.index("disc")]]),
+        x=torch.tensor([[0.5, 0.5]]),
+        y=torch.tensor([[0.5, 0.5]]),
+        radius=torch.tensor([[0.4, 0.2]]),
+        angle=torch.zeros(1, 2),
+        colour=torch.ones(1, 2, 3),
+        visible=torch.ones(1, 2, dtype=torch.bool),
+    )
+    found = render_shapes(both)[0]
+    assert found[32, 32] == 1 + SHAPES.index("disc")
+    assert found[32, 16] == 1 + SHAPES.index("square")
+
+
+def test_the_task_of_masks(monkeypatch):
+    monkeypatch.setattr(masks, "SPLITS", {"train": (1, 8), "val": (2, 4), "test": (3, 6)})
+    task = load_task("masks", {**CONFIG, "input_size": (3, 64, 64)})
+    assert (task.objective, task.num_classes, task.held_out) == ("segmentation", 9, "test")
+    batches = {split: next(iter(task.loader(split, 99))) for split in ("val", "test", "trainval")}
+    assert [len(x) for x, _ in batches.values()] == [4, 6, 12]
+    for x, y in batches.values():
+        assert x.shape[1:] == (3, 64, 64)
+        assert (y.shape[1:], y.dtype) == ((64, 64), torch.int64)
+        assert y.min() == 0
+        assert y.max() < 9
+    half = next(iter(load_task("masks", CONFIG).loader("val", 99)))  # images of 32 pixels
+    shown = batches["val"][1]
+    assert torch.equal(half[1], shown[:, 1::2, 1::2])
+    again = next(iter(load_task("masks", {**CONFIG, "input_size": (3, 64, 64)}).loader("val", 99)))
+    assert torch.equal(again[1], shown)
