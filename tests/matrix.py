@@ -28,6 +28,8 @@ from torch import Tensor, nn
 import pcx
 from pcx.backbones import attention
 from pcx.backbones.outputs import logits_of
+from pcx.backbones.towers import with_head
+from pcx.token_pruning import stages, tome
 
 TABLE = Path(__file__).parents[1] / "docs" / "families.md"
 CLASSES = 5
@@ -85,24 +87,37 @@ HUGGING_FACE: dict[str, dict[str, Any]] = {
     "Beit": {},
     "Swin": {"depths": [2, 2], "num_heads": [3, 6], "embed_dim": 24, "window_size": 4}
     | {"patch_size": 4},
+    "IJepa": {},
+    "Siglip": {},
 }
-NAMES = [*FAMILIES, *STAGED, *(f"hf-{name.lower()}" for name in HUGGING_FACE)]
+# Vision towers, which have no classifier: their class, and that of their configuration.
+TOWERS = {
+    "hf-clip": ("CLIPVisionModel", "CLIPVisionConfig", {}),
+    "hf-clip-projected": ("CLIPVisionModelWithProjection", "CLIPVisionConfig", {}),
+    "hf-siglip-tower": ("SiglipVisionModel", "SiglipVisionConfig", {}),
+    "hf-siglip2": ("Siglip2VisionModel", "Siglip2VisionConfig", {}),
+    "hf-dinov3": ("DINOv3ViTModel", "DINOv3ViTConfig", {}),
+    "hf-mae": ("ViTMAEModel", "ViTMAEConfig", {}),
+}
+NAMES = [*FAMILIES, *STAGED, *(f"hf-{name.lower()}" for name in HUGGING_FACE), *TOWERS]
 
 
-def backbone_of(name: str) -> nn.Module:
-    """A small random model in float64 and eval mode."""
+def backbone_of(name: str, **more: Any) -> nn.Module:
+    """A small random model in float64 and eval mode; `more` goes to timm's constructor."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if name in FAMILIES:
-            return build(name, CLASSES)
+            return build(name, CLASSES, **more)
         if name in STAGED:
             library, arguments, size, _ = STAGED[name]
             overlay = {"input_size": (3, size, size)}  # what timm does not say of another img_size
             model: Any = timm.create_model(
-                library, num_classes=CLASSES, pretrained_cfg_overlay=overlay, **arguments
+                library, num_classes=CLASSES, pretrained_cfg_overlay=overlay, **arguments, **more
             )
+        elif more:
+            raise TypeError("arguments are timm's")
         else:
-            model = _hugging_face(next(n for n in HUGGING_FACE if f"hf-{n.lower()}" == name))
+            model = _hugging_face(name)
     model = model.double()
     randomise(model)
     for p in model.parameters() if name not in FAMILIES else ():
@@ -117,15 +132,25 @@ def backbone_of(name: str) -> nn.Module:
 
 
 def _hugging_face(name: str) -> nn.Module:
+    """A classifier, or a tower with a linear layer behind its features."""
     import transformers
 
     sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3}
     sizes |= {"intermediate_size": 96, "image_size": 64, "patch_size": 16}
-    more = HUGGING_FACE[name]
-    config = getattr(transformers, f"{name}Config")(
-        **{**({} if "depths" in more else sizes), "image_size": 64, **more}, num_labels=CLASSES
-    )
-    return getattr(transformers, f"{name}ForImageClassification")(config)
+    if name in TOWERS:
+        of_model, of_config, more = TOWERS[name]
+        config = getattr(transformers, of_config)(**sizes, **more)
+        tower = getattr(transformers, of_model)(config)
+        return with_head(tower.double(), CLASSES)
+    named = next(n for n in HUGGING_FACE if f"hf-{n.lower()}" == name)
+    more = HUGGING_FACE[named]
+    given = {**({} if "depths" in more else sizes), "image_size": 64, **more}
+    of_config = getattr(transformers, f"{named}Config")
+    if hasattr(of_config, "sub_configs") and "vision_config" in of_config.sub_configs:
+        config = of_config(vision_config=given, num_labels=CLASSES)
+    else:
+        config = of_config(**given, num_labels=CLASSES)
+    return getattr(transformers, f"{named}ForImageClassification")(config)
 
 
 def images_of(name: str, batch: int = 2) -> Tensor:
@@ -278,19 +303,19 @@ def prefix(name: str) -> None:
     _folded(_model(name, kind="prefix"), images_of(name))
 
 
-def _folded(model: pcx.VPT, x: Tensor) -> None:
+def _folded(model: pcx.VPT, x: Tensor, **inputs: Any) -> None:
     oracle = literal(model)
     grads = []
     used = [p for p in model.prompts if p.numel()]
     for run in (model, oracle):
         given = x.clone().requires_grad_()
-        logits = logits_of(run(given))
+        logits = logits_of(run(given, **inputs))
         grads.append([logits, *torch.autograd.grad(logits.square().sum(), [given, *used])])
     for found, expected in zip(*grads, strict=True):
         assert expected.norm() > 0
         close(found, expected, 1e-9)
     without = model.keep([torch.arange(0)] * len(model.prompts))
-    assert (without(x) - grads[1][0]).norm() > 1e-4 * grads[1][0].norm()
+    assert (without(x, **inputs) - grads[1][0]).norm() > 1e-4 * grads[1][0].norm()
 
 
 def shallow(name: str) -> None:
@@ -405,10 +430,158 @@ def features(name: str) -> None:
         for a, b in zip(found, expected, strict=True):
             close(a, b)
     else:
-        states = plain(x, output_hidden_states=True).hidden_states
+        tower: Any = getattr(plain, "tower", plain)
+        states = tower(x, output_hidden_states=True).hidden_states
         side = found[-1].shape[-1]
         for a, b in zip(found, states[1:], strict=True):
             close(a, b[:, -side * side :].transpose(1, 2).unflatten(2, (side, side)))
+
+
+def setr(name: str) -> None:
+    """A class for every pixel by SETR's decoder: the same as deep, on `pcx.SETR`."""
+    plain = pcx.SETR(backbone_of(name), CLASSES, channels=8)
+    randomise(plain.decoder)
+    model = prompted(name, plain, head_init="keep")
+    object.__setattr__(model, "plain", plain)
+    _folded(model, images_of(name))
+
+
+def sizes(name: str) -> None:
+    """The same as deep, of images of another size than the model was built for."""
+    x = images_of(name)
+    step = 28 if x.shape[-1] % 16 else 32
+    larger = F.interpolate(x, (x.shape[-2] + step, x.shape[-1]))
+    for more, inputs in SIZE_ARGUMENTS:
+        try:
+            plain = backbone_of(name, **more)
+            plain(larger, **inputs)
+        except (AssertionError, RuntimeError, TypeError, ValueError):
+            continue
+        model = prompted(name, plain)
+        object.__setattr__(model, "plain", plain)
+        return _folded(model, larger, **inputs)
+    raise ValueError("model: its library takes images of one size")
+
+
+# Arguments by which libraries take other sizes: of the constructor, and of the forward.
+SIZE_ARGUMENTS: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+    ({"dynamic_img_size": True}, {}),
+    ({"strict_img_size": False}, {}),
+    ({}, {"interpolate_pos_encoding": True}),
+    ({}, {}),
+)
+
+
+class Reduced:
+    """A block's forward, behind which tokens are dropped or merged; written out.
+
+    Args:
+        block: changed.
+        reduce: (tokens, call, known) -> (tokens, known), of what is known of the tokens.
+        known: a list of one item, which the blocks hand on.
+        attend: (call, known) -> what attention gives.
+    """
+
+    def __init__(self, block: nn.Module, reduce: Any, known: list[Any], attend: Any):
+        self.own, self.reduce, self.known, self.attend = block.forward, reduce, known, attend
+        block.forward = self  # type: ignore[assignment]
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls: list[attention.Call] = []
+
+        def attend(_: int, call: attention.Call) -> Tensor:
+            calls.append(call)
+            return self.attend(call, self.known[0])
+
+        with attention.intercept(attend, []):
+            out = self.own(x, *args, **kwargs)
+        tokens = out[0] if isinstance(out, tuple) else out
+        tokens, self.known[0] = self.reduce(tokens, calls[0], self.known[0])
+        return (tokens, *out[1:]) if isinstance(out, tuple) else tokens
+
+
+def zero_tprune(name: str) -> None:
+    """Equal to the plain blocks, behind which the tokens that the stages leave are picked."""
+    model, x = backbone_of(name), images_of(name)
+    setting = {"similar": 2, "iters": 3, "cls_boost": False}
+    oracle = copy.deepcopy(model)
+    attention.fuse(oracle)
+    pruning = pcx.zero_tprune(model, layers=(1, 2), keep=0.7, **setting)
+    spec, known = pcx.Linear(oracle).spec, [None]
+
+    def drop(tokens: Tensor, call: attention.Call, _: Any) -> tuple[Tensor, Any]:
+        left = int((call.q.shape[2] - spec.prefix_tokens - 2) * 0.7 + 0.5)
+        stays = stages.prune(
+            call.q, call.k, keep=left, protected=spec.prefix_tokens, scale=call.scale, **setting
+        )
+        return torch.stack([t[s] for t, s in zip(tokens, stays, strict=True)]), None
+
+    for block in spec.blocks_in(oracle)[:2]:
+        Reduced(block, drop, known, lambda call, _: call.output())
+    with torch.no_grad():
+        whole = logits_of(backbone_of(name)(x))
+        expected = logits_of(oracle(x))
+        close(logits_of(model(x)), expected)
+    assert (expected - whole).norm() > 1e-6 * whole.norm()
+    assert [kept.shape[1] < x.shape[-1] for kept in pruning.kept] == [True, True]
+
+
+def tokens_merged(name: str) -> None:
+    """Equal to the plain blocks, with sizes in a softmax, and pairs merged in loops behind them."""
+    model, x, r = backbone_of(name), images_of(name), 3
+    oracle = copy.deepcopy(model)
+    attention.fuse(oracle)
+    tome(model, r=r)
+    spec = pcx.Linear(oracle).spec
+    known: list[Any] = [None]
+
+    def attend(call: attention.Call, sizes: Any) -> Tensor:
+        scale = call.q.shape[-1] ** -0.5 if call.scale is None else call.scale
+        logits = call.q @ call.k.transpose(-2, -1) * scale
+        if sizes is not None:
+            logits = logits + sizes.log()[:, None, None]
+        return logits.softmax(-1) @ call.v
+
+    def merge(tokens: Tensor, call: attention.Call, sizes: Any) -> tuple[Tensor, Tensor]:
+        sizes = tokens.new_ones(tokens.shape[:2]) if sizes is None else sizes
+        rows = zip(tokens, sizes, call.k.mean(1), strict=True)
+        merged = [_merged(*row, r, spec.prefix_tokens) for row in rows]
+        return torch.stack([t for t, _ in merged]), torch.stack([s for _, s in merged])
+
+    def spread(tokens: Tensor, _: attention.Call, sizes: Tensor) -> tuple[Tensor, None]:
+        rows = zip(tokens, sizes.long(), strict=True)
+        return torch.stack([t.repeat_interleave(s, 0) for t, s in rows]), None
+
+    blocks = spec.blocks_in(oracle)
+    for block in blocks[:-1]:
+        Reduced(block, merge, known, attend)
+    Reduced(blocks[-1], spread, known, attend)  # the head reads each token as often as it stands
+    with torch.no_grad():
+        whole = logits_of(backbone_of(name)(x))
+        expected = logits_of(oracle(x))
+        close(logits_of(model(x)), expected)
+    assert (expected - whole).norm() > 1e-6 * whole.norm()
+
+
+def _merged(
+    tokens: Tensor, sizes: Tensor, features: Tensor, r: int, protected: int
+) -> tuple[Tensor, Tensor]:
+    """One sample's tokens [N, D] and sizes [N]; the r of A most like one of B are merged into it."""
+    places = range(protected, len(tokens))
+    if not (r := min(r, len(places) // 2)):
+        return tokens, sizes
+    group_a, group_b = ([i for i in places if i % 2 == odd] for odd in (0, 1))
+    unit = F.normalize(features, dim=-1)
+    best = {i: max((float(unit[i] @ unit[j]), -j) for j in group_b) for i in group_a}
+    going = sorted(group_a, key=lambda i: -best[i][0])[:r]
+    groups = [[i] for i in (*range(protected), *(i for i in group_a if i not in going))]
+    groups += [[j, *(i for i in going if -best[i][1] == j)] for j in group_b]
+    mass = [sizes[group].sum() for group in groups]
+    means = [
+        (sizes[group, None] * tokens[group]).sum(0) / m
+        for group, m in zip(groups, mass, strict=True)
+    ]
+    return torch.stack(means), torch.stack(mass)
 
 
 def freeze(name: str) -> None:
@@ -447,10 +620,14 @@ CELLS: dict[str, Callable[[str], None]] = {
     "prefix": prefix,
     "condense": condense,
     "SCT": sct,
+    "Zero-TPrune": zero_tprune,
+    "ToMe": tokens_merged,
     "features": features,
+    "SETR": setr,
     "freeze": freeze,
     "compile": compiled,
     "export": exported,
+    "sizes": sizes,
 }
 
 
@@ -538,6 +715,8 @@ def library_name(name: str) -> str:
         return FAMILIES[name][0]
     if name in STAGED:
         return STAGED[name][0]
+    if name in TOWERS:
+        return TOWERS[name][0]
     return next(n for n in HUGGING_FACE if f"hf-{n.lower()}" == name) + "ForImageClassification"
 
 

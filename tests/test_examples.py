@@ -20,6 +20,13 @@ PRINTS = {
     ),
     "prune": (r"all tokens: ", r"pruned: ", r"patches left of 64: \[52, 37\]", r"removed: "),
     "lightning_module": (r"Lightning: [\d.]+%, 6730 trained", r"loaded by pcx: [\d.]+%"),
+    "segmentation": (
+        r"masks \[200, 64, 64\], 9 classes",
+        r"VPT-Deep: mIoU [\d.]+% on 1000 test images",
+        r"decoder alone: mIoU [\d.]+%",
+        r"features: \[\[2, 96, 8, 8\], \[2, 96, 8, 8\]\]",
+    ),
+    "detection": (r"epoch 1: loss \d\.\d+", r"prompts of all 4 blocks were trained: True"),
     "serve": (r"image 3: class \d with probability [01]\.\d\d", r"[\d.]+ ms per image, batch 16"),
     "prefix_attention": (r"of the outputs: \S+", r"of the gradients: \S+"),
 }

@@ -16,7 +16,7 @@ from pcx.backbones.memory import over_same_memory
 from pcx.backbones.outputs import last_map
 from pcx.backbones.probing import hollow
 from pcx.backbones.spec import find_spec, library_facts
-from pcx.backbones.towers import with_head
+from pcx.backbones.towers import Tower, with_head
 
 DECODERS = ("pup", "naive")
 CHANNELS = 256  # of the paper's decoders
@@ -199,10 +199,10 @@ class SETR(nn.Module):
 
 def _without_classifier(backbone: nn.Module) -> Any:
     """A copy over the same memory, without a head; of Hugging Face's classifiers the model in it."""
-    heads = library_facts(backbone)["heads"]
-    base = getattr(backbone, "base_model_prefix", "")
-    if base and heads:
-        backbone = getattr(backbone, base)
+    if isinstance(backbone, Tower):
+        backbone = backbone.tower
+    if library_facts(backbone)["heads"] and hasattr(backbone, "base_model_prefix"):
+        backbone = next(part for part in backbone.children() if hasattr(part, "base_model_prefix"))
     copied = over_same_memory(backbone, backbone.parameters()).eval()
     for own, given in zip(copied.parameters(), backbone.parameters(), strict=True):
         own.requires_grad_(given.requires_grad)

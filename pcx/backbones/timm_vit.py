@@ -53,11 +53,14 @@ def _read_tokens(backbone: Any) -> int | None:
 def _linear(backbone: Any, classifier: nn.Module) -> list[nn.Module]:
     """The linear layers that give logits in a classifier of timm's: a norm and one, or several.
 
-    Another classifier, such as a user's own, is taken as a whole.
+    Another classifier, such as a user's own, is taken as a whole. One without weights, which pools
+    and norms at most, is none.
     """
     container = isinstance(classifier, nn.ModuleList)
     if not (container or type(classifier).__module__.startswith("timm.")):
         return [classifier]
+    if not backbone.num_classes:
+        return []
     found: list[nn.Module] = [
         module
         for module in classifier.modules()

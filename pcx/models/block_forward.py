@@ -64,6 +64,14 @@ class StandIn:
                 "model: what is known of the tokens was lost on the way to "
                 f"{type(self.block).__name__}; checkpoint with use_reentrant=False"
             )
+        if self.reduction is not None and any(
+            isinstance(each, Tensor) for each in (*args, *kwargs.values())
+        ):
+            raise ValueError(
+                f"model: {type(self.block).__name__} is given a mask, or another tensor of all "
+                "tokens, of which some were dropped or merged; give images without padding, or "
+                "call remove() of what set that up"
+            )
         tokens, known = x if isinstance(x, Carried) else (x, None)
         calls: list[attention.Call] = []
 

@@ -15,7 +15,8 @@ from pcx.models.base import TunedModel, check_module, keeping_modes
 from pcx.models.block_forward import StandIn, found_on, without_stand_ins
 from pcx.ops.reference.attention import additive
 
-# Families whose blocks do not depend on the position of a token, so that tokens may be dropped.
+# Families whose blocks are known not to depend on the position of a token, so that tokens may be
+# dropped. Blocks of others are run, see `_mind_places`.
 FAMILIES = (
     "VisionTransformer",
     "VisionTransformerDistilled",
@@ -135,8 +136,9 @@ def blocks_of(model: Any, spec: BackboneSpec) -> list[Any]:
             f"model: the decoder of this {spec.family} reads a map of all image tokens, of which "
             "none may go; use a model with a classifier"
         )
+    blocks = spec.blocks_in(backbone_of(model))
     classes = {cls.__name__ for cls in type(backbone_of(model)).__mro__}
-    if not classes.intersection(FAMILIES):
+    if not classes.intersection(FAMILIES) and _mind_places(model, blocks, spec):
         raise ValueError(
             f"model: {spec.family} turns or biases attention by the tokens' places, which "
             f"pruning would mix up; use a model of one of {FAMILIES}"
@@ -152,7 +154,42 @@ def blocks_of(model: Any, spec: BackboneSpec) -> list[Any]:
             "model: its path is 'concat', which puts prompts among the tokens; set model.path = "
             "'folded'"
         )
-    return spec.blocks_in(backbone_of(model))
+    return blocks
+
+
+@torch.no_grad()
+def _mind_places(model: Any, blocks: Sequence[nn.Module], spec: BackboneSpec) -> bool:
+    """Whether blocks compute something else for a token in another place, or for fewer tokens.
+
+    Each block is run on made-up tokens, on the same in another order, and on some of them.
+    """
+    if not spec.blocks or not spec.is_one_sequence:
+        return True
+    with keeping_modes(model):
+        model.eval()
+        for block, known in zip(blocks, spec.blocks, strict=True):
+            given = dict(zip(known.arguments, known.values, strict=True))
+            if not all(v is None or isinstance(v, bool) for v in given.values()):
+                return True  # rotations, masks
+            tokens = attention.made_up_tokens(block, known.dim)
+            order = torch.arange(tokens.shape[1], device=tokens.device).flip(0)
+            try:
+                whole, turned, fewer = (
+                    _first(block(tokens[:, some], **given))
+                    for some in (order.flip(0), order, order[:2])
+                )
+            except (RuntimeError, ValueError, IndexError):  # a bias for other tokens does not fit
+                return True
+            near = {"rtol": 1e-3, "atol": 1e-3 * float(whole.abs().max())}
+            if not torch.allclose(turned.flip(1), whole, **near):
+                return True
+            if fewer.shape != tokens[:, :2].shape or not fewer.isfinite().all():
+                return True
+    return False
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def backbone_of(model: Any) -> Any:
