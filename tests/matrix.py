@@ -1,6 +1,7 @@
 """What each family of backbones carries, found by comparing with literal forms in float64.
 
-`python tests/matrix.py` (or `make families`) runs every cell and writes `docs/families.md`.
+`python tests/matrix.py` (or `make families`) runs every cell and writes `docs/families.md`; of some
+`--families` or `--cells` it writes these anew.
 `tests/models/test_matrix.py` runs some of them in CI. A cell is a function of a family's name; it
 raises an AssertionError where the numbers differ, and a ValueError of pcx where the family has no
 meaning for it, whose first sentence is the reason that the table gives.
@@ -315,7 +316,7 @@ def _folded(model: pcx.VPT, x: Tensor, **inputs: Any) -> None:
         assert expected.norm() > 0
         close(found, expected, 1e-9)
     without = model.keep([torch.arange(0)] * len(model.prompts))
-    assert (without(x, **inputs) - grads[1][0]).norm() > 1e-4 * grads[1][0].norm()
+    assert (without(x, **inputs) - grads[1][0]).norm() > 1e-6 * grads[1][0].norm()
 
 
 def shallow(name: str) -> None:
@@ -455,7 +456,7 @@ def sizes(name: str) -> None:
         try:
             plain = backbone_of(name, **more)
             plain(larger, **inputs)
-        except (AssertionError, RuntimeError, TypeError, ValueError):
+        except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):
             continue
         model = prompted(name, plain)
         object.__setattr__(model, "plain", plain)
@@ -566,7 +567,7 @@ def tokens_merged(name: str) -> None:
 def _merged(
     tokens: Tensor, sizes: Tensor, features: Tensor, r: int, protected: int
 ) -> tuple[Tensor, Tensor]:
-    """One sample's tokens [N, D] and sizes [N]; the r of A most like one of B are merged into it."""
+    """One sample's tokens [N, D] and sizes [N]; the r of A most like one of B go into it."""
     places = range(protected, len(tokens))
     if not (r := min(r, len(places) // 2)):
         return tokens, sizes
@@ -725,11 +726,14 @@ def marks_in(text: str) -> Marks:
     reasons = {
         int(n): reason for n, reason in re.findall(r"^\| (\d+) \| (.*) \|$", text, re.MULTILINE)
     }
-    found = {}
+    found: Marks = {}
+    columns: list[str] = []
     for line in text.splitlines():
         parts = [part.strip() for part in line.strip("|").split("|")]
+        if parts[:2] == ["family", "model"]:
+            columns = parts[2:]
         if line.startswith("| ") and parts[0] in NAMES:
-            for cell, part in zip(CELLS, parts[2:], strict=True):
+            for cell, part in zip(columns, parts[2:], strict=True):
                 found[parts[0], cell] = "" if part == "yes" else reasons[int(part)]
     return found
 
@@ -751,13 +755,15 @@ def main() -> None:
                 failed.append((name, cell))
                 said = f"FAILED {type(error).__name__}: {str(error)[:300]}"
             print(f"{name} {cell} {time.time() - start:.1f}s {said}", flush=True)
+    page = marks_in(TABLE.read_text())
     if options.check:
-        page = marks_in(TABLE.read_text())
         failed += [each for each, reason in marks.items() if bool(page[each]) != bool(reason)]
     if failed:
         sys.exit(f"failed: {failed}")
-    if not options.check and len(marks) == len(NAMES) * len(CELLS):
-        TABLE.write_text(table_of(marks))
+    cells = [(name, cell) for name in NAMES for cell in CELLS]
+    known = {**page, **marks}
+    if not options.check and set(cells) <= set(known):
+        TABLE.write_text(table_of({each: known[each] for each in cells}))
         print(f"wrote {TABLE}")
 
 

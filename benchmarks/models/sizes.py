@@ -7,8 +7,11 @@
 - infer: of a call of timm's plain model and of the concatenating VPT, recorded by hand, and of the
   plain model and the folded VPT through `pcx.freeze`.
 
-Everything is bfloat16 autocast with 100 prompts a layer. Peak memory is that of a training step
-outside of graphs, with one model on the GPU; of inference there is none. Before anything is timed,
+- memory: the peak of a call of each of these, eagerly and with that model alone on the GPU; its
+  milliseconds are empty.
+
+Everything is bfloat16 autocast with 100 prompts a layer. Peak memory of training is that of a step
+outside of graphs, with one model on the GPU. Before anything is timed,
 the folded and the concatenating form are compared in float32: logits, and gradients of the first
 layer's prompts. Frozen models are compared with those that they were made of.
 """
@@ -92,7 +95,24 @@ def infer(add: Add, size: Size) -> None:
             del call
 
 
-WORKS = {"train": train, "infer": infer}
+def memory(add: Add, size: Size) -> None:
+    for way in ("plain", "concatenating", "plain, pcx.freeze", "VPT, pcx.freeze"):
+        gc.collect()
+        torch.cuda.empty_cache()
+        model = backbone_of(size.name)
+        if way == "concatenating":
+            model = vpt_of(size.name, "concat").eval()
+        elif way == "VPT, pcx.freeze":
+            model = vpt_of(size.name, "folded").eval()
+        if way.endswith("freeze"):
+            model = pcx.freeze(model, amp="bf16", execution="eager")
+        images = torch.randn(size.batches[-1], 3, size.side, size.side, device="cuda")
+        call = inference_of(model, images)
+        call()
+        add(way, size.batches[-1], float("nan"), peak_of(call))
+
+
+WORKS = {"train": train, "infer": infer, "memory": memory}
 
 
 def main() -> None:

@@ -185,42 +185,46 @@ TOKENS, HEAD_DIM, SETS_OF_INPUTS = 49, 32, 4
 
 
 def op(rows: Rows) -> None:
-    from pcx.kernels.prefix_attention.forward import forward
-
     for stage, (windows, heads) in STAGES.items():
         like = {"device": DEVICE, "dtype": torch.bfloat16}
-        bias = torch.randn(windows, heads, TOKENS, TOKENS, **like)
-        prefix = torch.randn(2, heads, M, HEAD_DIM, **like).unbind(0)
         each = [
             torch.randn(BATCH * windows, TOKENS, 3, heads, HEAD_DIM, **like)
             .permute(2, 0, 3, 1, 4)
             .unbind(0)
             for _ in range(SETS_OF_INPUTS)
         ]
-        scale = HEAD_DIM**-0.5
-        padded = F.pad(bias, (M, 0))
-
-        def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            shape = (BATCH, windows)
-            q, k, v = (t.unflatten(0, shape) for t in (q, k, v))
-            return pcx.prefix_attention(q, k, v, *prefix, bias=bias).flatten(0, 1)
-
-        def tiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return forward(q, k, v, *prefix, None, None, bias[None], scale, (64, 32, 4, 3))[0]
-
-        def concatenated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            k, v = (torch.cat([p.expand(len(t), -1, -1, -1), t], 2)
-                    for p, t in zip(prefix, (k, v), strict=True))  # fmt: skip
-            q, k, v = (t.unflatten(0, (BATCH, windows)) for t in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=padded).flatten(0, 1)
-
-        ways = {"packed": packed, "tiled": tiled, "concatenated": concatenated}
-        expected = concatenated(*each[0]).float()
+        ways = attentions(windows, heads)
+        expected = ways["concatenated"](*each[0]).float()
         for way, run in ways.items():
             assert (run(*each[0]).float() - expected).norm() < 1e-2 * expected.norm(), way
             calls = [partial(run, *inputs) for inputs in each]
-            ms = graphed(calls)[1] / 1000
-            rows.add("op", f"Swin-B {stage}", way, BATCH, ms, float("nan"))
+            rows.add("op", f"Swin-B {stage}", way, BATCH, graphed(calls)[1] / 1000, float("nan"))
+
+
+def attentions(windows: int, heads: int) -> dict[str, Callable[..., Tensor]]:
+    """The attention of a stage by way, of windows [B * W, H, N, d]."""
+    from pcx.kernels.prefix_attention.forward import forward
+
+    like = {"device": DEVICE, "dtype": torch.bfloat16}
+    bias = torch.randn(windows, heads, TOKENS, TOKENS, **like)
+    prefix = torch.randn(2, heads, M, HEAD_DIM, **like).unbind(0)
+    padded, shape = F.pad(bias, (M, 0)), (BATCH, windows)
+
+    def packed(*qkv: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(0, shape) for t in qkv)
+        return pcx.prefix_attention(q, k, v, *prefix, bias=bias).flatten(0, 1)
+
+    def tiled(*qkv: Tensor) -> Tensor:
+        return forward(*qkv, *prefix, None, None, bias[None], HEAD_DIM**-0.5, (64, 32, 4, 3))[0]
+
+    def concatenated(q: Tensor, *kv: Tensor) -> Tensor:
+        k, v = (
+            torch.cat([p.expand(len(t), -1, -1, -1), t], 2) for p, t in zip(prefix, kv, strict=True)
+        )
+        q, k, v = (t.unflatten(0, shape) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=padded).flatten(0, 1)
+
+    return {"packed": packed, "tiled": tiled, "concatenated": concatenated}
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Attention of small samples, such as Swin's windows, over [a shared prefix; own keys].
 
-One program computes one head of many samples. The prefix, and the bias that these samples share, are
-read once and stay on the chip; of each sample the program reads its queries, keys and values alone.
-All keys of a sample lie in two tiles, the prefix's and its own, so that one softmax covers both.
+One program computes one head of many samples. The prefix, and the bias that these samples share,
+are read once and stay on the chip. Of each sample the program reads queries, keys and values. All
+keys of a sample lie in two tiles, the prefix's and its own, so that one softmax covers both.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def packing_of(
         bias_strides, inner, kind: as `bias_arguments` gives them.
     """
     batch, heads, n, dim = q.shape
-    small = max(n, own) <= MOST and m <= MOST_PREFIX and dim in (16, 32, 64)
+    most_prefix = MOST_PREFIX if dim < 64 else MOST  # the prefix stays on the chip
+    small = max(n, own) <= MOST and m <= most_prefix and dim in (16, 32, 64)
     if not small or min(n, own) <= 16 or sets or q.dtype == torch.float32:
         return None
     groups = 1

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from pcx.backbones.positions import grid_of
 from pcx.backbones.spec import BackboneSpec
 
+IGNORED = 255  # the class of pixels that count nowhere
+
 
 def logits_of(output: Any) -> Tensor:
     """The logits, or features, in what a model gave.
@@ -70,7 +72,8 @@ def output_of(logits: Tensor, labels: Tensor | None = None) -> Any:
         logits: [B, C].
         labels: classes [B], several labels [B, C] as floats, or numbers [B] or [B, 1] where C is 1.
             The loss is the mean cross-entropy, binary cross-entropy or squared error, which is the
-            choice of Hugging Face's models.
+            choice of Hugging Face's models. Of logits [B, C, H, W] classes [B, H, W], of which
+            `IGNORED` counts nowhere.
 
     Raises:
         ValueError: the labels have another shape.
@@ -89,7 +92,7 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.shape[-1] == 1 and labels.numel() == len(logits):
         return F.mse_loss(logits, labels.reshape(logits.shape).to(logits.dtype))
     if not labels.is_floating_point():
-        return F.cross_entropy(logits, labels)
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED if logits.dim() == 4 else -100)
     if labels.shape != logits.shape:
         raise ValueError(
             f"labels: floats {list(labels.shape)} for logits {list(logits.shape)}; give whole "
@@ -121,6 +124,8 @@ def feature_maps(
     Raises:
         ValueError: the backbone gives no such maps, or tokens were dropped on the way.
     """
+    if not spec.blocks and spec.no_blocks and not hasattr(backbone, "forward_intermediates"):
+        raise ValueError(f"model: this {spec.family} has no maps of image tokens: {spec.no_blocks}")
     own = hasattr(backbone, "forward_intermediates")
     # Attention blocks behind convolutions are not all that the library's indices count.
     flat = bool(spec.blocks) and spec.is_one_sequence and (bool(spec.listed) or not own)
@@ -176,8 +181,6 @@ def _behind_blocks(
     inputs: dict[str, Any],
 ) -> list[Tensor]:
     """Collects the blocks' outputs [B, N, C] by hooks, for a library without a function for it."""
-    if not spec.blocks:
-        raise ValueError(f"model: this {spec.family} has no maps of image tokens: {spec.no_blocks}")
     wanted, _ = feature_take_indices(len(spec.blocks), layers)
     seen: list[Any] = []
     hooks = [

@@ -55,6 +55,11 @@ class Decoder(nn.Module):
         self.classifier: nn.Module = nn.Identity()
         self.reset(num_classes)
 
+    @property
+    def num_classes(self) -> int:
+        """Of pixels, 0 where it gives features."""
+        return getattr(self.classifier, "out_channels", 0)
+
     def reset(self, num_classes: int) -> None:
         """Puts a new last convolution in, or none for 0 classes."""
         like = self.norm.weight
@@ -85,12 +90,12 @@ class SETR(nn.Module):
     It is a backbone as any other, whose head is the decoder: `pcx.VPT(pcx.SETR(backbone, 21), 10)`,
     every other method, and training, saving, condensing and freezing work on it. A method trains
     the decoder with what it adds. The decoder reads the last block's map of image tokens, behind
-    the backbone's last norm.
+    the norm that the backbone's library applies to all tokens, where it has one.
 
     Args:
         backbone: a model of timm with `forward_intermediates`, or a vision transformer of Hugging
-            Face, without or with a classifier, which is left out. Its weights lie in the same
-            memory as the given one's, and it is not changed.
+            Face. Its classifier, and all else that the map does not need, is left out. The weights
+            are frozen and lie in the same memory as the given backbone's, which is not changed.
         num_classes: of pixels; 0 gives the decoder's features [B, channels, H, W].
         decoder: "pup", progressive upsampling, or "naive", two 1 x 1 convolutions.
         channels: of the decoder between its convolutions; None is the paper's 256, or the width of
@@ -124,12 +129,10 @@ class SETR(nn.Module):
             raise ValueError(f"decoder: got {decoder!r}, expected one of {DECODERS}")
         num_classes = whole_number("num_classes", num_classes)
         channels = None if channels is None else whole_number("channels", channels, 1)
-        if isinstance(backbone, SETR):
-            raise ValueError("backbone: it is a SETR already; give its .tower for a new decoder")
         self.tower: Any = _without_classifier(backbone)
         self.spec = find_spec(self.tower)  # of the transformer alone
-        width, stride = self._width_and_stride()
-        stages = max(1, round(math.log2(stride)))
+        width = self._look_at_map()
+        stages = max(1, round(math.log2(max(self.stride))))
         like = next(self.tower.parameters())
         channels = channels or min(CHANNELS, width)
         self.decoder = Decoder(width, num_classes, stages, channels, decoder)
@@ -148,7 +151,7 @@ class SETR(nn.Module):
     @property
     def num_classes(self) -> int:
         """Of pixels, 0 where the decoder gives features."""
-        return getattr(self.decoder.classifier, "out_channels", 0)
+        return self.decoder.num_classes
 
     def get_classifier(self) -> nn.Module:
         """The decoder's last convolution, by timm's name for it."""
@@ -160,7 +163,7 @@ class SETR(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that do not decay, as timm's models give them."""
-        found = getattr(self.tower, "no_weight_decay", set)()
+        found: set[str] = getattr(self.tower, "no_weight_decay", set)()
         return {f"tower.{name}" for name in found}
 
     def facts(self) -> dict[str, Any]:
@@ -169,7 +172,7 @@ class SETR(nn.Module):
         return {
             **facts,
             "family": f"SETR of {type(self.tower).__name__}",
-            "heads": ("decoder",) if self.num_classes else (),
+            "heads": ("decoder",),
             "listed": tuple(f"tower.{name}" for name in facts["listed"]),
             "read_tokens": None,
             "reads_map": True,
@@ -177,35 +180,77 @@ class SETR(nn.Module):
 
     def forward(self, x: Tensor, **inputs: Any) -> Tensor:
         """Images [B, 3, H, W] -> logits of pixels [B, C, H, W]."""
-        found = self.decoder(last_map(self.tower, self.spec, x, **inputs))
+        tokens = last_map(self.tower, self.spec, x, **inputs)
+        rows, columns = x.shape[-2:]
+        found: Tensor = self.decoder(tokens)
+        # The map of an image that the transformer pads, or cuts, is of another size than the image.
+        seen = [round(n * step) for n, step in zip(tokens.shape[-2:], self.stride, strict=True)]
+        if found.shape[-2:] != tuple(seen):
+            found = F.interpolate(found, seen, mode="bilinear", align_corners=False)
+        found = found[..., :rows, :columns]
         if found.shape[-2:] == x.shape[-2:]:
             return found
-        return F.interpolate(found, x.shape[-2:], mode="bilinear", align_corners=False)
+        return F.pad(found, (0, columns - found.shape[-1], 0, rows - found.shape[-2]), "replicate")
 
-    @torch.no_grad()
-    def _width_and_stride(self) -> tuple[int, float]:
-        """Channels of the transformer's map, and how many pixels its step is; on shapes alone."""
-        model, size = hollow(self.tower), input_size(self.tower)
+    def _look_at_map(self) -> int:
+        """The channels of the transformer's map, found on shapes alone.
+
+        `stride` is set to the pixels from a token to the next, by rows and columns, and modules
+        whose weights have no part in the map become identities: nothing could train them.
+
+        Raises:
+            ValueError: there is no map.
+        """
+        model, size = hollow(self.tower).requires_grad_(), input_size(self.tower)
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         try:
-            found = last_map(model, self.spec, torch.empty(1, *size, device="meta", dtype=dtype))
+            with torch.enable_grad():
+                image = torch.empty(1, *size, device="meta", dtype=dtype)
+                found = last_map(model, self.spec, image)
         except Exception as error:  # a model may fail in any way
             raise ValueError(
-                f"backbone: {self.spec.family} gives no map of image tokens ({error}); give a model "
-                "of timm with forward_intermediates, or a vision transformer of Hugging Face"
+                f"backbone: no map of the image tokens of {self.spec.family} was found ({error}); "
+                "the column SETR of docs/families.md says which models have one"
             ) from error
-        return found.shape[1], size[1] / found.shape[2]
+        self.stride = (size[1] / found.shape[-2], size[2] / found.shape[-1])
+        named = dict(model.named_parameters())
+        gradients = torch.autograd.grad(found.sum(), list(named.values()), allow_unused=True)
+        read = {name for name, grad in zip(named, gradients, strict=True) if grad is not None}
+        for name in _without(model, read):
+            self.tower.set_submodule(name, nn.Identity())
+        return found.shape[1]
+
+
+def _without(model: nn.Module, read: set[str]) -> list[str]:
+    """Dotted names of the outermost modules that have parameters, none of which is read."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters()]
+        within = any(name.startswith(f"{outer}.") for outer in found)
+        if name and own and not within and not read.intersection(own):
+            found.append(name)
+    return found
 
 
 def _without_classifier(backbone: nn.Module) -> Any:
-    """A copy over the same memory, without a head; of Hugging Face's classifiers the model in it."""
+    """A frozen copy over the same memory, without a head, or without its library's classifier."""
+    if not isinstance(backbone, nn.Module):
+        raise ValueError(
+            f"backbone: got a {type(backbone).__name__}, expected a model, such as "
+            "timm.create_model gives"
+        )
     if isinstance(backbone, Tower):
         backbone = backbone.tower
-    if library_facts(backbone)["heads"] and hasattr(backbone, "base_model_prefix"):
+    ours = type(backbone).__module__.startswith("pcx.")
+    for holder in ("tower", "backbone") if ours else ():
+        if isinstance(getattr(backbone, holder, None), nn.Module):
+            raise ValueError(
+                f"backbone: it is a {type(backbone).__name__} already; give its .{holder} for a "
+                "new decoder, or the backbone that it was built on"
+            )
+    if any("ForImageClassification" in cls.__name__ for cls in type(backbone).__mro__):
         backbone = next(part for part in backbone.children() if hasattr(part, "base_model_prefix"))
     copied = over_same_memory(backbone, backbone.parameters()).eval()
-    for own, given in zip(copied.parameters(), backbone.parameters(), strict=True):
-        own.requires_grad_(given.requires_grad)
     if hugging_face.is_tower(copied):
         hugging_face.leave_out_drawn_pooler(copied)
         return copied

@@ -187,7 +187,14 @@ def _blocks(
         except Exception:
             blocks, norm = (), None
         if not blocks:
-            return (), None, f"its forward failed on an image without values ({error})"
+            size = list(input_size(backbone)[1:])
+            return (
+                (),
+                None,
+                f"its forward failed on an image of {size} pixels without values ({error}); where "
+                "it was built for another size, give timm.create_model pretrained_cfg_overlay="
+                "{'input_size': (3, H, W)}",
+            )
     if blocks:
         return blocks, norm, None
     return (

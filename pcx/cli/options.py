@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -279,6 +279,16 @@ def new_task(name: str, config: dict, root: Path | None, cache: Path | None) -> 
     return task
 
 
+def check_one_class(data: Task, options: Mapping[str, Any]) -> None:
+    """Raises a ValueError where an option is given that is for one class per image alone."""
+    for option, value in options.items():
+        if value and data.objective != "single-label":
+            raise ValueError(
+                f"{option}: it is for one class per image, and {data.name} is of "
+                f"{data.objective}; leave it out"
+            )
+
+
 def set_task(model: Any, task: Task) -> None:
     """Keeps in a new model what it is going to be trained on, and how its images are prepared."""
     model.record.task, model.record.split = task.name, task.digest
@@ -318,6 +328,7 @@ def say_accuracy(
     from pcx.training.evaluation import evaluate, standard_error
     from pcx.training.objectives import SingleLabel, objective_for
 
+    check_one_class(data, {"--top5": top5})
     split = split or data.held_out
     if split == trained_on or (split, trained_on) == ("val", "trainval"):
         say(f"{data.name}: no held-out split, since {trained_on} was trained on; not evaluated")

@@ -75,8 +75,7 @@ def train(
     from pcx.experiments.methods import build_method
 
     name = o.one_task(photos, task)
-    out = out or _default_out(name)
-    _check(out, split, replaced=overwrite or resume)
+    out = _checked_out(out or _default_out(name), split, replaced=overwrite or resume)
     chosen = _method(ctx, method, {"num_prompts": prompts, "kind": kind, "dropout": dropout})
     data = o.new_task(name, o.backbone_data_config(backbone, weights), root, cache)
     if lr is None and base_lr is None:
@@ -119,13 +118,8 @@ def _objective(weights: str | None, data: Any, split: str, top5: bool) -> Any:
     from pcx.training.class_weights import balanced_weights, labels_in
     from pcx.training.objectives import SingleLabel, objective_for
 
+    o.check_one_class(data, {"--class-weights": weights, "--top5": top5})
     if data.objective != SingleLabel.name:
-        for option, value in (("--class-weights", weights), ("--top5", top5 or None)):
-            if value is not None:
-                raise ValueError(
-                    f"{option}: it is for one class per image, and {data.name} is of "
-                    f"{data.objective}; leave it out"
-                )
         return objective_for(data.objective)
     if top5 and data.num_classes <= 5:
         raise ValueError(
@@ -187,11 +181,12 @@ def _default_rate(method: Any, clip_grad: float | None) -> tuple[float, float]:
     return RATE, clip_grad
 
 
-def _check(out: Path, split: str, *, replaced: bool) -> None:
-    """Raises a ValueError where options do not fit, before anything is read."""
+def _checked_out(out: Path, split: str, *, replaced: bool) -> Path:
+    """The file; a ValueError where options do not fit, before anything is read."""
     o.check_out(out, replaced=replaced)
     if split not in ("train", "trainval"):
         raise ValueError(f"--split: got {split!r}, expected train or trainval")
+    return out
 
 
 def _method(ctx: typer.Context, text: str, options: dict[str, Any]) -> Method:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from pcx.backbones.memory import over_same_memory
 from pcx.backbones.outputs import logits_of
 from pcx.backbones.patches import PatchProduct
 from pcx.backbones.residual import Wrapper, unwrapped
@@ -19,7 +20,6 @@ from pcx.backbones.straight import Straight, is_watched, straightened
 from pcx.models.base import TunedModel, check_choice, check_module
 from pcx.models.block_forward import StandIn, without_stand_ins
 from pcx.models.head_reads import run_for_head
-from pcx.backbones.memory import over_same_memory
 from pcx.models.peft_model import is_peft, known_by, tuned
 from pcx.models.record import Record
 from pcx.training.execution import EXECUTIONS, compiled, prepared

@@ -163,7 +163,8 @@ def compare(
     cells = {m.text: grid_of(m.name, changes).cells(recipe.batch_size) for m in read}
     setup = Setup(tasks, new_backbone, recipe)
     check_execution(recipe.execution, setup.device)
-    for task in {tasks[name].objective: name for name in reversed(tasks)}.values():
+    first = {tasks[name].objective: name for name in reversed(list(tasks))}
+    for task in first.values():
         for text, of_method in cells.items():
             setup.build(Trial(task, text, of_method[0], "train", 0))
     settings = _settings(setup)

@@ -128,10 +128,10 @@ class Setup:
         """Trains a trial's model to the last epoch, and tests it once.
 
         Returns:
-            {"diverged": False, "accuracy": percent, "loss": mean} and the facts of the training;
-            for pixels the accuracy is the mIoU:
+            {"diverged": False, "accuracy": percent, "loss": mean} and the facts of the training:
             "parameters" without the head, "head_parameters", "ms_per_step" and "peak_mib", None
-            where they are not known. Of a training that diverged {"diverged": True}.
+            where they are not known. Of a training that diverged {"diverged": True}. The accuracy
+            of a task of pixels is the mIoU.
 
         Raises:
             NonFiniteInput: an image is not finite.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pcx.arguments import whole_number
 from pcx.backbones.inputs import data_config
+from pcx.backbones.memory import over_same_memory
 from pcx.backbones.outputs import feature_maps, logits_of, output_of
 from pcx.backbones.residual import Wrapper, plain_names
 from pcx.backbones.spec import (
@@ -29,7 +30,6 @@ from pcx.models.block_forward import found_on
 from pcx.models.configuration import ConfigMethod
 from pcx.models.head_reads import run_for_head
 from pcx.models.heads import draw_head, head_size, place_heads, train_in_full
-from pcx.backbones.memory import over_same_memory
 from pcx.models.record import Record
 
 BACKBONE_MODES = ("eval", "train", "drop-path")

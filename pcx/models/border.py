@@ -67,7 +67,7 @@ class Border(TunedModel):
             )
         if not inside:
             _check_takes(self.backbone, width)
-        self.backbone = Bordered(self.backbone, width, inside)
+        self.backbone = Bordered(self.backbone, width, inside, self.spec.reads_map)
         self.own("border_rows")
         self.own("border_columns")
         self.train(backbone.training)
@@ -97,10 +97,12 @@ class Bordered(Wrapper):
         inner: the backbone.
         width: of the border on each side, in pixels.
         inside: whether the image is shrunk to make room for it.
+        of_pixels: whether the backbone gives a map [B, C, H, W] of its images.
     """
 
-    def __init__(self, inner: nn.Module, width: int, inside: bool):
+    def __init__(self, inner: nn.Module, width: int, inside: bool, of_pixels: bool = False):
         super().__init__(inner)
+        self.of_pixels = of_pixels
         channels, rows, columns = input_size(inner)
         self.width, self.inside, self.size = width, inside, (rows, columns)
         if inside:
@@ -115,8 +117,16 @@ class Bordered(Wrapper):
         )
 
     def forward(self, x: Tensor, *args: Any, **inputs: Any) -> Any:
-        """What the backbone gives for images [B, C, H, W] with the border."""
-        return self.inner(self.bordered(x), *args, **inputs)
+        """What the backbone gives for images [B, C, H, W] with the border.
+
+        A map of pixels is cut to those of the image.
+        """
+        found = self.inner(self.bordered(x), *args, **inputs)
+        if not self.of_pixels:
+            return found
+        w = self.width
+        found = found[..., w:-w, w:-w]
+        return F.interpolate(found, self.size, mode="bilinear") if self.inside else found
 
     def bordered(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] with the border around them.
@@ -130,7 +140,8 @@ class Bordered(Wrapper):
                 f"{self.size[0]} x {self.size[1]}; give these"
             )
         if self.inside:
-            x = F.interpolate(x, self.image, mode="bilinear", antialias=True)
+            wide = x.to(trained_dtype(x.dtype))  # CPUs cannot resize 16 bits
+            x = F.interpolate(wide, self.image, mode="bilinear", antialias=True).to(x.dtype)
         rows, columns = (
             t.to(x.dtype)[:, None].expand(-1, len(x), -1, -1, -1)
             for t in (self.border_rows, self.border_columns)

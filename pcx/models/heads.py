@@ -45,11 +45,14 @@ def _cast(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def head_size(heads: list[Any]) -> int:
     """How many numbers the first head gives, of an image or a pixel; 0 without one."""
-    for head in heads[:1]:
-        for module in reversed(list(unwrapped(head).modules())):
-            size = getattr(module, "out_features", None) or getattr(module, "out_channels", None)
-            if isinstance(module, nn.Linear | nn.Conv2d) and size:
-                return size
+    for head in map(unwrapped, heads[:1]):
+        if isinstance(head, Decoder):
+            return head.num_classes
+        for module in reversed(list(head.modules())):
+            if isinstance(module, nn.Linear):
+                return module.out_features
+            if isinstance(module, nn.Conv2d):
+                return module.out_channels
     return 0
 
 
@@ -69,6 +72,8 @@ def draw_head(head: nn.Module, init: str) -> None:
         return
     if isinstance(head, Decoder):
         head.draw()
+        if not head.num_classes:
+            return
         head = head.classifier
     if not isinstance(head, nn.Linear | nn.Conv2d):
         raise ValueError(

@@ -10,12 +10,12 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from pcx.arguments import whole_number
+from pcx.backbones.memory import over_same_memory
 from pcx.backbones.spec import check_unwrapped, find_spec, library_facts
 from pcx.backbones.towers import with_head
 from pcx.models import HEAD_INITS
 from pcx.models.base import TunedModel, check_choice, check_module
 from pcx.models.heads import draw_head, head_size, place_heads, train_in_full
-from pcx.backbones.memory import over_same_memory
 from pcx.models.record import Record
 
 _BASE = "base_model.model."  # what peft puts before the names of the model that it adapts

@@ -25,8 +25,8 @@ from pcx.tasks.sprites import draw_sprites
 __all__ = ["FileImages", "Task", "cached", "load_task"]
 
 NAMES = (
-    "digits, sprites:count|ori|loc, masks, vtab:<name>, fgvc:<name>, the path of a folder of photos with "
-    "a folder for each class, or a name that timm.data.create_dataset reads"
+    "digits, sprites:count|ori|loc, masks, vtab:<name>, fgvc:<name>, the path of a folder of "
+    "photos with a folder for each class, or a name that timm.data.create_dataset reads"
 )
 # How names of data sets begin that timm reads; of any other it would read the root instead.
 TIMM = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pcx.backbones import attention
+from pcx.backbones.probing import without_hooks
 from pcx.backbones.spec import BackboneSpec, check_promptable, find_spec, pools_by_token
 from pcx.models.base import TunedModel, check_module, keeping_modes
 from pcx.models.block_forward import StandIn, found_on, without_stand_ins
@@ -138,10 +139,11 @@ def blocks_of(model: Any, spec: BackboneSpec) -> list[Any]:
         )
     blocks = spec.blocks_in(backbone_of(model))
     classes = {cls.__name__ for cls in type(backbone_of(model)).__mro__}
-    if not classes.intersection(FAMILIES) and _mind_places(model, blocks, spec):
+    reason = None if classes.intersection(FAMILIES) else _mind_places(model, blocks, spec)
+    if reason is not None:
         raise ValueError(
-            f"model: {spec.family} turns or biases attention by the tokens' places, which "
-            f"pruning would mix up; use a model of one of {FAMILIES}"
+            f"model: {spec.family} {reason}, so that tokens cannot be dropped or merged; "
+            "docs/families.md says which models can"
         )
     calls = max(block.calls for block in spec.blocks)
     if calls > 1:
@@ -158,19 +160,20 @@ def blocks_of(model: Any, spec: BackboneSpec) -> list[Any]:
 
 
 @torch.no_grad()
-def _mind_places(model: Any, blocks: Sequence[nn.Module], spec: BackboneSpec) -> bool:
-    """Whether blocks compute something else for a token in another place, or for fewer tokens.
+def _mind_places(model: Any, blocks: Sequence[nn.Module], spec: BackboneSpec) -> str | None:
+    """Why tokens of blocks cannot leave their places, None where they can.
 
     Each block is run on made-up tokens, on the same in another order, and on some of them.
     """
     if not spec.blocks or not spec.is_one_sequence:
-        return True
-    with keeping_modes(model):
+        return "has windows or stages, or no blocks that were found"
+    turns = "turns or biases attention by the tokens' places"
+    with keeping_modes(model), without_stand_ins(model), without_hooks(model):
         model.eval()
         for block, known in zip(blocks, spec.blocks, strict=True):
             given = dict(zip(known.arguments, known.values, strict=True))
             if not all(v is None or isinstance(v, bool) for v in given.values()):
-                return True  # rotations, masks
+                return turns  # by what it is given: rotations, masks
             tokens = attention.made_up_tokens(block, known.dim)
             order = torch.arange(tokens.shape[1], device=tokens.device).flip(0)
             try:
@@ -179,13 +182,13 @@ def _mind_places(model: Any, blocks: Sequence[nn.Module], spec: BackboneSpec) ->
                     for some in (order.flip(0), order, order[:2])
                 )
             except (RuntimeError, ValueError, IndexError):  # a bias for other tokens does not fit
-                return True
-            near = {"rtol": 1e-3, "atol": 1e-3 * float(whole.abs().max())}
-            if not torch.allclose(turned.flip(1), whole, **near):
-                return True
+                return turns
+            near = 1e-3 * float(whole.abs().max())
+            if not torch.allclose(turned.flip(1), whole, rtol=1e-3, atol=near):
+                return turns
             if fewer.shape != tokens[:, :2].shape or not fewer.isfinite().all():
-                return True
-    return False
+                return "computes something else for fewer tokens"
+    return None
 
 
 def _first(output: Any) -> Tensor:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pcx.arguments import whole_number
+from pcx.backbones.outputs import IGNORED
 from pcx.models.base import TunedModel
 from pcx.training import OBJECTIVES
 from pcx.training.class_weights import ClassWeights
@@ -327,7 +328,7 @@ class Segmentation(Objective):
     loss_name = "cross-entropy of pixels"
     targets = "a class per pixel, integers [B, H, W] for logits [B, C, H, W]"
     metric = "mean_iou"
-    IGNORED: ClassVar[int] = 255
+    IGNORED: ClassVar[int] = IGNORED
 
     def fits(self, logits: Tensor, targets: Tensor) -> bool:
         """Integers [B, H, W]."""

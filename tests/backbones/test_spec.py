@@ -9,7 +9,7 @@ from torch import nn
 import pcx
 from pcx.backbones.inputs import input_size
 from pcx.backbones.probing import probe_listed
-from pcx.backbones.spec import find_spec
+from pcx.backbones.spec import find_spec, library_facts
 
 READERS = {"vit-post-norm": "mlp", "vit-18x2": "ffns.0", "vit-xp": None}
 MLPS = {"vit-18x2": "ffns.0", "vit-xp": None}
@@ -128,3 +128,29 @@ def test_a_model_that_is_not_of_a_library_is_named():
     spec = find_spec(timm.create_model("resnet10t"))
     assert spec.blocks == ()
     assert "no block adds what F.scaled_dot_product_attention gives" in spec.no_blocks
+
+
+@pytest.mark.parametrize(
+    "name", ["swin_tiny_patch4_window7_224", "samvit_base_patch16", "convnext_atto", "levit_128s"]
+)
+def test_a_model_of_timm_without_classes_has_no_head(name):
+    found = library_facts(timm.create_model(name, num_classes=0))
+    assert found["heads"] == ()
+    assert library_facts(timm.create_model(name, num_classes=3))["heads"]
+
+
+def test_a_model_for_another_image_size_says_how_its_size_is_told():
+    model = timm.create_model("coatnet_nano_rw_224", img_size=64)
+    assert "pretrained_cfg_overlay={'input_size': (3, H, W)}" in str(find_spec(model).no_blocks)
+    with pytest.raises(ValueError, match=r"\[224, 224\] pixels .* give timm\.create_model"):
+        pcx.VPT(model, 2)
+
+
+def test_what_a_forward_left_in_a_cache_is_not_copied():
+    model = timm.create_model("tiny_vit_5m_224").eval()
+    model(torch.randn(1, 3, 224, 224))  # with gradients
+    caches = [vars(m).get("attention_bias_cache") for m in model.modules()]
+    assert any(caches)
+    copied = pcx.Linear(model).eval()
+    assert not any(vars(m).get("attention_bias_cache") for m in copied.modules())
+    assert [vars(m).get("attention_bias_cache") for m in model.modules()] == caches

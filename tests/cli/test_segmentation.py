@@ -65,3 +65,11 @@ def test_methods_are_compared_by_their_miou(say, tmp_path):
 def test_what_pixels_have_not_is_refused(option, message):
     with pytest.raises(ValueError, match=message):
         CliRunner().invoke(app, ["train", *SMALL, *option], catch_exceptions=False)
+
+
+def test_evaluation_refuses_it_too(say):
+    say("train", *SMALL, "--method", "linear", "--epochs", "1")
+    with pytest.raises(ValueError, match="--top5: it is for one class per image"):
+        CliRunner().invoke(
+            app, ["eval", "masks.safetensors", *SMALL, "--top5"], catch_exceptions=False
+        )

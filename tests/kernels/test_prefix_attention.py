@@ -58,9 +58,11 @@ def test_compiles_without_spilling(recorded, capability, m, dim, dtype, monkeypa
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("n", "m"), [(49, 50), (64, 50), (49, 100)])
-def test_packed_windows_compile_without_spilling(recorded, capability, n, m):
-    launch(m, 32, torch.bfloat16, n)
+@pytest.mark.parametrize(
+    ("n", "m", "dim"), [(49, 50, 32), (64, 50, 32), (49, 100, 32), (64, 50, 64), (49, 128, 16)]
+)
+def test_packed_windows_compile_without_spilling(recorded, capability, n, m, dim):
+    launch(m, dim, torch.bfloat16, n)
     assert not recorded["_forward"].launches
     ((args, options),) = recorded["_windows"].launches
     assert not spills(compiled(recorded["_windows"].kernel, args, options, capability))

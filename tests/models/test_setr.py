@@ -186,7 +186,8 @@ def test_backbones_with_stages(make, method):
     model = method(pcx.SETR(plain, CLASSES, channels=8)).eval()
     assert model(x).shape == (2, CLASSES, 64, 64)
     assert len(model.backbone.decoder.stages) == 5  # a step of 32 pixels
-    (maps,) = model.features(x, [-1], norm=True)
+    plain = model.backbone.tower.forward_features(x)  # with the prompts in its windows
+    maps = plain.movedim(-1, 1) if make is swin else plain
     torch.testing.assert_close(model(x), model.backbone.decoder(maps))
 
 
@@ -229,9 +230,68 @@ def test_another_image_size_and_number_of_classes():
     assert model.num_classes == 9
     assert backbone.num_classes == CLASSES
     assert model(torch.randn(1, 3, 96, 64)).shape == (1, 9, 96, 64)
-    features = pcx.VPT(backbone, 2, num_classes=0).eval()
-    assert features(torch.randn(1, 3, 64, 64)).shape == (1, 192, 64, 64)
-    assert features.num_classes == 0
+
+
+def test_without_classes_the_decoder_gives_features(tmp_path):
+    backbone = pcx.SETR(build("vit"), 0, channels=8)
+    for model in (pcx.VPT(backbone, 2).eval(), pcx.VPT(setr(), 2, num_classes=0).eval()):
+        features = model(images("vit"))
+        assert features.shape == (2, 8, 64, 64)
+        assert model.num_classes == 0
+        pcx.save(model, tmp_path / "model.safetensors")
+        again = pcx.load(tmp_path / "model.safetensors", build("vit"))
+        torch.testing.assert_close(again(images("vit")), features, rtol=0, atol=0)
+        with pytest.raises(ValueError, match="it has no head"):
+            pcx.fit(model, loader(), epochs=1, lr=0.1, objective="segmentation", progress=False)
+
+
+class Places(nn.Module):
+    """A decoder whose one number says how far right a pixel of the map lies, in tokens."""
+
+    def forward(self, x):
+        row = torch.arange(x.shape[-1], dtype=x.dtype)
+        found = row.expand(len(x), 1, x.shape[-2], -1)
+        return F.interpolate(found, scale_factor=16, mode="bilinear")
+
+
+def test_pixels_of_padded_images_stay_where_they_are():
+    tower = build("vit", dynamic_img_size=True, dynamic_img_pad=True)
+    backbone = pcx.SETR(tower, CLASSES, channels=8)
+    backbone.decoder = Places()
+    whole = backbone(torch.zeros(1, 3, 48, 48).double())
+    part = backbone(torch.zeros(1, 3, 34, 40).double())  # padded to 48 x 48
+    torch.testing.assert_close(part, whole[..., :34, :40])
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_pixels_within_a_border_stay_where_they_are(inside):
+    backbone = setr() if inside else pcx.SETR(build("vit", dynamic_img_size=True), CLASSES)
+    model = pcx.Border(backbone, 16, inside=inside).eval()
+    model.backbone.inner.decoder = Places()
+    found = model(images("vit"))
+    assert found.shape == (2, 1, 64, 64)
+    middle = found[0, 0, 0, 31:33].mean()  # of an image of 4 tokens, or of 6 with its border
+    torch.testing.assert_close(middle, torch.tensor(1.5 if inside else 2.5).double())
+    flipped = found.flip(-1)
+    torch.testing.assert_close(found + flipped, torch.full_like(found, 2 * float(middle)))
+
+
+def test_all_that_is_left_of_the_backbone_has_a_gradient():
+    """As a copy on several processes needs it; what the map does not need is left out."""
+    towers = [build("siglip"), build("vit-map"), build("vit-avg"), swin(), resnet()]
+    for tower in towers:
+        model = pcx.Full(pcx.SETR(tower, CLASSES, channels=8)).double()
+        model(images("vit")).square().sum().backward()
+        assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    assert hasattr(towers[0].attn_pool, "mlp")  # the given backbone has all of it
+
+
+def test_hugging_face_s_names_and_labels_leave_pixels_of_255_out():
+    model, (x, y) = pcx.VPT(setr(), 3).eval(), loader()[0]
+    y[:, :20] = 255
+    out = model(pixel_values=x, labels=y)
+    counted = out.logits.movedim(1, -1)[y != 255]
+    torch.testing.assert_close(out.loss, F.cross_entropy(counted, y[y != 255]))
 
 
 def test_what_has_no_meaning_is_refused():
@@ -242,8 +302,15 @@ def test_what_has_no_meaning_is_refused():
         pcx.SETR(build("vit"), -1)
     with pytest.raises(ValueError, match=r"a SETR already; give its \.tower"):
         pcx.SETR(backbone, CLASSES)
-    with pytest.raises(ValueError, match="Linear"):
+    for tuned in (pcx.VPT(build("vit"), 2), pcx.freeze(pcx.VPT(build("vit"), 2))):
+        with pytest.raises(ValueError, match=r"already; give its \.backbone"):
+            pcx.SETR(tuned, CLASSES)
+    with pytest.raises(ValueError, match="backbone: got a str"):
+        pcx.SETR("vit_tiny_patch16_224", CLASSES)
+    with pytest.raises(ValueError, match="Linear is not supported"):
         pcx.SETR(nn.Linear(3, 3), CLASSES)
+    with pytest.raises(ValueError, match="of Hiera was found"):
+        pcx.SETR(timm.create_model("hiera_tiny_224"), CLASSES)
     with pytest.raises(ValueError, match="side-tuning mixes"):
         pcx.Sidetune(backbone, pretrained=False)
     with pytest.raises(ValueError, match="heads are"):

@@ -235,3 +235,28 @@ def test_what_cannot_be_pruned_is_an_error():
         pruned(pcx.VPT(build("vit"), 2), layers=(1, 3))
     with pytest.raises(RuntimeError, match="kept: no batch"):
         _ = pruned(build("vit")).kept
+
+
+def test_a_tower_is_pruned_anew_and_its_hooks_see_no_made_up_tokens():
+    """Blocks of families that are not listed are run when a reduction is set up."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPVisionConfig(
+        hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=96,
+        image_size=64, patch_size=16,
+    )  # fmt: skip
+    model = pcx.Linear(transformers.CLIPVisionModel(config).double(), num_classes=7).eval()
+    x, seen = images("vit"), []
+    whole = model(x)
+    model.spec.blocks_in(model.backbone)[0].register_forward_hook(lambda *call: seen.append(1))
+    merging = pcx.token_pruning.tome(model, r=2)
+    model(x)
+    first = pcx.zero_tprune(model, layers=(1, 2), keep=0.7, iters=3)
+    once = model(x)
+    kept = first.kept
+    again = pcx.zero_tprune(model, layers=(1, 2), keep=0.7, iters=3)
+    assert torch.equal(model(x), once)
+    assert all(torch.equal(a, b) for a, b in zip(kept, again.kept, strict=True))
+    assert len(seen) == 3
+    again.remove()
+    torch.testing.assert_close(model(x), whole)
+    assert merging.r == (2, 2, 0)
