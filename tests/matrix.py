@@ -304,7 +304,8 @@ def prefix(name: str) -> None:
     _folded(_model(name, kind="prefix"), images_of(name))
 
 
-def _folded(model: pcx.VPT, x: Tensor, **inputs: Any) -> None:
+def _folded(model: pcx.VPT, x: Tensor, idle: int = 0, **inputs: Any) -> None:
+    """Compares with the literal form; so many blocks at most have prompts that nothing reads."""
     oracle = literal(model)
     grads = []
     used = [p for p in model.prompts if p.numel()]
@@ -313,8 +314,9 @@ def _folded(model: pcx.VPT, x: Tensor, **inputs: Any) -> None:
         logits = logits_of(run(given, **inputs))
         grads.append([logits, *torch.autograd.grad(logits.square().sum(), [given, *used])])
     for found, expected in zip(*grads, strict=True):
-        assert expected.norm() > 0
         close(found, expected, 1e-9)
+    assert all(expected.norm() > 0 for expected in grads[1][:2])
+    assert sum(not expected.norm() for expected in grads[1]) <= idle
     without = model.keep([torch.arange(0)] * len(model.prompts))
     assert (without(x, **inputs) - grads[1][0]).norm() > 1e-6 * grads[1][0].norm()
 
@@ -444,7 +446,7 @@ def setr(name: str) -> None:
     randomise(plain.decoder)
     model = prompted(name, plain, head_init="keep")
     object.__setattr__(model, "plain", plain)
-    _folded(model, images_of(name))
+    _folded(model, images_of(name), idle=1)  # CrossViT's last block gives [CLS] alone
 
 
 def sizes(name: str) -> None:
@@ -455,7 +457,8 @@ def sizes(name: str) -> None:
     for more, inputs in SIZE_ARGUMENTS:
         try:
             plain = backbone_of(name, **more)
-            plain(larger, **inputs)
+            with torch.no_grad():
+                plain(larger, **inputs)
         except (AssertionError, IndexError, RuntimeError, TypeError, ValueError):
             continue
         model = prompted(name, plain)
@@ -655,10 +658,14 @@ def mark(cell: str, name: str) -> str:
 
 def reason_of(error: Exception) -> str:
     """The first sentence of an error's message, without the names of this family."""
-    text = str(error).split(". Supported")[0].split(". Blocks ")[0].split("; ")[0].split(" (")[0]
-    text = re.sub(r"^\w+: (\w+ is not supported: )?", "", text).strip()
+    text = str(error)
+    for end in (". Supported", ". Blocks ", "; ", " (", ", so that tokens"):
+        text = text.split(end)[0]
+    text = re.sub(r"^\w+: ((SETR of )?\w+ is not supported: )?", "", text).strip()
     text = re.sub(r"^[\w.]*\.[\w.]*\d[\w.]*( of \w+)?:? ", "a block ", text)
-    text = re.sub(r"^[A-Z]\w+ has", "it has", text)
+    text = text.replace("a block its attention", "a block's attention")
+    text = re.sub(r"^[A-Z]\w+ (has|turns|gives|computes)", r"it \1", text)
+    text = re.sub(r"of the image tokens of \w+", "of image tokens", text)
     text = re.sub(r", and \w+ is neither$", "", text)
     return re.sub(r"^\d+ of \d+ tokens", "tokens", text).replace("|", "/")
 

@@ -195,8 +195,8 @@ class SETR(nn.Module):
     def _look_at_map(self) -> int:
         """The channels of the transformer's map, found on shapes alone.
 
-        `stride` is set to the pixels from a token to the next, by rows and columns, and modules
-        whose weights have no part in the map become identities: nothing could train them.
+        `stride` is set to the pixels from a token to the next, by rows and columns. Modules whose
+        weights have no part in the map become identities, since nothing could train them.
 
         Raises:
             ValueError: there is no map.
@@ -217,8 +217,22 @@ class SETR(nn.Module):
         gradients = torch.autograd.grad(found.sum(), list(named.values()), allow_unused=True)
         read = {name for name, grad in zip(named, gradients, strict=True) if grad is not None}
         for name in _without(model, read):
-            self.tower.set_submodule(name, nn.Identity())
+            if self._runs_without(model, name, image):
+                self.tower.set_submodule(name, nn.Identity())
         return found.shape[1]
+
+    def _runs_without(self, model: nn.Module, name: str, image: Tensor) -> bool:
+        """Leaves a module out of a model of shapes alone, where the map is still computed."""
+        before = model.get_submodule(name)
+        model.set_submodule(name, nn.Identity())
+        try:
+            library_facts(model)
+            with torch.no_grad():
+                last_map(model, self.spec, image)
+        except Exception:  # of shapes that no longer fit, of a library that looks for the module
+            model.set_submodule(name, before)
+            return False
+        return True
 
 
 def _without(model: nn.Module, read: set[str]) -> list[str]:

@@ -121,7 +121,8 @@ def spec_of(model: Any) -> BackboneSpec:
         model.eval()  # the blocks run twice, and must compute the same
         spec = find_spec(model)
         attention.fuse(model)
-        check_promptable(model, spec)
+        if spec.is_one_sequence:
+            check_promptable(model, spec)
         return spec
 
 
