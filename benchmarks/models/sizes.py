@@ -99,7 +99,7 @@ def memory(add: Add, size: Size) -> None:
     for way in ("plain", "concatenating", "plain, pcx.freeze", "VPT, pcx.freeze"):
         gc.collect()
         torch.cuda.empty_cache()
-        model = backbone_of(size.name)
+        model = backbone_of(size.name).requires_grad_(False)
         if way == "concatenating":
             model = vpt_of(size.name, "concat").eval()
         elif way == "VPT, pcx.freeze":
@@ -109,6 +109,7 @@ def memory(add: Add, size: Size) -> None:
         images = torch.randn(size.batches[-1], 3, size.side, size.side, device="cuda")
         call = inference_of(model, images)
         call()
+        gc.collect()  # what the model was made from
         add(way, size.batches[-1], float("nan"), peak_of(call))
 
 

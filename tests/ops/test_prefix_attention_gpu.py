@@ -480,3 +480,40 @@ def test_float64_is_the_reference_s():
     with pytest.raises(ValueError, match="'triton' cannot run: it computes bfloat16"):
         prefix_attention(*tensors, backend="triton")
     assert prefix_attention(*tensors).dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", ["none", "shared", "of windows", "a mask of windows"])
+@pytest.mark.parametrize(("n", "m", "dim"), [(49, 50, 32), (64, 5, 32), (49, 0, 16), (36, 33, 64)])
+def test_windows_are_packed(kind, n, m, dim):
+    """300 images of four windows: one program computes several of a head, and gives gradients."""
+    dtype = torch.float16 if n == 64 else torch.bfloat16
+    from pcx.kernels.prefix_attention.launch import bias_arguments
+    from pcx.kernels.prefix_attention.windows import packing_of
+    from pcx.ops.bias import five_dimensions
+
+    tensors = inputs(dtype, batch=1200, heads=3, n=n, m=m, dim=dim)
+    bias = None
+    if kind != "none":
+        bias = rand(1 if kind == "shared" else 4, 3, n, n).to(dtype)
+        bias = bias[:, :1] > -1 if "mask" in kind else bias
+    five = None if bias is None else five_dimensions(bias, (300, 4))
+    packing = packing_of(tensors[0], n, m, False, *bias_arguments(five, tensors[0])[1:])
+    assert packing.samples > 1
+
+    def attend(q, k, v, *prefixes, backend, bias):
+        q, k, v = (t.unflatten(0, (300, 4)) for t in (q, k, v))
+        found = prefix_attention(q, k, v, *prefixes, bias=bias, return_lse=True, backend=backend)
+        return [t.flatten(0, 1) for t in found]
+
+    def by(backend, bias):
+        return lambda *given: attend(*given, backend=backend, bias=bias)
+
+    found, plain = (outcome(by(b, bias), tensors) for b in ("triton", "reference"))
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    added = bias is not None and bias.dtype != torch.bool
+    exact = outcome(by("reference", bias.double() if added else bias), wide)
+    eps = torch.finfo(dtype).eps
+    for a, b, right in zip(found, plain, exact, strict=True):
+        if right.numel():
+            bound = 3 * (b - right).abs().max() + eps * right.abs().max()
+            assert (a - right).abs().max() <= bound
