@@ -88,8 +88,8 @@ class SETR(nn.Module):
     """A vision transformer with SETR's decoder: a class for every pixel.
 
     It is a backbone as any other, whose head is the decoder: `pcx.VPT(pcx.SETR(backbone, 21), 10)`,
-    every other method, and training, saving, condensing and freezing work on it. A method trains
-    the decoder with what it adds. The decoder reads the last block's map of image tokens, behind
+    the other methods but `pcx.MLP` and `pcx.Sidetune`, and training, saving, condensing and
+    freezing work on it. A method trains the decoder with what it adds. The decoder reads the last block's map of image tokens, behind
     the norm that the backbone's library applies to all tokens, where it has one.
 
     Args:
@@ -104,6 +104,7 @@ class SETR(nn.Module):
     Attributes:
         tower: the transformer.
         decoder: a `Decoder`.
+        stride: pixels from a token of the map to the next, by rows and by columns.
 
     Raises:
         ValueError: the backbone gives no map of image tokens, or an argument is out of range.
