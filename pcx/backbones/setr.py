@@ -89,8 +89,9 @@ class SETR(nn.Module):
 
     It is a backbone as any other, whose head is the decoder: `pcx.VPT(pcx.SETR(backbone, 21), 10)`,
     the other methods but `pcx.MLP` and `pcx.Sidetune`, and training, saving, condensing and
-    freezing work on it. A method trains the decoder with what it adds. The decoder reads the last block's map of image tokens, behind
-    the norm that the backbone's library applies to all tokens, where it has one.
+    freezing work on it. A method trains the decoder with what it adds. The decoder reads the last
+    block's map of image tokens, behind the norm that the backbone's library applies to all tokens,
+    where it has one.
 
     Args:
         backbone: a model of timm with `forward_intermediates`, or a vision transformer of Hugging
