@@ -57,11 +57,10 @@ def main(epochs: int) -> None:
     )  # fmt: skip
     model = pcx.VPT(vitdet, num_prompts=4)
     anchors = AnchorGenerator(((16,), (32,), (64,)), ((1.0,),) * 3)
-    sizes = {"min_size": SIZE, "max_size": SIZE}
-    detector = RetinaNet(Pyramid(model), 1, anchor_generator=anchors, **sizes)
+    size = {"min_size": SIZE, "max_size": SIZE}
+    detector = RetinaNet(Pyramid(model), 1, anchor_generator=anchors, **size)
     before = [p.clone() for p in model.prompts]
-    trained = [p for p in detector.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    optimizer = torch.optim.AdamW([p for p in detector.parameters() if p.requires_grad], lr=1e-3)
     detector.train()
     for epoch in range(epochs):
         for _ in range(20):
