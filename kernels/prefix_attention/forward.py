@@ -203,17 +203,17 @@ def forward(
     lse = q.new_empty(heads, batch, n, dtype=torch.float32).transpose(0, 1)
     if not out.numel():
         return out, lse
-    bm, bn, warps, stages = tiles or configuration("forward", q, own)
     index, lengths = dense(index), dense(lengths)
     q, k, v, prefix_k, prefix_v = map(rowwise, (q, k, v, prefix_k, prefix_v))
     pointer, bias_strides, inner_batch, kind = bias_arguments(bias, q)
     sets = lengths is not None or set_count(prefix_k) > 1
-    packing = packing_of(q, own, m, sets, bias_strides, inner_batch, kind)
-    if packing is not None and tiles is None:
+    packing = None if tiles else packing_of(q, own, m, sets, bias_strides, inner_batch, kind)
+    if packing is not None:
         shared_bias = pointer, bias_strides, kind
         with on_device(q):
             forward_packed(packing, q, k, v, prefix_k, prefix_v, shared_bias, out, lse, scale)
         return out, lse
+    bm, bn, warps, stages = tiles or configuration("forward", q, own)
     with on_device(q):
         _forward[(triton.cdiv(n, bm) * heads * batch,)](
             q, k, v, prefix_k, prefix_v, given(index, q), given(lengths, q), pointer,

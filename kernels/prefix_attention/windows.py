@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pcx.kernels.prefix_attention.blocks import store
-from pcx.kernels.tiles import LOG2_E, biased, head_of, parts, precision, set_strides, tile
+from pcx.kernels.tiles import LOG2_E, biased, head_of, precision, set_strides, tile
 from pcx.ops.hardware import processors
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -142,13 +142,12 @@ def forward_packed(
     batch, heads, n, dim = q.shape
     own, m = k.shape[2], prefix_k.shape[-2]
     pointer, bias_strides, kind = bias
-    widths = {name: max(16, triton.next_power_of_2(size)) for name, size in
-              (("BP", m), ("BN", own))}  # fmt: skip
+    prefix_tile, own_tile = (max(16, triton.next_power_of_2(size)) for size in (m, own))
     _windows[(packing.groups * packing.chunks * heads,)](
         q, k, v, prefix_k, prefix_v, pointer, out, lse, scale * LOG2_E.value,
         q.stride()[:3], k.stride()[:3], v.stride()[:3], set_strides(prefix_k),
         set_strides(prefix_v), bias_strides,
         batch, heads, n, own, m, packing.groups, packing.samples,
-        DIM=parts(dim)["DIM"], BM=MOST, **widths, BIAS=kind, PRECISION=precision(q),
+        DIM=dim, BM=MOST, BP=prefix_tile, BN=own_tile, BIAS=kind, PRECISION=precision(q),
         num_warps=WARPS, num_stages=STAGES, enable_fp_fusion=True,
     )  # fmt: skip

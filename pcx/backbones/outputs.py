@@ -124,9 +124,9 @@ def feature_maps(
     Raises:
         ValueError: the backbone gives no such maps, or tokens were dropped on the way.
     """
-    if not spec.blocks and spec.no_blocks and not hasattr(backbone, "forward_intermediates"):
-        raise ValueError(f"model: this {spec.family} has no maps of image tokens: {spec.no_blocks}")
     own = hasattr(backbone, "forward_intermediates")
+    if not own and not spec.blocks:
+        raise ValueError(f"model: this {spec.family} has no maps of image tokens: {spec.no_blocks}")
     # Attention blocks behind convolutions are not all that the library's indices count.
     flat = bool(spec.blocks) and spec.is_one_sequence and (bool(spec.listed) or not own)
     if not own:

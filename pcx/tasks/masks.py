@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from pcx.tasks.render import SHAPES, Objects, render, render_shapes
+from pcx.tasks.render import SHAPES, Objects, graded, render, render_shapes, uniform
 
 NUM_CLASSES = 1 + len(SHAPES)
 SPLITS = {"train": (21, 800), "val": (22, 200), "test": (23, 1000)}  # seed, size
@@ -29,24 +29,15 @@ def draw_masks() -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _scenes(size: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, generator=generator)
-
     count = torch.randint(FEWEST, MOST + 1, (size, 1), generator=generator)
     objects = Objects(
         shape=torch.randint(len(SHAPES), (size, MOST), generator=generator),
-        x=uniform(size, MOST, low=0.1, high=0.9),
-        y=uniform(size, MOST, low=0.1, high=0.9),
-        radius=uniform(size, MOST, low=0.10, high=0.24),
-        angle=uniform(size, MOST, high=2 * math.pi),
-        colour=uniform(size, MOST, 3),
+        x=uniform(generator, size, MOST, low=0.1, high=0.9),
+        y=uniform(generator, size, MOST, low=0.1, high=0.9),
+        radius=uniform(generator, size, MOST, low=0.10, high=0.24),
+        angle=uniform(generator, size, MOST, high=2 * math.pi),
+        colour=uniform(generator, size, MOST, 3),
         visible=torch.arange(MOST) < count,
     )
-    ramp = torch.linspace(-0.5, 0.5, SIZE)
-    background = (
-        uniform(size, 3, 1, 1)
-        + uniform(size, 3, 1, 1, low=-0.3, high=0.3) * ramp[:, None]
-        + uniform(size, 3, 1, 1, low=-0.3, high=0.3) * ramp
-        + 0.05 * torch.randn(size, 3, SIZE, SIZE, generator=generator)
-    )
+    background = graded(size, generator, SIZE)
     return render(objects, background, SIZE), render_shapes(objects, SIZE)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 SHAPES = ("disc", "square", "triangle", "star", "cross", "ring", "heart", "ellipse")
 
@@ -30,6 +30,23 @@ class Objects:
     angle: Tensor  # [B, K]
     colour: Tensor  # [B, K, 3]
     visible: Tensor  # [B, K] bool
+
+
+def uniform(generator: Generator, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Numbers between two bounds, on the generator's device."""
+    return low + (high - low) * torch.rand(*shape, generator=generator, device=generator.device)
+
+
+def graded(batch: int, generator: Generator, size: int, brightest: float = 1.0) -> Tensor:
+    """Backgrounds [B, 3, size, size]: a colour that changes along both axes, and noise."""
+    device = generator.device
+    ramp = torch.linspace(-0.5, 0.5, size, device=device)
+    return (
+        uniform(generator, batch, 3, 1, 1, high=brightest)
+        + uniform(generator, batch, 3, 1, 1, low=-0.3, high=0.3) * ramp[:, None]
+        + uniform(generator, batch, 3, 1, 1, low=-0.3, high=0.3) * ramp
+        + 0.05 * torch.randn(batch, 3, size, size, generator=generator, device=device)
+    )
 
 
 def render(objects: Objects, background: Tensor, size: int = 64) -> Tensor:

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from pcx.tasks.render import SHAPES, Objects, render
+from pcx.tasks.render import SHAPES, Objects, graded, render, uniform
 
 COLOURS = torch.tensor(
     [
@@ -43,38 +43,29 @@ def scenes(batch: int, generator: Generator, size: int = 64) -> tuple[Tensor, Te
     """
     device = generator.device
 
-    def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        return low + (high - low) * torch.rand(*shape, generator=generator, device=device)
-
     def integers(high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=generator, device=device)
 
     count = CLUTTER + 1
     shape, colour = integers(len(SHAPES), batch, count), integers(len(COLOURS), batch, count)
-    radius = uniform(batch, count, low=0.04, high=0.10)
-    radius[:, -1] = uniform(batch, low=0.16, high=0.34)
-    x, y = uniform(batch, count), uniform(batch, count)
+    radius = uniform(generator, batch, count, low=0.04, high=0.10)
+    radius[:, -1] = uniform(generator, batch, low=0.16, high=0.34)
+    x, y = uniform(generator, batch, count), uniform(generator, batch, count)
     for centre in (x, y):  # the main object stays inside the image
         centre[:, -1] = radius[:, -1] + centre[:, -1] * (1 - 2 * radius[:, -1])
-    visible = uniform(batch, count) < uniform(batch, 1)
+    visible = uniform(generator, batch, count) < uniform(generator, batch, 1)
     visible[:, -1] = True
-    shade = COLOURS.to(device)[colour] * uniform(batch, count, 1, low=0.75) + 0.08 * torch.randn(
-        batch, count, 3, generator=generator, device=device
-    )
+    shade = COLOURS.to(device)[colour] * uniform(
+        generator, batch, count, 1, low=0.75
+    ) + 0.08 * torch.randn(batch, count, 3, generator=generator, device=device)
     objects = Objects(
         shape=shape,
         x=x,
         y=y,
         radius=radius,
-        angle=uniform(batch, count, high=2 * math.pi),
+        angle=uniform(generator, batch, count, high=2 * math.pi),
         colour=shade.clamp(0, 1),
         visible=visible,
     )
-    ramp = torch.linspace(-0.5, 0.5, size, device=device)
-    background = (
-        uniform(batch, 3, 1, 1, high=0.7)
-        + uniform(batch, 3, 1, 1, low=-0.3, high=0.3) * ramp[:, None]
-        + uniform(batch, 3, 1, 1, low=-0.3, high=0.3) * ramp
-        + 0.05 * torch.randn(batch, 3, size, size, generator=generator, device=device)
-    )
+    background = graded(batch, generator, size, brightest=0.7)
     return render(objects, background, size), shape[:, -1] * len(COLOURS) + colour[:, -1]

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Generator, Tensor
 
-from pcx.tasks.render import SHAPES, Objects, render
+from pcx.tasks.render import SHAPES, Objects, render, uniform
 
 NUM_CLASSES = {"count": 8, "ori": 16, "loc": 16}
 SPLITS = {"train": (11, 800), "val": (12, 200), "test": (13, 2000)}  # seed, size
@@ -41,10 +41,6 @@ def draw_sprites(question: str) -> dict[str, tuple[Tensor, Tensor]]:
             images, labels = _single(size, generator)
             splits[name] = images, labels[question]
     return splits
-
-
-def _uniform(generator: Generator, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-    return low + (high - low) * torch.rand(*shape, generator=generator)
 
 
 def _single(size: int, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -70,15 +66,15 @@ def _count(size: int, generator: Generator) -> tuple[Tensor, Tensor]:
     """Coloured shapes over grey, on a jittered grid so that none hides another."""
     count = torch.randint(FEWEST, MOST + 1, (size,), generator=generator)
     cells = torch.stack([torch.randperm(16, generator=generator)[:MOST] for _ in range(size)])
-    jitter = _uniform(generator, 2, size, MOST, low=-0.04, high=0.04)
+    jitter = uniform(generator, 2, size, MOST, low=-0.04, high=0.04)
     objects = Objects(
         shape=torch.randint(len(SHAPES), (size, MOST), generator=generator),
         x=(cells % 4 + 0.5) / 4 + jitter[0],
         y=(cells // 4 + 0.5) / 4 + jitter[1],
-        radius=_uniform(generator, size, MOST, low=0.05, high=0.1),
-        angle=_uniform(generator, size, MOST, high=2 * math.pi),
-        colour=_uniform(generator, size, MOST, 3, low=0.1),
+        radius=uniform(generator, size, MOST, low=0.05, high=0.1),
+        angle=uniform(generator, size, MOST, high=2 * math.pi),
+        colour=uniform(generator, size, MOST, 3, low=0.1),
         visible=torch.arange(MOST) < count[:, None],
     )
-    grey = _uniform(generator, size, 1, 1, 1, low=0.3, high=0.6).expand(-1, 3, -1, -1)
+    grey = uniform(generator, size, 1, 1, 1, low=0.3, high=0.6).expand(-1, 3, -1, -1)
     return render(objects, grey), count - FEWEST

@@ -176,11 +176,9 @@ def _mind_places(model: Any, blocks: Sequence[nn.Module], spec: BackboneSpec) ->
             if not all(v is None or isinstance(v, bool) for v in given.values()):
                 return turns  # by what it is given: rotations, masks
             tokens = attention.made_up_tokens(block, known.dim)
-            order = torch.arange(tokens.shape[1], device=tokens.device).flip(0)
             try:
                 whole, turned, fewer = (
-                    _first(block(tokens[:, some], **given))
-                    for some in (order.flip(0), order, order[:2])
+                    _first(block(some, **given)) for some in (tokens, tokens.flip(1), tokens[:, :2])
                 )
             except (RuntimeError, ValueError, IndexError):  # a bias for other tokens does not fit
                 return turns
