@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import threading
 from collections.abc import Iterator
@@ -50,7 +51,11 @@ def _own_state() -> Iterator[None]:
 
 def _accelerator(amp: str, seed: int) -> Accelerator:
     # Processes must shuffle alike; one alone shuffles by the loader's or torch's own generator.
+    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
     processes = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).num_processes
+    if processes > 1 and not joined:
+        # A process that ends within its group can be aborted: torch's threads still run.
+        atexit.register(PartialState().destroy_process_group)
     loading = DataLoaderConfiguration(use_seedable_sampler=processes > 1, data_seed=seed)
     if amp == "fp16" and PartialState().device.type == "cpu":
         raise ValueError("amp: 'fp16' needs a GPU, and this runs on a CPU; use 'bf16' or 'no'")
