@@ -95,6 +95,9 @@ def runs(process: int) -> bool:
     """Whether a process of that number runs on this machine; Windows is not asked."""
     if os.name == "nt":  # os.kill would end it
         return True
+    with suppress(OSError, IndexError):
+        # A process that was killed stays until its parent has asked for it.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -57,6 +57,7 @@ def compare(
     processes: Annotated[
         int, o.option("how many train at the same time; each first seed runs alone", o.RUN)
     ] = 1,
+    storage: o.Storage = None,
     root: o.Root = None,
     amp: o.Amp = "no",
     execution: o.Execution = "auto",
@@ -88,6 +89,7 @@ def compare(
         seeds=seeds,
         changes=changes,
         processes=processes,
+        storage=storage,
         say=o.say,
     )
     write_reports(found, out)

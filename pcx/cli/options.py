@@ -95,6 +95,14 @@ Execution = Annotated[str, option("auto, eager, cuda-graph or compile", OPTIMISA
 Seed = Annotated[int, option("seed of all random numbers", OPTIMISATION)]
 
 # Run
+Storage = Annotated[
+    str | None,
+    option(
+        "Optuna's, as sqlite:///study.db, or a journal file's path; several processes and machines "
+        "can share it",
+        RUN,
+    ),
+]
 Resume = Annotated[bool, option("continue from the run's checkpoint", RUN)]
 Overwrite = Annotated[bool, option("replace an existing file and its run's checkpoint", RUN)]
 Config = Annotated[

@@ -23,10 +23,7 @@ def search(
         int, typer.Option(help="number of images of val, the same for all settings")
     ] = 1024,
     ranking: o.Ranking = "pagerank",
-    storage: Annotated[
-        str | None,
-        typer.Option(help="Optuna's storage, such as sqlite:///search.db; continues a search"),
-    ] = None,
+    storage: o.Storage = None,
     backbone: o.FileBackbone = None,
     weights: o.Weights = None,
     split: Annotated[

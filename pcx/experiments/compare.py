@@ -14,9 +14,10 @@ from pcx.arguments import whole_number
 from pcx.checkpoints.fingerprint import backbone_name, fingerprint
 from pcx.experiments import averages
 from pcx.experiments.grids import Cell, Changes, grid_of
-from pcx.experiments.journal import Journal
+from pcx.experiments.ledger import Ledger
 from pcx.experiments.methods import Method, parse_method
 from pcx.experiments.protocol import Chosen, Protocol, check_splits
+from pcx.experiments.study import Study
 from pcx.experiments.trials import Recipe, Setup, Trial
 from pcx.extras import need
 from pcx.tasks import Task
@@ -130,6 +131,7 @@ def compare(
     seeds: int = 3,
     changes: Changes | None = None,
     processes: int = 1,
+    storage: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Comparison:
     """Compares methods on tasks by `pcx.experiments.protocol`.
@@ -146,6 +148,8 @@ def compare(
         seeds: how many seeds, 0 and on, train each chosen cell.
         changes: to the default grids.
         processes: how many train at the same time; the first seed's trainings run alone.
+        storage: Optuna's, in which further processes and machines share the comparison; None for a
+            journal file in the folder, which they can share where they all see it.
         say: called with a line for each finished training.
 
     Raises:
@@ -168,12 +172,13 @@ def compare(
         for text, of_method in cells.items():
             setup.build(Trial(task, text, of_method[0], "train", 0))
     settings = _settings(setup)
-    journal = Journal(out, settings, str(setup.device))
-    protocol = Protocol(setup, journal, say, processes)
+    ledger = Ledger(out, settings, str(setup.device), storage)
     searches = [(task, text, cells[text]) for task in tasks for text in cells]
-    chosen = protocol.search(searches)
-    choices = [(task, text, c.cell) for (task, text, _), c in zip(searches, chosen, strict=True)]
-    tested = protocol.test(choices, range(seeds))
+    with Study(setup, ledger, say, processes) as study:
+        protocol = Protocol(study)
+        chosen = protocol.search(searches)
+        choices = [(t, text, c.cell) for (t, text, _), c in zip(searches, chosen, strict=True)]
+        tested = protocol.test(choices, range(seeds))
     rows = [_row(*found) for found in zip(choices, chosen, tested, strict=True)]
     of_pixels = tuple(name for name, task in tasks.items() if task.objective == Segmentation.name)
     return Comparison(tuple(tasks), tuple(cells), tuple(rows), settings, of_pixels)

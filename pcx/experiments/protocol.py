@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 from pcx.experiments.grids import Cell
-from pcx.experiments.journal import Journal
-from pcx.experiments.trials import Setup, Trial
+from pcx.experiments.study import Study
+from pcx.experiments.trials import Trial
 from pcx.tasks import Task
 from pcx.training.losses import NonFiniteLoss
 
@@ -39,6 +35,21 @@ class Chosen(NamedTuple):
     edge: str = ""
 
 
+class Rung(NamedTuple):
+    """A round of a search.
+
+    Attributes:
+        share: of the recipe's epochs that its trainings take, in (0, 1].
+        cells: the share of the round before's cells that are in it.
+    """
+
+    share: float
+    cells: float
+
+
+WHOLE = (Rung(1.0, 1.0),)  # a search without rounds
+
+
 class Protocol:
     """Runs the trials of a comparison, each of them once.
 
@@ -46,27 +57,22 @@ class Protocol:
     epoch's accuracy on "val" chooses; ties go to the lower loss, then to the first cell. The chosen
     cell is trained anew on "trainval" with each seed, to the last epoch, and tested once.
 
+    A search may have several rungs: all cells are trained for a share of the epochs, and the best
+    of them anew for more. A rung begins when the one before is finished for all cells of its task
+    and method, so that which cells go on does not depend on the order in which trainings end.
+
     Args:
-        setup: the tasks, the backbone and the recipe.
-        journal: of the finished trials.
-        say: called with a line for each trial that is finished.
-        processes: in how many processes models are trained at the same time. The first seed's
-            trainings on trainval run one after another, so that their times are not disturbed.
-            Methods that `pcx.METHODS.add` has added are known in one process alone.
+        study: does the trainings. The first seed's trainings on trainval run one after another, so
+            that their times are not disturbed.
+        rungs: of every search; the last has the whole epochs.
 
     Raises:
         ValueError: a task lacks a split.
     """
 
-    def __init__(
-        self,
-        setup: Setup,
-        journal: Journal,
-        say: Callable[[str], None] = print,
-        processes: int = 1,
-    ):
-        check_splits(setup.tasks)
-        self.setup, self.journal, self.say, self.processes = setup, journal, say, processes
+    def __init__(self, study: Study, rungs: Sequence[Rung] = WHOLE):
+        check_splits(study.setup.tasks)
+        self.study, self.rungs = study, rungs
 
     def search(self, searches: Sequence[tuple[str, str, Sequence[Cell]]]) -> list[Chosen]:
         """Chooses a cell for each task and method of (task, method, cells).
@@ -74,17 +80,32 @@ class Protocol:
         Raises:
             NonFiniteLoss: every cell of one diverged.
         """
-        trials = [
-            Trial(task, method, cell, "train", SEARCH_SEED)
-            for task, method, cells in searches
-            for cell in cells
-        ]
-        self._finish(trials)
-        found = {(t.task, t.method, t.cell): self._found(t) for t in trials}
+        alive = [list(cells) for _, _, cells in searches]
+        diverged = [0] * len(searches)
+        for rung, further in zip(self.rungs, [*self.rungs[1:], None], strict=True):
+            trials = [
+                [self._trial(task, method, cell, rung) for cell in cells]
+                for (task, method, _), cells in zip(searches, alive, strict=True)
+            ]
+            self.study.finish([trial for each in trials for trial in each])
+            results = [[self.study.result_of(trial) for trial in each] for each in trials]
+            for i, each in enumerate(results):
+                diverged[i] += sum(result["diverged"] for result in each)
+            if further is not None:
+                for i, each in enumerate(results):
+                    whole = ranked(*searches[i][:2], alive[i], each)
+                    count = math.ceil(further.cells * len(alive[i]))
+                    chosen = {cell for cell, _ in whole[:count]}
+                    alive[i] = [cell for cell in alive[i] if cell in chosen]
         return [
-            choose(task, method, cells, [found[task, method, cell] for cell in cells])
-            for task, method, cells in searches
+            choose(*searches[i][:2], alive[i], results[i], searches[i][2], diverged[i])
+            for i in range(len(searches))
         ]
+
+    def _trial(self, task: str, method: str, cell: Cell, rung: Rung) -> Trial:
+        whole = self.study.setup.recipe.epochs
+        epochs = None if rung.share == 1 else max(1, round(rung.share * whole))
+        return Trial(task, method, cell, "train", SEARCH_SEED, epochs)
 
     def test(
         self, choices: Sequence[tuple[str, str, Cell]], seeds: Sequence[int]
@@ -98,34 +119,10 @@ class Protocol:
             NonFiniteLoss: a training diverged.
         """
         trials = {seed: [Trial(*choice, "trainval", seed) for choice in choices] for seed in seeds}
-        self._finish(trials[seeds[0]], processes=1)
-        self._finish([trial for seed in seeds[1:] for trial in trials[seed]])
-        by_seed = [[self._tested(trial) for trial in trials[seed]] for seed in seeds]
+        self.study.finish(trials[seeds[0]], alone=True)
+        self.study.finish([trial for seed in seeds[1:] for trial in trials[seed]])
+        by_seed = [[tested(self.study, trial) for trial in trials[seed]] for seed in seeds]
         return [list(results) for results in zip(*by_seed, strict=True)]
-
-    def _tested(self, trial: Trial) -> dict[str, Any]:
-        result = self._found(trial)
-        if result["diverged"]:
-            raise NonFiniteLoss(
-                f"method: {trial} diverged on trainval, which it did not on train; give a grid of "
-                f"rates under {trial.cell.lr:g}, or one that clips gradients"
-            )
-        return result
-
-    def _found(self, trial: Trial) -> dict[str, Any]:
-        result = self.journal.result_of(trial.as_json())
-        assert result is not None, trial  # _finish has run it
-        return result
-
-    def _finish(self, trials: Sequence[Trial], processes: int | None = None) -> None:
-        """Runs those of the trials that the journal does not have."""
-        left = [trial for trial in trials if self.journal.result_of(trial.as_json()) is None]
-        ran = run_all(self.setup, left, self.processes if processes is None else processes)
-        for number, (trial, result) in enumerate(ran, 1):
-            self.journal.add(trial.as_json(), result)
-            said = "diverged" if result["diverged"] else f"{result['accuracy']:.2f}%"
-            tested = "test" if trial.split == "trainval" else "val"
-            self.say(f"{number}/{len(left)}: {trial}: {tested} {said}")
 
 
 def check_splits(tasks: Mapping[str, Task]) -> None:
@@ -141,10 +138,25 @@ def check_splits(tasks: Mapping[str, Task]) -> None:
             )
 
 
-def choose(
+def tested(study: Study, trial: Trial) -> dict[str, Any]:
+    """The result of a trial that is finished.
+
+    Raises:
+        NonFiniteLoss: it diverged.
+    """
+    result = study.result_of(trial)
+    if result["diverged"]:
+        raise NonFiniteLoss(
+            f"method: {trial} diverged on trainval, which it did not on train; give a grid of "
+            f"rates under {trial.cell.lr:g}, or one that clips gradients"
+        )
+    return result
+
+
+def ranked(
     task: str, method: str, cells: Sequence[Cell], results: Sequence[dict[str, Any]]
-) -> Chosen:
-    """The cell of the highest accuracy, of several the one of the lowest loss, then the first.
+) -> list[tuple[Cell, dict[str, Any]]]:
+    """Cells and results by accuracy, of several the lower loss first, then the first of the grid.
 
     Raises:
         NonFiniteLoss: all cells diverged.
@@ -156,43 +168,33 @@ def choose(
             f"method: {method} on {task}: all {len(cells)} cells of its grid diverged, of rates "
             f"{min(rates):g} to {max(rates):g}; give a grid of lower rates, or one that clips"
         )
-    cell, result = max(whole, key=lambda found: (found[1]["accuracy"], -found[1]["loss"]))
-    rates = sorted({each.lr for each in cells})
+    return sorted(whole, key=lambda found: (-found[1]["accuracy"], found[1]["loss"]))
+
+
+def choose(
+    task: str,
+    method: str,
+    cells: Sequence[Cell],
+    results: Sequence[dict[str, Any]],
+    grid: Sequence[Cell] | None = None,
+    diverged: int | None = None,
+) -> Chosen:
+    """The best cell of a search's last rung.
+
+    Args:
+        task, method: names, for the message of an error.
+        cells: in the last rung.
+        results: theirs.
+        grid: all cells of the search; None where those are all.
+        diverged: how many of them diverged.
+
+    Raises:
+        NonFiniteLoss: all cells diverged.
+    """
+    cell, result = ranked(task, method, cells, results)[0]
+    grid = cells if grid is None else grid
+    rates = sorted({each.lr for each in grid})
     edges = {rates[0]: "lowest", rates[-1]: "highest"} if len(rates) > 1 else {}
-    diverged = len(cells) - len(whole)
-    return Chosen(cell, result["accuracy"], diverged, len(cells), edges.get(cell.lr, ""))
-
-
-def run_all(
-    setup: Setup, trials: Sequence[Trial], processes: int = 1
-) -> Iterator[tuple[Trial, dict[str, Any]]]:
-    """Runs trials, and gives each with its result once it is finished, in any order."""
-    if processes == 1 or len(trials) < 2:
-        for trial in trials:
-            yield trial, setup.run(trial)
-        return
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    with ProcessPoolExecutor(
-        min(processes, len(trials)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start,
-        initargs=(setup, threads),
-    ) as pool:
-        running = {pool.submit(_run, trial): trial for trial in trials}
-        try:
-            for done in as_completed(running):
-                yield running[done], done.result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-_SETUP: list[Setup] = []  # of a process of `run_all`
-
-
-def _start(setup: Setup, threads: int) -> None:
-    torch.set_num_threads(threads)
-    _SETUP[:] = [setup]
-
-
-def _run(trial: Trial) -> dict[str, Any]:
-    return _SETUP[0].run(trial)
+    if diverged is None:
+        diverged = sum(each["diverged"] for each in results)
+    return Chosen(cell, result["accuracy"], diverged, len(grid), edges.get(cell.lr, ""))

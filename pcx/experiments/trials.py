@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from pcx.backbones.residual import Wrapper
 from pcx.backbones.setr import SETR
+from pcx.checkpoints.saving import save
 from pcx.experiments.grids import Cell
 from pcx.experiments.methods import build_method
 from pcx.models import HEAD_INITS
@@ -41,6 +43,8 @@ class Trial(NamedTuple):
         cell: of the method's grid.
         split: "train", which is tested on val, or "trainval", which is tested on test.
         seed: one of the comparison's.
+        epochs: None for the recipe's.
+        saved: whether the trained model is kept, for work that starts from it.
     """
 
     task: str
@@ -48,19 +52,38 @@ class Trial(NamedTuple):
     cell: Cell
     split: str
     seed: int
+    epochs: int | None = None
+    saved: bool = False
 
     def as_json(self) -> dict[str, Any]:
-        """The trial as a journal holds it."""
-        return {**self._asdict(), "cell": list(self.cell)}
+        """The trial as a ledger holds it."""
+        more = {"epochs": self.epochs, "saved": self.saved}
+        found = {**self._asdict(), "cell": list(self.cell)}
+        return {k: v for k, v in found.items() if k not in more or more[k]}
 
     @property
     def own_seed(self) -> int:
         """The seed of the trial's random numbers, which no other trial has or changes."""
-        text = json.dumps(self.as_json(), sort_keys=True)
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+        return seed_of(self.as_json())
+
+    def run(self, study: Any) -> dict[str, Any]:
+        """Trains the model and tests it once, as `Setup.run` does; keeps it where it is saved."""
+        return study.setup.run(self, study.model_file(self) if self.saved else None)
+
+    def said(self, result: Mapping[str, Any]) -> str:
+        """The result in a few words."""
+        said = "diverged" if result["diverged"] else f"{result['accuracy']:.2f}%"
+        return f"{TESTED_ON[self.split]} {said}"
 
     def __str__(self) -> str:
-        return f"{self.method} on {self.task}, {self.cell}, seed {self.seed}"
+        epochs = "" if self.epochs is None else f", {self.epochs} epochs"
+        return f"{self.method} on {self.task}, {self.cell}{epochs}, seed {self.seed}"
+
+
+def seed_of(work: Mapping[str, Any]) -> int:
+    """The seed of a piece of work's random numbers, which its JSON decides."""
+    text = json.dumps(work, sort_keys=True)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
 
 
 @dataclass(frozen=True)
@@ -120,12 +143,16 @@ class Setup:
         return build_method(
             trial.method,
             self.backbone(task.num_classes, task.objective),
-            self._loader(trial.task, trial.split),
+            self.loader(trial.task, trial.split),
             head_init=self.recipe.head_init,
         )
 
-    def run(self, trial: Trial) -> dict[str, Any]:
+    def run(self, trial: Trial, file: Path | None = None) -> dict[str, Any]:
         """Trains a trial's model to the last epoch, and tests it once.
+
+        Args:
+            trial: says what is trained, and on what.
+            file: where the trained model is saved; None for nowhere.
 
         Returns:
             {"diverged": False, "accuracy": percent, "loss": mean} and the facts of the training:
@@ -144,8 +171,8 @@ class Setup:
         try:
             fit(
                 model,
-                self._loader(trial.task, trial.split),
-                epochs=recipe.epochs,
+                self.loader(trial.task, trial.split),
+                epochs=trial.epochs or recipe.epochs,
                 **cell._asdict(),
                 objective=objective,
                 amp=recipe.amp,
@@ -155,23 +182,35 @@ class Setup:
                 progress=False,
             )
             peak = torch.cuda.max_memory_allocated(self.device) / 2**20 if cuda else None
-            loader = self._loader(trial.task, TESTED_ON[trial.split])
-            shared: dict[str, Any] = {"amp": recipe.amp, "execution": recipe.execution}
-            found = evaluate(model, loader, objective=objective, **shared)
+            found = self.tested(trial.task, TESTED_ON[trial.split], model)
         except NonFiniteInput:
             raise
         except NonFiniteLoss:
             return {"diverged": True}
+        if file is not None:
+            save(model, file)
         return {
             "diverged": False,
-            "accuracy": found[objective.metric],
-            "loss": found["loss"],
+            **found,
             **counted(model),
             "ms_per_step": times.median(),
             "peak_mib": peak,
         }
 
-    def _loader(self, task: str, split: str) -> Any:
+    def tested(self, task: str, split: str, model: nn.Module) -> dict[str, float]:
+        """{"accuracy": percent, "loss": mean} of a model on a split."""
+        objective = objective_for(self.tasks[task].objective)
+        found = evaluate(
+            model,
+            self.loader(task, split),
+            objective=objective,
+            amp=self.recipe.amp,
+            execution=self.recipe.execution,
+        )
+        return {"accuracy": found[objective.metric], "loss": found["loss"]}
+
+    def loader(self, task: str, split: str) -> Any:
+        """A loader of a split, as the recipe has it."""
         recipe = self.recipe
         return self.tasks[task].loader(split, recipe.batch_size, num_workers=recipe.num_workers)
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, SequentialSampler, Subset
 from pcx.arguments import real_number, whole_number
 from pcx.backbones.inputs import data_config
 from pcx.backbones.outputs import logits_of
+from pcx.checkpoints.studies import ask, completed, open_study
 from pcx.extras import need
 from pcx.models.base import keeping_modes
 from pcx.models.block_forward import found_on
@@ -26,7 +27,6 @@ from pcx.tasks.batches import images_and_labels, rows_of
 from pcx.token_pruning.budget_space import Space
 from pcx.token_pruning.dropping import zero_tprune
 from pcx.token_pruning.schedule import arguments_of
-from pcx.token_pruning.studies import ask, completed, open_study
 from pcx.training.execution import check_execution, prepared
 from pcx.training.loaders import plain_loader, rebuilt
 from pcx.training.objectives import SingleLabel

@@ -45,7 +45,7 @@ def test_it_compares_writes_and_goes_on(tmp_path):
         "compare.png",
         "config.json",
         "environment.json",
-        "trials.jsonl",
+        "work.log",
     }
 
 

@@ -17,9 +17,9 @@ def trained(monkeypatch):
     """The trials that were really trained, in their order."""
     found, run = [], Setup.run
 
-    def counted(self, trial):
+    def counted(self, trial, file=None):
         found.append(trial)
-        return run(self, trial)
+        return run(self, trial, file)
 
     monkeypatch.setattr(Setup, "run", counted)
     return found

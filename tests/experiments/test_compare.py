@@ -165,7 +165,7 @@ def test_a_comparison_goes_on_where_it_ended(tmp_path, trained):
         (t, m) for t in tasks for m in ("linear", "vpt:num_prompts=2")
     ]
     assert {r["peak_mib"] for r in rows} == {""}
-    for name in ("config.json", "environment.json", "trials.jsonl", "compare.md", "compare.png"):
+    for name in ("config.json", "environment.json", "work.log", "compare.md", "compare.png"):
         assert (tmp_path / "out" / name).stat().st_size
 
 

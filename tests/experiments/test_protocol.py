@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import random
 
 import pytest
@@ -12,8 +11,9 @@ from tiny_tasks import Unread, tiny_backbone, tiny_task
 
 import pcx
 from pcx.experiments.grids import GRIDS, Cell, Changes, Grid, grid_of
-from pcx.experiments.journal import Journal
-from pcx.experiments.protocol import Protocol, choose, run_all
+from pcx.experiments.ledger import Ledger
+from pcx.experiments.protocol import Protocol, Rung, choose
+from pcx.experiments.study import Study
 from pcx.experiments.trials import Recipe, Setup, StepTimes, Trial, counted
 from pcx.models import METHODS
 from pcx.training.losses import NonFiniteInput, NonFiniteLoss
@@ -23,7 +23,8 @@ SETTINGS = {"epochs": 1}
 
 
 def protocol(setup, folder, **more):
-    return Protocol(setup, Journal(folder, SETTINGS, "cpu"), say=lambda line: None, **more)
+    study = Study(setup, Ledger(folder, SETTINGS, "cpu"), say=lambda line: None, **more)
+    return Protocol(study)
 
 
 class TestGrids:
@@ -79,9 +80,9 @@ class TestSeeds:
 
     def test_the_order_of_the_cells_changes_nothing(self, setup):
         trials = [Trial("tiny:a", m, c, "train", 0) for m in ("vpt", "sct:k=3") for c in CELLS]
-        first = dict(run_all(setup, trials))
+        first = {trial: setup.run(trial) for trial in trials}
         random.Random(1).shuffle(trials)
-        again = dict(run_all(setup, trials))
+        again = {trial: setup.run(trial) for trial in trials}
         for trial, result in first.items():
             assert again[trial]["loss"] == result["loss"]
             assert again[trial]["accuracy"] == result["accuracy"]
@@ -160,14 +161,36 @@ class TestChoosing:
             protocol(setup, tmp_path)
 
 
+class TestRungs:
+    def test_the_best_of_a_rung_are_trained_anew_for_longer(self, setup, tmp_path, trained):
+        setup.recipe = dataclasses.replace(setup.recipe, epochs=4)
+        rungs = (Rung(0.25, 1.0), Rung(0.5, 0.5), Rung(1.0, 0.5))
+        ran = protocol(setup, tmp_path)
+        ran.rungs = rungs
+        searches = [("tiny:a", "linear", CELLS), ("tiny:b", "linear", CELLS)]
+        found = ran.search(searches)
+        assert [t.epochs for t in trained].count(1) == 8
+        assert [t.epochs for t in trained].count(2) == 4
+        assert [t.epochs for t in trained].count(None) == 2
+        for (task, _, cells), chosen in zip(searches, found, strict=True):
+            of_task = [t for t in trained if t.task == task]
+            first = {t.cell: ran.study.result_of(t) for t in of_task if t.epochs == 1}
+            best = sorted(first, key=lambda c: (-first[c]["accuracy"], first[c]["loss"]))[:2]
+            assert {t.cell for t in of_task if t.epochs == 2} == set(best)
+            (last,) = (t for t in of_task if t.epochs is None)
+            assert (chosen.cell, chosen.cells) == (last.cell, len(cells))
+            assert chosen.accuracy == ran.study.result_of(last)["accuracy"]
+
+
 class TestDivergence:
     def test_a_diverged_cell_is_recorded_and_counts_as_worst(self, setup, tmp_path):
         cells = Grid((1e30, 0.01), (0.0,)).cells(6)
-        (chosen,) = protocol(setup, tmp_path).search([("tiny:a", "full", cells)])
+        ran = protocol(setup, tmp_path)
+        (chosen,) = ran.search([("tiny:a", "full", cells)])
         assert chosen[0] == cells[1]
         assert chosen.diverged == 1
-        lines = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
-        assert [line["result"]["diverged"] for line in lines] == [True, False]
+        trials = [Trial("tiny:a", "full", cell, "train", 0) for cell in cells]
+        assert [ran.study.result_of(trial)["diverged"] for trial in trials] == [True, False]
 
     def test_where_all_diverge_or_the_chosen_one_does_they_are_named(self, setup, tmp_path):
         cells = Grid((1e30,), (0.0,)).cells(6)
@@ -187,7 +210,7 @@ class TestResuming:
     def test_no_cell_is_trained_twice(self, setup, tmp_path, trained, monkeypatch):
         run, searches = Setup.run, [("tiny:a", "linear", CELLS), ("tiny:b", "linear", CELLS)]
 
-        def killed(self, trial):
+        def killed(self, trial, file=None):
             if len(trained) == 3:
                 raise KeyboardInterrupt
             return run(self, trial)
@@ -196,30 +219,12 @@ class TestResuming:
             patch.setattr(Setup, "run", killed)
             with pytest.raises(KeyboardInterrupt):
                 protocol(setup, tmp_path).search(searches)
-        with open(tmp_path / "trials.jsonl", "a") as file:
-            file.write('{"trial": {"ta')  # what a kill leaves of a line
+        with open(tmp_path / "work.log", "a") as file:
+            file.write('{"op_code": 4, "wor')  # what a kill leaves of a line
         found = protocol(setup, tmp_path).search(searches)
         assert len(trained) == len(set(trained)) == 8
         assert protocol(setup, tmp_path).search(searches) == found
         assert len(trained) == 8
-
-    def test_other_settings_and_other_folders_are_refused(self, tmp_path):
-        Journal(tmp_path / "a", {"epochs": 1, "amp": "no"}, "cpu")
-        Journal(tmp_path / "a", {"epochs": 1, "amp": "no"}, "cpu")
-        with pytest.raises(ValueError, match=r"out: .*a is of a comp.* epochs 1 \(now 2\)"):
-            Journal(tmp_path / "a", {"epochs": 2, "amp": "no"}, "cpu")
-        (tmp_path / "mine.txt").write_text("hello")
-        with pytest.raises(ValueError, match=r"out: .* has files and no config.json"):
-            Journal(tmp_path, {}, "cpu")
-        with pytest.raises(ValueError, match=r"out: .*mine.txt is a file"):
-            Journal(tmp_path / "mine.txt", {}, "cpu")
-
-    def test_a_damaged_line_is_named(self, tmp_path):
-        Journal(tmp_path, {}, "cpu").add({"a": 1}, {"b": 2})
-        with open(tmp_path / "trials.jsonl", "a") as file:
-            file.write("hello\n")
-        with pytest.raises(ValueError, match=r"trials.jsonl, line 2: not a trial"):
-            Journal(tmp_path, {}, "cpu")
 
 
 def test_processes_find_the_same(setup, tmp_path):

@@ -1,21 +1,25 @@
-"""Optuna's studies of searches: opened by several processes at once, and whole after kills."""
+"""Optuna's studies: opened by several processes at once, and whole after kills."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import re
 import time
 import uuid
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pcx.checkpoints.files import machine, runs
 
 if TYPE_CHECKING:
     import optuna
 
-TRIES, PAUSE = 8, 0.2  # of opening a storage that others are making, and seconds between them
+TRIES, PAUSE = 8, 0.1  # of using a storage that others use, and seconds before the second
 SLOT, PROCESS = "slot", "process"  # user attributes of trials
+T = TypeVar("T")
 _TOKEN = uuid.uuid4().hex
 
 
@@ -31,7 +35,7 @@ def open_study(
     """
     import optuna
 
-    study = _created(
+    study = created(
         storage,
         study_name=name,
         sampler=sampler or optuna.samplers.RandomSampler(),
@@ -48,27 +52,87 @@ def open_study(
     for key, value in arguments.items():
         study.set_user_attr(key, value)
     for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-        if _has_ended(trial.user_attrs.get(PROCESS)):
+        if has_ended(trial.user_attrs.get(PROCESS)):
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
     return study
 
 
-def _created(storage: Any, **arguments: Any) -> optuna.Study:
-    """Creates or loads a study; processes that make a new file at once come one after another."""
+def created(storage: Any, **arguments: Any) -> optuna.Study:
+    """Creates or loads a study; processes that make a new file at once come one after another.
+
+    Args:
+        storage: Optuna's, or an address such as "sqlite:///study.db" or "postgresql://...", or the
+            path of a journal file, which network disks lock better than SQLite's.
+        arguments: of `optuna.create_study`.
+
+    Raises:
+        ValueError: the storage cannot be used.
+    """
     import optuna
 
+    def create() -> optuna.Study:
+        return optuna.create_study(storage=_opened(storage), **arguments)
+
+    return retried(create, storage)
+
+
+def _opened(storage: Any) -> Any:
+    """The storage; a path without "://" is that of a journal file."""
+    if not isinstance(storage, str | os.PathLike) or "://" in str(storage):
+        return storage
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    _mend(Path(storage))
+    return JournalStorage(JournalFileBackend(str(storage)))
+
+
+def _mend(file: Path) -> None:
+    """Removes a last line that was not written to its end, which no reader gets past."""
+    from optuna.storages.journal import JournalFileSymlinkLock
+
+    if not file.is_file() or _ends_whole(file):
+        return
+    lock = JournalFileSymlinkLock(str(file))
+    lock.acquire()
+    try:
+        if not _ends_whole(file):  # else it was another's line, under way
+            content = file.read_bytes()
+            os.truncate(file, content.rfind(b"\n") + 1)
+    finally:
+        lock.release()
+
+
+def _ends_whole(file: Path) -> bool:
+    with open(file, "rb") as opened:
+        if not opened.seek(0, os.SEEK_END):
+            return True
+        opened.seek(-1, os.SEEK_END)
+        return opened.read() == b"\n"
+
+
+def retried(call: Callable[[], T], storage: Any) -> T:
+    """What a call on a storage gives, tried again where others use the storage at the same time.
+
+    Raises:
+        ValueError: it fails all the same; the message is one line and names the storage.
+    """
     for attempt in range(TRIES):
         try:
-            return optuna.create_study(storage=storage, **arguments)
+            return call()
         except Exception as error:  # of SQLAlchemy, a driver, Optuna
             if attempt == TRIES - 1 or not _may_pass(error):
                 said = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise ValueError(
-                    f"storage: {storage!r} cannot be used ({said}); give an address such as "
-                    "'sqlite:///search.db' in a folder that exists"
+                    f"storage: {_without_password(storage)!r} cannot be used ({said}); give an "
+                    "address such as 'sqlite:///search.db' in a folder that exists"
                 ) from error
-            time.sleep(PAUSE * (1 + random.random()))
+            time.sleep(PAUSE * 2**attempt * (1 + random.random()))
     raise AssertionError("unreachable")
+
+
+def _without_password(storage: Any) -> str:
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", str(storage))
 
 
 def _may_pass(error: Exception) -> bool:
@@ -92,10 +156,10 @@ def ask(study: optuna.Study) -> tuple[optuna.trial.Trial, int]:
     """
     from optuna.trial import TrialState
 
-    here = _here()
-    study.enqueue_trial({}, user_attrs={PROCESS: here})  # so that no trial is ever without it
+    process = here()
+    study.enqueue_trial({}, user_attrs={PROCESS: process})  # so that no trial is ever without it
     trial = study.ask()
-    trial.set_user_attr(PROCESS, here)  # it may be one that another process enqueued
+    trial.set_user_attr(PROCESS, process)  # it may be one that another process enqueued
     taken, waiting = set(), 0
     for other in study.get_trials(deepcopy=False):
         if other.number == trial.number or other.state == TrialState.FAIL:
@@ -112,12 +176,12 @@ def ask(study: optuna.Study) -> tuple[optuna.trial.Trial, int]:
     return trial, slot
 
 
-def _here() -> list[Any]:
+def here() -> list[Any]:
     """Names this process, also where its number is given to another one later."""
     return [machine(), os.getpid(), _TOKEN]
 
 
-def _has_ended(process: Any) -> bool:
+def has_ended(process: Any) -> bool:
     """Whether the process that ran a trial is one of this machine that ended."""
     if not process or process[0] != machine():
         return False
