@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
 import random
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +24,18 @@ from typing import Any
 import optuna
 import timm
 import torch
+from tiny_tasks import tiny_backbone, tiny_task
 from torch.utils.data import DataLoader, TensorDataset
 
 import pcx
 from pcx.checkpoints.torch_file import read_torch
+from pcx.experiments.grids import Grid
+from pcx.experiments.ledger import Ledger, read_config
+from pcx.experiments.protocol import Rung
+from pcx.experiments.request import Request
+from pcx.experiments.results import read_results
+from pcx.experiments.suites.prompts import Plan, PromptSuite
+from pcx.experiments.trials import Recipe
 from pcx.token_pruning import search
 from pcx.training.checkpoint import LAST, read_checkpoint
 
@@ -140,12 +150,79 @@ class Save(Job):
         return int(any(same(found, vpt(3, seed).trainable()) for seed in (3, 4)))
 
 
+TINY = PromptSuite(
+    "tiny",
+    "A tiny study",
+    ("tiny:a", "tiny:b"),
+    Plan(
+        prompts=4,
+        shallow=4,
+        keeps=(0.25, 0.5),
+        score_keeps=(0.25,),
+        tune_epochs=1,
+        other_epochs=(),
+        shallow_keeps=(0.5,),
+        grid=Grid((0.01, 0.1), (0.0,), (1.0,)),
+        rungs=(Rung(0.5, 1.0), Rung(1.0, 0.5)),
+        seeds=1,
+    ),
+    Recipe(epochs=2, batch_size=6),
+    Plan(),
+    Recipe(),
+)
+
+
+class Study(Job):
+    """A study of tiny tasks, of whose results all but times are compared."""
+
+    storage: str | None = None
+
+    def run(self) -> Any:
+        return self.worked().rows
+
+    def worked(self) -> Any:
+        def silent(line: str) -> None:
+            pass
+
+        found = TINY.run(
+            Request(self.folder, tiny_backbone, tiny_task, storage=self.storage, say=silent)
+        )
+        assert not found.failures, found.failures
+        found.write(self.folder)
+        assert read_results(self.folder).findings == found.findings
+        return found
+
+    def progress(self) -> int:
+        if not (self.folder / "config.json").exists():
+            return 0
+        return len(Ledger(self.folder, read_config(self.folder), "cpu", self.storage)._results)
+
+
+class Shared(Study):
+    """The same by two workers, of which one is killed."""
+
+    def run(self) -> Any:
+        self.storage = f"sqlite:///{self.folder}/shared.db"
+        second = in_a_fork(self.beside)
+        threading.Timer(random.uniform(0, 3), os.kill, (second, signal.SIGKILL)).start()
+        found = super().run()
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(second, 0)
+        return found
+
+    def beside(self) -> None:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # it is to end with the first
+        self.worked()
+
+
 JOBS: dict[str, type[Job]] = {
     "train": Train,
     "condense": Condense,
     "score": Score,
     "search": Search,
     "save": Save,
+    "study": Study,
+    "shared": Shared,
 }
 
 

@@ -12,7 +12,7 @@ import pytest
 def test_kills_lose_nothing():
     soak = Path(__file__).with_name("soak.py")
     done = subprocess.run(
-        [sys.executable, soak, "--kills", "15"], capture_output=True, text=True, timeout=600
+        [sys.executable, soak, "--kills", "21"], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("3 of 3 kills, nothing lost") == 5
+    assert done.stdout.count("3 of 3 kills, nothing lost") == 7

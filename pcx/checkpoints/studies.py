@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import optuna
 
 TRIES, PAUSE = 8, 0.1  # of using a storage that others use, and seconds before the second
+JOURNAL = ".log"  # how the name of a journal file ends
 SLOT, PROCESS = "slot", "process"  # user attributes of trials
 T = TypeVar("T")
 _TOKEN = uuid.uuid4().hex
@@ -62,7 +63,7 @@ def created(storage: Any, **arguments: Any) -> optuna.Study:
 
     Args:
         storage: Optuna's, or an address such as "sqlite:///study.db" or "postgresql://...", or the
-            path of a journal file, which network disks lock better than SQLite's.
+            path of a journal file, which ends in ".log"; network disks lock it better than SQLite.
         arguments: of `optuna.create_study`.
 
     Raises:
@@ -77,8 +78,9 @@ def created(storage: Any, **arguments: Any) -> optuna.Study:
 
 
 def _opened(storage: Any) -> Any:
-    """The storage; a path without "://" is that of a journal file."""
-    if not isinstance(storage, str | os.PathLike) or "://" in str(storage):
+    """The storage; a path that ends in ".log" is that of a journal file."""
+    path = isinstance(storage, str | os.PathLike) and "://" not in str(storage)
+    if not path or not str(storage).endswith(JOURNAL):
         return storage
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -125,7 +127,8 @@ def retried(call: Callable[[], T], storage: Any) -> T:
                 said = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise ValueError(
                     f"storage: {_without_password(storage)!r} cannot be used ({said}); give an "
-                    "address such as 'sqlite:///search.db' in a folder that exists"
+                    "address such as 'sqlite:///study.db', or a journal file such as study.log, "
+                    "in a folder that exists"
                 ) from error
             time.sleep(PAUSE * 2**attempt * (1 + random.random()))
     raise AssertionError("unreachable")

@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from pcx.cli import grid_options as grid
 from pcx.cli import options as o
 from pcx.models import HEAD_INITS, METHODS
 
-GRID = "Grid"
 TaskNames = Annotated[
     list[str],
     o.option("as pcx train has it; may be given several times", o.DATA, "--task"),
@@ -44,16 +44,10 @@ def compare(
     epochs: o.Epochs = 100,
     batch_size: o.BatchSize = 64,
     head_init: Annotated[str, typer.Option(help=", ".join(HEAD_INITS))] = HEAD_INITS[0],
-    grid_lr: Annotated[
-        str | None, o.option("rates, as 0.01,0.1; by default each method's own", GRID)
-    ] = None,
-    grid_weight_decay: Annotated[str | None, o.option("decays, as 0,0.01", GRID)] = None,
-    grid_clip_grad: Annotated[
-        str | None, o.option("norms to clip to, as none,1", GRID, "--grid-clip-grad")
-    ] = None,
-    grid_opt: Annotated[
-        str | None, o.option("the optimiser, such as momentum or adamw", GRID)
-    ] = None,
+    grid_lr: grid.Rates = None,
+    grid_weight_decay: grid.Decays = None,
+    grid_clip_grad: grid.Clips = None,
+    grid_opt: grid.Opt = None,
     processes: Annotated[
         int, o.option("how many train at the same time; each first seed runs alone", o.RUN)
     ] = 1,
@@ -67,19 +61,13 @@ def compare(
 ) -> None:
     """Compares methods on tasks, each at its best by val, and tests several seeds once each."""
     from pcx.experiments.compare import compare as compare_methods
-    from pcx.experiments.grids import Changes
     from pcx.experiments.reports import remarks, table, write_reports
     from pcx.experiments.trials import Recipe
     from pcx.extras import need
 
     need("matplotlib", "pcx compare")
     chosen = _texts(method, methods)
-    changes = Changes(
-        _numbers("grid-lr", grid_lr),
-        _numbers("grid-weight-decay", grid_weight_decay),
-        _numbers("grid-clip-grad", grid_clip_grad, none=True),
-        grid_opt,
-    )
+    changes = grid.grid_changes(grid_lr, grid_weight_decay, grid_clip_grad, grid_opt)
     found = compare_methods(
         _tasks(task, o.backbone_data_config(backbone, weights), root, cache),
         chosen,
@@ -122,19 +110,4 @@ def _tasks(names: list[str], settings: dict, root: Path | None, cache: Path | No
         if task.name in found:
             raise ValueError(f"--task: {task.name} is given twice; leave one out")
         found[task.name] = task
-    return found
-
-
-def _numbers(name: str, text: str | None, *, none: bool = False) -> Any:
-    """The numbers of a list, in which "none" may stand for none."""
-    if text is None:
-        return None
-    found: list[float | None] = []
-    for part in (part.strip() for part in text.split(",")):
-        try:
-            found.append(None if none and part == "none" else float(part))
-        except ValueError:
-            raise ValueError(
-                f"--{name}: {text!r}, expected numbers as {'none,1' if none else '0.01,0.1'}"
-            ) from None
     return found

@@ -98,8 +98,8 @@ Seed = Annotated[int, option("seed of all random numbers", OPTIMISATION)]
 Storage = Annotated[
     str | None,
     option(
-        "Optuna's, as sqlite:///study.db, or a journal file's path; several processes and machines "
-        "can share it",
+        "Optuna's, as sqlite:///study.db, or a journal file, as study.log; several processes and "
+        "machines can share it",
         RUN,
     ),
 ]

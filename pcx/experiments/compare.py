@@ -11,20 +11,18 @@ from typing import Any
 from torch import nn
 
 from pcx.arguments import whole_number
-from pcx.checkpoints.fingerprint import backbone_name, fingerprint
 from pcx.experiments import averages
 from pcx.experiments.grids import Cell, Changes, grid_of
 from pcx.experiments.ledger import Ledger
 from pcx.experiments.methods import Method, parse_method
 from pcx.experiments.protocol import Chosen, Protocol, check_splits
 from pcx.experiments.study import Study
-from pcx.experiments.trials import Recipe, Setup, Trial
+from pcx.experiments.trials import Recipe, Setup, Trial, shared_settings
 from pcx.extras import need
 from pcx.tasks import Task
 from pcx.training.evaluation import accelerator_for
 from pcx.training.execution import check_execution
 from pcx.training.objectives import Segmentation
-from pcx.training.run_folder import device_name
 
 
 @dataclass(frozen=True)
@@ -171,13 +169,13 @@ def compare(
     for task in first.values():
         for text, of_method in cells.items():
             setup.build(Trial(task, text, of_method[0], "train", 0))
-    settings = _settings(setup)
+    settings = shared_settings(setup)
     ledger = Ledger(out, settings, str(setup.device), storage)
     searches = [(task, text, cells[text]) for task in tasks for text in cells]
     with Study(setup, ledger, say, processes) as study:
         protocol = Protocol(study)
-        chosen = protocol.search(searches)
-        choices = [(t, text, c.cell) for (t, text, _), c in zip(searches, chosen, strict=True)]
+        chosen: Any = protocol.search(searches)  # none is None: an error ends a comparison
+        choices = [(t, m, c.cell) for (t, m, _), c in zip(searches, chosen, strict=True)]
         tested = protocol.test(choices, range(seeds))
     rows = [_row(*found) for found in zip(choices, chosen, tested, strict=True)]
     of_pixels = tuple(name for name, task in tasks.items() if task.objective == Segmentation.name)
@@ -204,22 +202,6 @@ def _read(methods: Sequence[str]) -> list[Method]:
         said = f"{twice[0]!r} is given twice" if twice else "got none"
         raise ValueError(f"methods: {said}; give each method once, and one at least")
     return read
-
-
-def _settings(setup: Setup) -> dict[str, Any]:
-    """What all trainings share, as JSON."""
-    recipe, plain = setup.recipe, setup.new_backbone(0)
-    photos = {name: t.digest for name, t in setup.tasks.items() if t.digest is not None}
-    return {
-        "backbone": backbone_name(plain),
-        "weights": fingerprint(plain.named_parameters())[:16],
-        "epochs": whole_number("epochs", recipe.epochs, 1),
-        "batch_size": recipe.batch_size,
-        "amp": recipe.amp,
-        "head_init": recipe.head_init,
-        "device": device_name(str(setup.device)).split(",")[0],
-        **({"photos": photos} if photos else {}),
-    }
 
 
 def _row(choice: tuple[str, str, Cell], chosen: Chosen, results: Sequence[dict[str, Any]]) -> Row:

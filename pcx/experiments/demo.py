@@ -108,15 +108,19 @@ def _run_task(name: str, seed: int, console: Console, out: Path) -> dict:
         "vpt_small": few,
     }
     found = {key: evaluate(models[key], test) for key in METHODS}
-    by_keep: dict[float, dict] = {}
-    for keep in KEEPS:
-        row = found["condensed_no_finetune"] if keep == KEEP else evaluate(rough[keep], test)
-        by_keep[keep] = {"not_finetuned": row["accuracy"]}
-    by_keep[KEEP]["finetuned"] = found["condensed"]["accuracy"]
-    by_keep[1.0] = {"finetuned": found["vpt"]["accuracy"]}
-    curve = [{"keep": keep, **row} for keep, row in by_keep.items()]
+    curve: list[dict] = [{"keep": keep} for keep in KEEPS]
+    for row in curve:
+        done = row["keep"] == KEEP
+        rough_found = found["condensed_no_finetune"] if done else evaluate(rough[row["keep"]], test)
+        row["not_finetuned"] = _point(rough_found)
+        if done:
+            row |= {"finetuned": _point(found["condensed"]), "trained": _point(found["vpt_small"])}
     rates = {"linear": linear_lr, "vpt": lr, "condensed": lr / 10, "vpt_small": few_lr}
     return _report(name, models, rates, curve, found, console, out)
+
+
+def _point(found: dict) -> dict[str, float]:
+    return {"accuracy": found["accuracy"], "standard_error": standard_error(found)}
 
 
 def _report(name, models, rates, curve, found, console: Console, out: Path) -> dict:
@@ -141,9 +145,9 @@ def _report(name, models, rates, curve, found, console: Console, out: Path) -> d
     }
     console.print(_table(name, models, result))
     folder = out / name.replace(":", "-")
-    figures.kept_per_layer(model.counts, condensed.counts, folder / "kept_per_layer.png")
-    figures.score_distribution(condensed.condensation, folder / "scores.png")
-    figures.accuracy_by_keep(result, folder / "accuracy_by_keep.png")
+    figures.kept_per_layer(model.counts, condensed.counts).write(folder)
+    figures.score_distribution(condensed.condensation).write(folder)
+    figures.accuracy_by_keep(result).write(folder)
     return result
 
 

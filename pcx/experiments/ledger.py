@@ -123,10 +123,9 @@ class Ledger:
         for trial in trials:
             if trial.state == TrialState.COMPLETE and trial.number not in self._read:
                 self._read.add(trial.number)
-                # Of two workers that did the same, the first claim counts.
                 found = _result_in(trial.user_attrs)
-                if found is not None:
-                    self._results.setdefault(trial.user_attrs[LABEL], found)
+                if found is not None:  # of two workers that did the same, the first claim counts
+                    self._results.setdefault(str(trial.user_attrs.get(LABEL)), found)
         return [trial for trial in trials if trial.state == TrialState.RUNNING]
 
     def claim(self, works: Sequence[Work], *, alone: bool = False) -> Claim | None:
@@ -137,20 +136,18 @@ class Ledger:
             alone: claim nothing while another worker of this machine is at something.
         """
         running = self._alive(self.refresh())
-        if alone and any(trial.user_attrs[PROCESS][0] == machine() for trial in running):
+        if alone and any(map(_is_here, running)):
             return None
-        taken = {trial.user_attrs[LABEL] for trial in running}
+        taken = {trial.user_attrs.get(LABEL) for trial in running}
         free = [t for t in map(text_of, works) if t not in self._results and t not in taken]
         if not free:
             return None
-        label = free[0] if alone else self._draw.choice(free[:SPREAD])
+        label = self._draw.choice(free[:SPREAD]) if running and not alone else free[0]
         trial = self._entered(label)
         # It may be one that another worker has entered, and its work then is ours.
         label = trial.user_attrs[LABEL]
         before = [t for t in self._alive(self.refresh()) if t.number < trial.number]
-        rivals = [t for t in before if t.user_attrs[LABEL] == label]
-        if alone:
-            rivals += [t for t in before if t.user_attrs[PROCESS][0] == machine()]
+        rivals = [t for t in before if t.user_attrs.get(LABEL) == label or (alone and _is_here(t))]
         if rivals or label in self._results or label not in set(map(text_of, works)):
             self.free(trial.number)
             return None
@@ -181,6 +178,8 @@ class Ledger:
             self._study.enqueue_trial({}, user_attrs={LABEL: label, PROCESS: process})
             trial = self._study.ask()
             trial.set_user_attr(PROCESS, process)
+            if LABEL not in trial.user_attrs:  # a new one, as another worker was faster with ours
+                trial.set_user_attr(LABEL, label)
             return trial
 
         return self._tried(enter)
@@ -224,7 +223,7 @@ class Claim:
         try:
             yield
         except BaseException:
-            self._ledger.free(self._trial.number)
+            self.give_up()
             raise
         finally:
             over.set()
@@ -233,6 +232,10 @@ class Claim:
     def finish(self, result: Result) -> None:
         """Stores the result."""
         self._ledger.finish(self._trial, result)
+
+    def give_up(self) -> None:
+        """Frees the work."""
+        self._ledger.free(self._trial.number)
 
     def _give_signs(self, over: threading.Event) -> None:
         count = 0
@@ -260,6 +263,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 def text_of(work: Work) -> str:
     """The one text of a piece of work."""
     return json.dumps(work, sort_keys=True)
+
+
+def _is_here(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether a worker of this machine is at it."""
+    process = trial.user_attrs.get(PROCESS)
+    return bool(process) and process[0] == machine()
 
 
 def _result_in(attributes: Mapping[str, Any]) -> Result | None:

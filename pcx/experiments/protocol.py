@@ -50,6 +50,15 @@ class Rung(NamedTuple):
 WHOLE = (Rung(1.0, 1.0),)  # a search without rounds
 
 
+class _Search:
+    """A search that is under way."""
+
+    def __init__(self, task: str, method: str, cells: Sequence[Cell]):
+        self.task, self.method, self.cells = task, method, tuple(cells)
+        self.alive, self.diverged, self.over = list(cells), 0, False
+        self.chosen: Chosen | None = None
+
+
 class Protocol:
     """Runs the trials of a comparison, each of them once.
 
@@ -74,33 +83,50 @@ class Protocol:
         check_splits(study.setup.tasks)
         self.study, self.rungs = study, rungs
 
-    def search(self, searches: Sequence[tuple[str, str, Sequence[Cell]]]) -> list[Chosen]:
+    def search(self, searches: Sequence[tuple[str, str, Sequence[Cell]]]) -> list[Chosen | None]:
         """Chooses a cell for each task and method of (task, method, cells).
+
+        Returns:
+            For each search what it has found; None where a trial failed, or all diverged, in a
+            study that keeps going, whose `failed` says why by the task's name.
 
         Raises:
             NonFiniteLoss: every cell of one diverged.
         """
-        alive = [list(cells) for _, _, cells in searches]
-        diverged = [0] * len(searches)
+        running = [_Search(*each) for each in searches]
         for rung, further in zip(self.rungs, [*self.rungs[1:], None], strict=True):
-            trials = [
-                [self._trial(task, method, cell, rung) for cell in cells]
-                for (task, method, _), cells in zip(searches, alive, strict=True)
-            ]
-            self.study.finish([trial for each in trials for trial in each])
-            results = [[self.study.result_of(trial) for trial in each] for each in trials]
-            for i, each in enumerate(results):
-                diverged[i] += sum(result["diverged"] for result in each)
-            if further is not None:
-                for i, each in enumerate(results):
-                    whole = ranked(*searches[i][:2], alive[i], each)
-                    count = math.ceil(further.cells * len(alive[i]))
-                    chosen = {cell for cell, _ in whole[:count]}
-                    alive[i] = [cell for cell in alive[i] if cell in chosen]
-        return [
-            choose(*searches[i][:2], alive[i], results[i], searches[i][2], diverged[i])
-            for i in range(len(searches))
-        ]
+            alive = [search for search in running if not search.over]
+            trials = {
+                id(s): [self._trial(s.task, s.method, c, rung) for c in s.alive] for s in alive
+            }
+            self.study.finish([trial for each in trials.values() for trial in each])
+            for search in alive:
+                try:
+                    self._ends_rung(search, trials[id(search)], further)
+                except NonFiniteLoss as error:
+                    if not self.study.keep_going:
+                        raise
+                    self.study.failed.setdefault(search.task, str(error))
+        return [search.chosen for search in running]
+
+    def _ends_rung(self, search: _Search, trials: list[Trial], further: Rung | None) -> None:
+        why = self.study.why_failed(trials)
+        if why is not None:
+            self.study.failed.setdefault(search.task, why)
+            search.over = True
+            return
+        results = [self.study.result_of(trial) for trial in trials]
+        search.diverged += sum(result["diverged"] for result in results)
+        search.over = True  # where all diverged, which the next line raises
+        best = ranked(search.task, search.method, search.alive, results)
+        search.over = further is None
+        if further is None:
+            search.chosen = choose(
+                search.task, search.method, search.alive, results, search.cells, search.diverged
+            )
+            return
+        kept = {cell for cell, _ in best[: math.ceil(further.cells * len(search.alive))]}
+        search.alive = [cell for cell in search.alive if cell in kept]
 
     def _trial(self, task: str, method: str, cell: Cell, rung: Rung) -> Trial:
         whole = self.study.setup.recipe.epochs

@@ -37,7 +37,7 @@ def write_reports(found: Comparison, folder: Path) -> None:
         )
         for method in found.methods
     }
-    figures.accuracy_by_parameters(points, folder / FIGURE)
+    figures.accuracy_by_parameters(points).write_picture(folder / FIGURE)
 
 
 def csv_row(row: Row) -> dict[str, Any]:

@@ -45,6 +45,8 @@ class Study:
         setup: the tasks, the backbone and the recipe.
         ledger: of the finished work.
         say: called with a line for each piece that is finished.
+        keep_going: whether a unit that raises an error is left out, and told in `failed`, while the
+            rest goes on; an error ends the study otherwise.
         processes: how many do work at the same time. Further processes, on this machine or others,
             take part where they have the same setup and the same storage. Methods that
             `pcx.METHODS.add` has added are known in one process alone.
@@ -56,8 +58,12 @@ class Study:
         ledger: Ledger,
         say: Callable[[str], None] = print,
         processes: int = 1,
+        *,
+        keep_going: bool = False,
     ):
         self.setup, self.ledger, self.say, self.processes = setup, ledger, say, processes
+        self.keep_going = keep_going
+        self.failed: dict[str, str] = {}  # by a unit's text, why in one line
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Study:
@@ -78,8 +84,13 @@ class Study:
         """Where the model is kept that a unit trains."""
         return self.ledger.folder / MODELS / f"{seed_of(unit.as_json()):08x}.safetensors"
 
-    def finish(self, units: Sequence[Unit], *, alone: bool = False) -> list[Result]:
-        """Does what of some units nobody has done, and gives the results of all in their order.
+    def why_failed(self, units: Sequence[Unit]) -> str | None:
+        """Why the first of some units has failed; None where none has."""
+        texts = [text_of(unit.as_json()) for unit in units]
+        return next((self.failed[text] for text in texts if text in self.failed), None)
+
+    def finish(self, units: Sequence[Unit], *, alone: bool = False) -> None:
+        """Does what of some units nobody has done.
 
         Args:
             units: in any number; one that occurs twice is done once.
@@ -92,20 +103,29 @@ class Study:
             self.drain(left, alone=alone)
         else:
             self._share(left)
-        return [self.result_of(unit) for unit in units]
 
     def drain(self, units: Sequence[Unit], *, alone: bool = False) -> None:
         """Works in this process until all units are finished, by whomever."""
         news = _News(self, units)
         by_text = {text_of(unit.as_json()): unit for unit in units}
-        works = [unit.as_json() for unit in units]
         while news.tell():
+            works = [u.as_json() for u in units if text_of(u.as_json()) not in self.failed]
             claim = self.ledger.claim(works, alone=alone)
             if claim is None:
                 time.sleep(POLL)
                 continue
+            unit, result = by_text[text_of(claim.work)], None
             with claim.held():
-                claim.finish(by_text[text_of(claim.work)].run(self))
+                try:
+                    result = unit.run(self)
+                except Exception as error:
+                    if not self.keep_going:
+                        raise
+                    self.failed[text_of(claim.work)] = _one_line(error)
+            if result is None:
+                claim.give_up()
+            else:
+                claim.finish(result)
 
     def _share(self, units: Sequence[Unit]) -> None:
         """Works in several processes; those that are killed are replaced."""
@@ -121,7 +141,7 @@ class Study:
                     time.sleep(POLL)
                 for future in running:
                     if future.done():
-                        future.result()
+                        self.failed |= future.result()
                 self.ledger.refresh()
                 news.tell()
             except BrokenProcessPool:
@@ -145,7 +165,7 @@ class Study:
                 self.processes,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_start,
-                initargs=(self.setup, shared, threads),
+                initargs=(self.setup, shared, threads, self.keep_going),
             )
         return self._pool.submit(_drain, list(units))
 
@@ -161,26 +181,30 @@ class _News:
     """Says what was finished since it was asked last."""
 
     def __init__(self, study: Study, units: Sequence[Unit]):
-        self.study, self.left, self.total = study, list(units), len(units)
+        self.study, self.total = study, len(units)
+        self.left = {text_of(unit.as_json()): unit for unit in units}
 
     def tell(self) -> bool:
         """Whether anything is left."""
-        for unit in list(self.left):
+        for text, unit in list(self.left.items()):
             result = self.study.ledger.result_of(unit.as_json())
-            if result is not None:
-                self.left.remove(unit)
-                number = self.total - len(self.left)
-                self.study.say(f"{number}/{self.total}: {unit}: {unit.said(result)}")
+            why = self.study.failed.get(text)
+            if result is None and why is None:
+                continue
+            del self.left[text]
+            said = f"failed: {why}" if result is None else unit.said(result)
+            self.study.say(f"{self.total - len(self.left)}/{self.total}: {unit}: {said}")
         return bool(self.left)
 
 
 _STUDY: list[Study] = []  # of a worker
 
 
-def _start(setup: Setup, shared: tuple[Any, ...], threads: int) -> None:
+def _start(setup: Setup, shared: tuple[Any, ...], threads: int, keep_going: bool) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    _STUDY[:] = [Study(setup, Ledger(*shared), say=lambda line: None)]
+    study = Study(setup, Ledger(*shared), say=lambda line: None, keep_going=keep_going)
+    _STUDY[:] = [study]
 
 
 def _end_with_parent() -> None:
@@ -191,5 +215,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _drain(units: Sequence[Unit]) -> None:
+def _drain(units: Sequence[Unit]) -> dict[str, str]:
     _STUDY[0].drain(units)
+    return _STUDY[0].failed
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error) or type(error).__name__
+    return text.splitlines()[0]

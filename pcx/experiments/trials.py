@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pcx.arguments import whole_number
 from pcx.backbones.residual import Wrapper
 from pcx.backbones.setr import SETR
+from pcx.checkpoints.fingerprint import backbone_name, fingerprint
 from pcx.checkpoints.saving import save
 from pcx.experiments.grids import Cell
 from pcx.experiments.methods import build_method
@@ -28,6 +30,7 @@ from pcx.training.evaluation import accelerator_for, evaluate
 from pcx.training.fitting import fit
 from pcx.training.losses import NonFiniteInput, NonFiniteLoss
 from pcx.training.objectives import Segmentation, SingleLabel, objective_for
+from pcx.training.run_folder import device_name
 
 # A model that is trained on the first is tested on the second.
 TESTED_ON = {"train": "val", "trainval": "test"}
@@ -213,6 +216,22 @@ class Setup:
         """A loader of a split, as the recipe has it."""
         recipe = self.recipe
         return self.tasks[task].loader(split, recipe.batch_size, num_workers=recipe.num_workers)
+
+
+def shared_settings(setup: Setup) -> dict[str, Any]:
+    """What all trainings share, as JSON."""
+    recipe, plain = setup.recipe, setup.new_backbone(0)
+    photos = {name: t.digest for name, t in setup.tasks.items() if t.digest is not None}
+    return {
+        "backbone": backbone_name(plain),
+        "weights": fingerprint(plain.named_parameters())[:16],
+        "epochs": whole_number("epochs", recipe.epochs, 1),
+        "batch_size": recipe.batch_size,
+        "amp": recipe.amp,
+        "head_init": recipe.head_init,
+        "device": device_name(str(setup.device)).split(",")[0],
+        **({"photos": photos} if photos else {}),
+    }
 
 
 def counted(model: TunedModel) -> dict[str, int]:

@@ -118,7 +118,11 @@ def test_demo_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     assert all(ms > 0 for ms in task["latency_ms"].values())
     assert set(task["learning_rate"]) == {"linear", "vpt", "condensed", "vpt_small"}
     figures = {p.name for p in (tmp_path / "digits").iterdir()}
-    assert figures == {"kept_per_layer.png", "scores.png", "accuracy_by_keep.png"}
+    names = ("kept_per_layer", "scores", "accuracy_by_keep")
+    assert figures == {f"{name}.{suffix}" for name in names for suffix in ("png", "csv")}
+    points = (tmp_path / "digits" / "accuracy_by_keep.csv").read_text().splitlines()[1:]
+    assert len(points) == 1 + 3 + 1 + 2  # fine-tuned, not, trained with so many; two levels
+    assert len({line.rsplit(",", 1)[1] for line in points}) > 2  # each its own standard error
     assert "VPT-Deep with 30%" in " ".join(capsys.readouterr().out.split())
 
 

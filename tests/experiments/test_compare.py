@@ -131,8 +131,8 @@ class TestReports:
 
     def test_the_figure_takes_a_method_without_parameters(self, tmp_path):
         points = {"linear": (0, 50.0, 1.0), "full": (1e6, 70.0, None)}
-        figures.accuracy_by_parameters(points, tmp_path / "f.png")
-        figures.accuracy_by_parameters({"linear": (0, 50.0, 1.0)}, tmp_path / "g.png")
+        figures.accuracy_by_parameters(points).write_picture(tmp_path / "f.png")
+        figures.accuracy_by_parameters({"linear": (0, 50.0, 1.0)}).write_picture(tmp_path / "g.png")
         assert (tmp_path / "f.png").stat().st_size > 1000
 
 
