@@ -268,7 +268,7 @@ def text_of(work: Work) -> str:
 def _is_here(trial: optuna.trial.FrozenTrial) -> bool:
     """Whether a worker of this machine is at it."""
     process = trial.user_attrs.get(PROCESS)
-    return bool(process) and process[0] == machine()
+    return process is not None and process[0] == machine()
 
 
 def _result_in(attributes: Mapping[str, Any]) -> Result | None:
