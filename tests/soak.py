@@ -17,6 +17,7 @@ import signal
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -241,10 +242,12 @@ def in_a_fork(work: Callable[[], Any]) -> int:
     """Starts work in a process of its own and gives its number."""
     process = os.fork()
     if not process:
-        with contextlib.suppress(BaseException):
+        try:
             work()
-            os._exit(0)
-        os._exit(1)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
     return process
 
 

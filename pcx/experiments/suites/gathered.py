@@ -28,6 +28,7 @@ class Gathered:
         scores: by (task, seed), {method: per layer, a number each prompt}.
         without_layers, spectra: by (task, seed), what the work of that name gives.
         times: by task.
+        looks: of tasks, what `Looks` gives.
         failures: (task, why) of tasks that are left out.
     """
 
@@ -40,6 +41,7 @@ class Gathered:
     without_layers: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
     spectra: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
     times: dict[str, dict[str, float]] = field(default_factory=dict)
+    looks: list[dict[str, Any]] = field(default_factory=list)
     failures: list[tuple[str, str]] = field(default_factory=list)
 
     def add_trained(

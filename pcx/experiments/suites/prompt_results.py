@@ -37,7 +37,7 @@ def condensed(
 
 def written_up(found: Gathered, suite: str, title: str) -> Results:
     """The results for readers."""
-    results = Results(suite, title, rows=found.rows, failures=found.failures)
+    results = Results(suite, title, rows=found.rows, failures=found.failures, looks=found.looks)
     results.notes = _notes(found)
     if not found.tasks:
         return results

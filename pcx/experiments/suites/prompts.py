@@ -12,6 +12,7 @@ from pcx.arguments import real_number, whole_number
 from pcx.backbones.spec import find_spec
 from pcx.condensation import SCORES
 from pcx.experiments.grids import Cell, Changes, Grid
+from pcx.experiments.looks import Looks
 from pcx.experiments.prompt_work import Condensed, Scored, Spectrum, StageTimes, WithoutLayers
 from pcx.experiments.protocol import Chosen, Protocol, Rung
 from pcx.experiments.request import Request, replaced
@@ -166,6 +167,7 @@ class _Run:
 
     def __init__(self, study: Study, plan: Plan, is_flat: bool):
         self.study, self.plan, self.is_flat = study, plan, is_flat
+        self.is_square = is_flat and OF_CLS in plan.scores
         self.seeds = range(plan.seeds)
         self.chosen: dict[tuple[str, str], Chosen] = {}
 
@@ -279,7 +281,12 @@ class _Run:
         for seed in self.seeds:
             trial = self.whole(task, DEEP, seed)
             units += [WithoutLayers(trial), *([Spectrum(trial)] if self.is_flat else [])]
-        return units
+        return [*units, *self._pictures(task)]
+
+    def _pictures(self, task: str) -> list[Looks]:
+        """Of the first seed; none where there is no one attention matrix of all patches."""
+        scored = self.scored(task, DEEP, 0, FIRST)
+        return [Looks(scored, FIRST, self.plan.score_keeps[-1])] if self.is_square else []
 
     def _times(self, task: str) -> list[Unit]:
         return [StageTimes(self.whole(task, DEEP, 0), min(self.plan.keeps))]
@@ -302,6 +309,7 @@ class _Run:
             if self.is_flat:
                 found.spectra[task, seed] = study.result_of(Spectrum(trial))
         for task in tasks:
+            found.looks += [study.result_of(each) for each in self._pictures(task)]
             found.times[task] = study.result_of(self._times(task)[0])
         found.failures = [
             (task, why) for task, why in study.failed.items() if task in study.setup.tasks
