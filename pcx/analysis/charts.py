@@ -88,7 +88,11 @@ class Chart:
     def write_picture(self, file: Path) -> None:
         """Writes the picture; the name's ending says the format."""
         with written_whole(file) as part:
-            _saved(self, part, format=file.suffix[1:], dpi=150)
+            self.save(part, file.suffix[1:])
+
+    def save(self, where: Any, form: str) -> None:
+        """Writes the picture to a file, open or not, in a format such as "png"."""
+        _saved(self, where, format=form, dpi=150)
 
 
 def _saved(chart: Chart, where: Any, **arguments: Any) -> None:

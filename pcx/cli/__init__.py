@@ -30,6 +30,7 @@ COMMANDS = {
     "demo": Listed("pcx.cli.demo:demo", "VPT and Prompt Condensation on data in the package."),
     "train": Listed("pcx.cli.train:train", "Trains a method on a task."),
     "study": Listed("pcx.cli.study:study", "Runs a suite: the papers' findings by one command."),
+    "report": Listed("pcx.cli.report:report", "Writes one HTML page of runs."),
     "compare": Listed("pcx.cli.compare:compare", "Compares methods on tasks, each at its best."),
     "predict": Listed("pcx.cli.predict:predict", "Names and probabilities of photos' classes."),
     "condense": Listed("pcx.cli.condense:condense", "Scores, selects and fine-tunes prompts."),

@@ -16,13 +16,14 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pcx.checkpoints.files import machine
 from pcx.checkpoints.studies import PROCESS, created, has_ended, here, retried
 from pcx.extras import need
-from pcx.training.run_folder import environment_of, writable_folder, write_json
+from pcx.training.run_folder import PROBE, environment_of, writable_folder, write_json
 
 if TYPE_CHECKING:
     import optuna
@@ -34,6 +35,7 @@ PULSES, SILENCE = (
     20.0,
     300.0,
 )  # seconds between a worker's signs of life, and after which it is dead
+SETTLED = timedelta(seconds=1)  # after which a trial has the name of the worker that is at it
 SPREAD = 16  # claims are drawn from so many pieces, so that workers seldom want the same
 
 Work = Mapping[str, Any]
@@ -73,6 +75,10 @@ class Ledger:
         except ValueError as error:
             raise ValueError(str(error).replace("checkpoint_dir", "out", 1)) from None
         self._check_same(settings)
+        if not (self.folder / CONFIG).exists():
+            write_json(self.folder / CONFIG, settings)
+        if not (self.folder / ENVIRONMENT).exists():
+            write_json(self.folder / ENVIRONMENT, environment_of(device))
         self.settings, self.device = dict(settings), device
         self.storage = str(self.folder / WORK) if storage is None else storage
         name = hashlib.sha256(text_of(settings).encode()).hexdigest()[:16]
@@ -86,16 +92,16 @@ class Ledger:
         self._read: set[int] = set()  # numbers of the finished trials that are in _results
         self._signs: dict[int, tuple[Any, float]] = {}  # last pulse of a trial, and when it was new
         self._draw = random.Random(f"{here()}")
-        if not (self.folder / CONFIG).exists():
-            write_json(self.folder / CONFIG, settings)
-        if not (self.folder / ENVIRONMENT).exists():
-            write_json(self.folder / ENVIRONMENT, environment_of(device))
         self.refresh()
 
     def _check_same(self, settings: Mapping[str, Any]) -> None:
         place = self.folder / CONFIG
         if not place.exists():
-            if any(name.name != WORK for name in self.folder.iterdir()):
+            # Another worker may be about to write it, which is the first that a study writes.
+            mine = (PROBE, f"{CONFIG}.")
+            if any(not name.name.startswith(mine) for name in self.folder.iterdir()):
+                if place.exists():
+                    return self._check_same(settings)
                 raise ValueError(
                     f"out: {self.folder} has files and no {CONFIG} of a study; give an empty "
                     "folder, or a new one"
@@ -153,34 +159,41 @@ class Ledger:
             return None
         return Claim(self, trial, json.loads(label))
 
-    def free(self, number: int) -> None:
-        """Frees the work of a trial that runs."""
+    def free(self, number: int, *, done: bool = False) -> None:
+        """Ends a claim."""
         from optuna.trial import TrialState
 
-        failed = TrialState.FAIL
-        self._tried(lambda: self._study.tell(number, state=failed, skip_if_finished=True))
+        state = TrialState.PRUNED if done else TrialState.FAIL
+        self._tried(lambda: self._study.tell(number, state=state, skip_if_finished=True))
 
-    def finish(self, trial: optuna.trial.Trial, result: Result) -> None:
-        """Stores a trial's result."""
-        text = json.dumps(result)
-        parts = [text[place : place + PART] for place in range(0, len(text), PART)]
-        for number, part in enumerate(parts):
-            name = f"{RESULT}.{number}"
-            self._tried(lambda name=name, part=part: trial.set_user_attr(name, part))
-        self._tried(lambda: self._study.tell(trial, 0.0, skip_if_finished=True))
+    def add(self, work: Work, result: Result) -> None:
+        """Stores a result, whole or not at all."""
+        from optuna.trial import TrialState, create_trial
+
+        text, attributes = json.dumps(result), {LABEL: text_of(work)}
+        for place in range(0, len(text), PART):
+            attributes[f"{RESULT}.{place // PART}"] = text[place : place + PART]
+        finished = create_trial(state=TrialState.COMPLETE, value=0.0, user_attrs=attributes)
+        self._tried(lambda: self._study.add_trial(finished))
         self.refresh()
 
     def _entered(self, label: str) -> optuna.trial.Trial:
         """A trial that runs in this process, with that work or what another has entered."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
         process = here()
 
         def enter() -> optuna.trial.Trial:
-            self._study.enqueue_trial({}, user_attrs={LABEL: label, PROCESS: process})
-            trial = self._study.ask()
-            trial.set_user_attr(PROCESS, process)
-            if LABEL not in trial.user_attrs:  # a new one, as another worker was faster with ours
-                trial.set_user_attr(LABEL, label)
-            return trial
+            while True:
+                self._study.enqueue_trial({}, user_attrs={LABEL: label, PROCESS: process})
+                trial = self._study.ask()
+                try:
+                    trial.set_user_attr(PROCESS, process)
+                    if LABEL not in trial.user_attrs:  # a new one: others were faster with ours
+                        trial.set_user_attr(LABEL, label)
+                    return trial
+                except UpdateFinishedTrialError:  # of a worker that was killed, and freed by others
+                    continue
 
         return self._tried(enter)
 
@@ -193,8 +206,10 @@ class Ledger:
                 self._signs[trial.number] = (sign,), now
             silent = now - self._signs[trial.number][1] > SILENCE
             process = trial.user_attrs.get(PROCESS)
-            elsewhere = not process or process[0] != machine()
-            if has_ended(process) or (silent and elsewhere):
+            # For a moment it has the name of the worker that entered it, which may be a dead one.
+            begun = trial.datetime_start
+            settled = begun is not None and datetime.now() - begun > SETTLED
+            if (settled and has_ended(process)) or (silent and not _is_here(trial)):
                 self.free(trial.number)
             else:
                 found.append(trial)
@@ -231,7 +246,8 @@ class Claim:
 
     def finish(self, result: Result) -> None:
         """Stores the result."""
-        self._ledger.finish(self._trial, result)
+        self._ledger.add(self.work, result)
+        self._ledger.free(self._trial.number, done=True)
 
     def give_up(self) -> None:
         """Frees the work."""
