@@ -24,6 +24,7 @@ from pcx.experiments.report_style import ON_DARK, SCRIPT, STYLE
 from pcx.experiments.results import ROWS, Finding, Results, Table
 from pcx.experiments.run_results import results_in
 
+ORANGE, GREY, MOST_OPAQUE = (255, 110, 0), (110, 115, 135), 200
 _NUMBER = re.compile(r"^[+-]?[\d,.]+(e[+-]?\d+)?( ± [\d.]+)?%?$")
 
 
@@ -226,9 +227,10 @@ def _gallery(look: Mapping[str, Any]) -> str:
     """What a model attends to: each image, and the maps over it."""
     parts = [
         f"<h3>What it looks at: {_text(look['task'])}</h3>",
-        f'<p class="soft">{_text(look["kept"])}. Bright is much, each map by its own highest '
-        "value. What a prompt attends to is computed in the published form, and a VPT-Deep drops "
-        "it; the patches that read a prompt are what the logits depend on.</p>",
+        f'<p class="soft">{_text(look["kept"])}. Orange is much, each map by its own '
+        "highest value; grey is dropped. What a prompt attends to is computed in the published "
+        "form, and a VPT-Deep drops it; the patches that read a prompt are what the logits depend "
+        "on.</p>",
     ]
     for number, image in enumerate(look["images"], 1):
         said = f"image {number}, class {image['label']}, predicted {image['predicted']}"
@@ -256,12 +258,21 @@ def _gallery(look: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
-def _map(picture: str, values: Sequence[Sequence[int]] | None, told: str, caption: str) -> str:
-    """An image, and a map over it: what is dark in the map is dark."""
+def _map(
+    picture: str,
+    values: Sequence[Sequence[int]] | None,
+    told: str,
+    caption: str,
+    *,
+    dropped: bool = False,
+) -> str:
+    """An image, and over it a map: what is much is orange, or what is dropped is grey."""
     over = ""
     if values is not None:
-        shade = np.zeros((len(values), len(values[0]), 4), np.uint8)
-        shade[..., 3] = np.clip(215 - 215 * np.asarray(values) / 255, 0, 215)
+        share = np.asarray(values) / 255
+        shade = np.zeros((*share.shape, 4), np.uint8)
+        shade[..., :3], opaque = (GREY, 1 - share) if dropped else (ORANGE, share)
+        shade[..., 3] = np.round(MOST_OPAQUE * opaque)
         file = io.BytesIO()
         Image.fromarray(shade).save(file, "PNG", optimize=True)
         over = f'<img alt="" src="data:image/png;base64,{_base64(file.getvalue())}">'
