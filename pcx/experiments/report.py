@@ -239,10 +239,9 @@ def _gallery(look: Mapping[str, Any]) -> str:
         for step in image["pruned"]:
             count = sum(map(sum, step["kept"]))
             shown = [[255 * value for value in row] for row in step["kept"]]
-            told = (
-                f"The {count} patches that Zero-TPrune leaves after layer {step['layer']}, {said}"
-            )
-            maps.append(_map(image["picture"], shown, told, f"layer {step['layer']}: {count} left"))
+            left = f"layer {step['layer']}: {count} left"
+            told = f"The patches that Zero-TPrune leaves after {left}, {said}"
+            maps.append(_map(image["picture"], shown, told, left, dropped=True))
         prompts = []
         for prompt in image["prompts"]:
             name = f"layer {prompt['layer']}, prompt {prompt['index']}"
