@@ -36,6 +36,7 @@ __all__ = [
     "fit",
     "freeze",
     "load",
+    "multi_task",
     "multiply_adds",
     "predict",
     "prefix_attention",
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
     from pcx.condensation.selection import select
     from pcx.deployment.exporting import export
     from pcx.deployment.freezing import freeze
-    from pcx.deployment.multi_task import ensemble
+    from pcx.deployment.multi_task import ensemble, multi_task
     from pcx.deployment.predicting import predict
     from pcx.models import METHODS
     from pcx.models.adapter import Adapter
@@ -94,6 +95,7 @@ _MODULES = {
     "export": "pcx.deployment.exporting",
     "freeze": "pcx.deployment.freezing",
     "ensemble": "pcx.deployment.multi_task",
+    "multi_task": "pcx.deployment.multi_task",
     "predict": "pcx.deployment.predicting",
     "METHODS": "pcx.models",
     "Adapter": "pcx.models.adapter",

@@ -55,11 +55,11 @@ class Frozen(nn.Module):
         """
         device = next(t.device for t in tree_leaves((x, inputs)) if isinstance(t, Tensor))
         if not self._runs_alone(device, x):
-            return _logits(self.backbone, self.amp, x, **inputs)
+            return self._logits(self.backbone, x, **inputs)
         if self._run is None or self._made_at != StandIn.changes:
             self._made_at = StandIn.changes
             called = compiled(self.backbone, self.execution)
-            compute = torch.no_grad()(partial(_logits, called, self.amp))
+            compute = torch.no_grad()(partial(self._logits, called))
             self._run = prepared(lambda: compute, device, self.execution, GRAPHS)
         return self._run(x, **inputs)
 
@@ -72,6 +72,12 @@ class Frozen(nn.Module):
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
         return not (torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad)
+
+    def _logits(self, backbone: nn.Module, x: Tensor, **inputs: Any) -> Tensor:
+        if self.amp is None:
+            return logits_of(run_for_head(backbone, x, **inputs))
+        with torch.autocast(x.device.type, self.amp):
+            return logits_of(run_for_head(backbone, x, **inputs))
 
     def _forget(self) -> None:
         """Drops what was recorded or compiled, which holds the memory of the weights."""
@@ -95,13 +101,6 @@ class Frozen(nn.Module):
     def train(self, mode: bool = True) -> Frozen:
         """Stays in eval mode, as a teacher within a module that is trained does too."""
         return self
-
-
-def _logits(backbone: nn.Module, amp: torch.dtype | None, x: Tensor, **inputs: Any) -> Tensor:
-    if amp is None:
-        return logits_of(run_for_head(backbone, x, **inputs))
-    with torch.autocast(x.device.type, amp):
-        return logits_of(run_for_head(backbone, x, **inputs))
 
 
 @torch.no_grad()
@@ -145,10 +144,7 @@ def freeze(model: nn.Module, *, amp: str = "no", execution: str = "auto") -> Fro
     check_choice("execution", execution, EXECUTIONS)
     dtype = AMP[amp]
     backbone, spec = _deployed(model)
-    with without_stand_ins(backbone) as stand_ins:
-        _straighten(backbone, spec, stand_ins)
-    if dtype is not None:
-        _cast(backbone, dtype)
+    make_fast(backbone, spec, dtype)
     frozen = Frozen(backbone, dtype, execution)
     known = known_by(model)
     frozen.record = None if known is None else copy.deepcopy(known.record)
@@ -172,6 +168,14 @@ def _deployed(model: nn.Module) -> tuple[nn.Module, BackboneSpec]:
             f"model: a {type(model).__name__}, expected a model of a method of pcx.METHODS, or a "
             f"backbone ({error})"
         ) from error
+
+
+def make_fast(backbone: nn.Module, spec: BackboneSpec, amp: torch.dtype | None) -> None:
+    """Changes a model's own copy for inference: straight blocks, and weights that are cast once."""
+    with without_stand_ins(backbone) as stand_ins:
+        _straighten(backbone, spec, stand_ins)
+    if amp is not None:
+        _cast(backbone, amp)
 
 
 def _straighten(backbone: nn.Module, spec: BackboneSpec, stand_ins: Sequence[StandIn]) -> None:

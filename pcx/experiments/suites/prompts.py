@@ -319,8 +319,9 @@ class _Run:
 
 _QUICK = Plan(
     keeps=(0.1, 0.3),
+    scores=("taylor", "gate", "cls-attention", "random"),
     other_epochs=(),
-    tune_epochs=4,
+    tune_epochs=3,
     shallow_keeps=(0.3,),
     grid=Grid((0.1, 0.3), (1e-3,), (1.0,)),
     rungs=(Rung(1.0, 1.0),),
@@ -344,7 +345,7 @@ DIGITS = PromptSuite(
     Plan(),
     _RECIPE,
     _QUICK,
-    Recipe(epochs=12),
+    Recipe(epochs=10),
 )
 # Every prompt's real removal would take a pass over the images for each of hundreds of prompts.
 _LARGE = Plan(prompts=50, shallow=50, exact=False, grid=Grid((0.03, 0.1, 0.3, 1.0, 3.0, 10.0),

@@ -41,6 +41,16 @@ COPIED = {("cpu", False): 30, ("cuda", False): 1000, ("cuda", True): 3000}
 _hooks_of = itemgetter(*HOOKS)
 
 
+class Chosen:
+    """Which of several prefix sets each sample of the forward under way has, for all its blocks.
+
+    Attributes:
+        sets: [B], whole numbers.
+    """
+
+    sets: Tensor | None = None
+
+
 class PromptedBlock(Wrapper):
     """Runs a frozen block on [prefix tokens, prompts, patch tokens].
 
@@ -96,6 +106,7 @@ class PromptedBlock(Wrapper):
         self.checkpoint = False
         self.probe: Probe | None = None  # what scoring puts in for the length of a forward
         self.register_buffer("lengths", None)  # of constant prefix sets where they differ, [G]
+        self._chosen: Chosen | None = None
         self.constants = 0  # attention calls whose prompts' keys and values are buffers
         self.attention = Prepared()
         # In a tuple, so that the list is registered once, by the owner.
@@ -149,13 +160,17 @@ class PromptedBlock(Wrapper):
                 module.num_prefix_tokens = base + width
 
     def make_constant(
-        self, prefixes: Sequence[tuple[Tensor, Tensor]], lengths: Tensor | None = None
+        self,
+        prefixes: Sequence[tuple[Tensor, Tensor]],
+        lengths: Tensor | None = None,
+        chosen: Chosen | None = None,
     ) -> None:
         """Keys and values for each attention call in place of the prompts, for inference alone.
 
         [H, m, d] for all samples, or G sets [G, H, m, d] (of `lengths` [G]) for as many equal
-        parts of a batch.
+        parts of a batch, or for the samples that `chosen` names.
         """
+        self._chosen = chosen
         self._names_of_constants = [(f"prefix_k{n}", f"prefix_v{n}") for n in range(len(prefixes))]
         for names, tensors in zip(self._names_of_constants, prefixes, strict=True):
             for name, tensor in zip(names, tensors, strict=True):
@@ -189,6 +204,8 @@ class PromptedBlock(Wrapper):
             pairs: Any = [(held[k], held[v]) for k, v in self._names_of_constants]
             keys = pairs[0][0]
             sets = None if keys.dim() == 3 else neighbours(keys, 4, batch)
+            if self._chosen is not None:
+                sets = self._chosen.sets
             return (pairs if keys.shape[-2] else None), sets
         prompts = self.prompt_sets(batch)
         if not prompts.shape[-2]:
