@@ -14,8 +14,8 @@ from pcx.checkpoints.fingerprint import backbone_fingerprint
 from pcx.deployment.freezing import Frozen, make_fast
 from pcx.models.base import check_choice
 from pcx.models.block_forward import reduction_of
-from pcx.models.vpt.block import Chosen
 from pcx.models.vpt.model import VPT
+from pcx.models.vpt.prompts import Chosen
 from pcx.training.execution import EXECUTIONS
 from pcx.training.precision import AMP
 

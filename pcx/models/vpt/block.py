@@ -17,7 +17,7 @@ from pcx.backbones.token_path import TokenPath
 from pcx.models.head_reads import is_head_alone, reading
 from pcx.models.vpt.calls import backend_for_lse, check_call, read_rows
 from pcx.models.vpt.probes import Probe
-from pcx.models.vpt.prompts import dropped, neighbours, per_sample
+from pcx.models.vpt.prompts import Chosen, dropped, neighbours, per_sample
 from pcx.models.vpt.sources import OwnPrompts, SharedPrompts
 from pcx.ops.bias import widened
 from pcx.ops.prefix_attention import prefix_attention
@@ -39,16 +39,6 @@ AMONG = {("cpu", False): 3e6, ("cuda", False): 2e10, ("cuda", True): 3.1e9}
 # large batch fold.
 COPIED = {("cpu", False): 30, ("cuda", False): 1000, ("cuda", True): 3000}
 _hooks_of = itemgetter(*HOOKS)
-
-
-class Chosen:
-    """Which of several prefix sets each sample of the forward under way has, for all its blocks.
-
-    Attributes:
-        sets: [B], whole numbers.
-    """
-
-    sets: Tensor | None = None
 
 
 class PromptedBlock(Wrapper):

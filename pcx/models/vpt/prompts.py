@@ -108,3 +108,13 @@ def neighbours(x: Tensor, rank: int, batch: int) -> Tensor | None:
 def per_sample(x: Tensor, sets: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     """Each sample's prompts, expanded or chosen by its set."""
     return x.expand(shape) if sets is None else x[sets]
+
+
+class Chosen:
+    """Which of several prefix sets each sample of the forward under way has, for all its blocks.
+
+    Attributes:
+        sets: [B], whole numbers.
+    """
+
+    sets: Tensor | None = None
