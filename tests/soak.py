@@ -179,7 +179,10 @@ class Study(Job):
     storage: str | None = None
 
     def run(self) -> Any:
-        return self.worked().rows
+        found = self.worked()
+        found.write(self.folder)
+        assert read_results(self.folder).findings == found.findings
+        return found.rows
 
     def worked(self) -> Any:
         def silent(line: str) -> None:
@@ -189,8 +192,6 @@ class Study(Job):
             Request(self.folder, tiny_backbone, tiny_task, storage=self.storage, say=silent)
         )
         assert not found.failures, found.failures
-        found.write(self.folder)
-        assert read_results(self.folder).findings == found.findings
         return found
 
     def progress(self) -> int:
