@@ -8,7 +8,7 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -159,10 +159,7 @@ def ask(study: optuna.Study) -> tuple[optuna.trial.Trial, int]:
     """
     from optuna.trial import TrialState
 
-    process = here()
-    study.enqueue_trial({}, user_attrs={PROCESS: process})  # so that no trial is ever without it
-    trial = study.ask()
-    trial.set_user_attr(PROCESS, process)  # it may be one that another process enqueued
+    trial = entered(study, {})
     taken, waiting = set(), 0
     for other in study.get_trials(deepcopy=False):
         if other.number == trial.number or other.state == TrialState.FAIL:
@@ -177,6 +174,28 @@ def ask(study: optuna.Study) -> tuple[optuna.trial.Trial, int]:
     slot = [next(free) for _ in range(waiting + 1)][-1]
     trial.set_user_attr(SLOT, slot)
     return trial, slot
+
+
+def entered(study: optuna.Study, attributes: Mapping[str, Any]) -> optuna.trial.Trial:
+    """A new trial that runs in this process.
+
+    Args:
+        study: that it belongs to.
+        attributes: of it. It may be a trial that another process has entered, with other ones.
+    """
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    mine = {**attributes, PROCESS: here()}
+    while True:
+        study.enqueue_trial({}, user_attrs=mine)  # so that no trial is ever without them
+        trial = study.ask()
+        try:
+            trial.set_user_attr(PROCESS, mine[PROCESS])
+            for name in set(mine) - set(trial.user_attrs):  # others were faster with ours
+                trial.set_user_attr(name, mine[name])
+            return trial
+        except UpdateFinishedTrialError:  # of a worker that was killed, and freed by others
+            continue
 
 
 def here() -> list[Any]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pcx.checkpoints.files import machine
-from pcx.checkpoints.studies import PROCESS, created, has_ended, here, retried
+from pcx.checkpoints.studies import PROCESS, created, entered, has_ended, here, retried
 from pcx.extras import need
 from pcx.training.run_folder import PROBE, environment_of, writable_folder, write_json
 
@@ -31,10 +31,8 @@ if TYPE_CHECKING:
 CONFIG, ENVIRONMENT, WORK = "config.json", "environment.json", "work.log"
 LABEL, RESULT, PULSE = "work", "result", "pulse"  # user attributes of trials
 PART = 60_000  # characters of a user attribute, under the limit of every database
-PULSES, SILENCE = (
-    20.0,
-    300.0,
-)  # seconds between a worker's signs of life, and after which it is dead
+PULSES = 20.0  # seconds between a worker's signs of life
+SILENCE = 300.0  # seconds without one, after which it is dead
 SETTLED = timedelta(seconds=1)  # after which a trial has the name of the worker that is at it
 SPREAD = 16  # claims are drawn from so many pieces, so that workers seldom want the same
 
@@ -145,16 +143,17 @@ class Ledger:
         if alone and any(map(_is_here, running)):
             return None
         taken = {trial.user_attrs.get(LABEL) for trial in running}
-        free = [t for t in map(text_of, works) if t not in self._results and t not in taken]
+        texts = list(map(text_of, works))
+        free = [text for text in texts if text not in self._results and text not in taken]
         if not free:
             return None
         label = self._draw.choice(free[:SPREAD]) if running and not alone else free[0]
-        trial = self._entered(label)
+        trial = self._tried(lambda: entered(self._study, {LABEL: label}))
         # It may be one that another worker has entered, and its work then is ours.
         label = trial.user_attrs[LABEL]
         before = [t for t in self._alive(self.refresh()) if t.number < trial.number]
         rivals = [t for t in before if t.user_attrs.get(LABEL) == label or (alone and _is_here(t))]
-        if rivals or label in self._results or label not in set(map(text_of, works)):
+        if rivals or label in self._results or label not in texts:
             self.free(trial.number)
             return None
         return Claim(self, trial, json.loads(label))
@@ -176,26 +175,6 @@ class Ledger:
         finished = create_trial(state=TrialState.COMPLETE, value=0.0, user_attrs=attributes)
         self._tried(lambda: self._study.add_trial(finished))
         self.refresh()
-
-    def _entered(self, label: str) -> optuna.trial.Trial:
-        """A trial that runs in this process, with that work or what another has entered."""
-        from optuna.exceptions import UpdateFinishedTrialError
-
-        process = here()
-
-        def enter() -> optuna.trial.Trial:
-            while True:
-                self._study.enqueue_trial({}, user_attrs={LABEL: label, PROCESS: process})
-                trial = self._study.ask()
-                try:
-                    trial.set_user_attr(PROCESS, process)
-                    if LABEL not in trial.user_attrs:  # a new one: others were faster with ours
-                        trial.set_user_attr(LABEL, label)
-                    return trial
-                except UpdateFinishedTrialError:  # of a worker that was killed, and freed by others
-                    continue
-
-        return self._tried(enter)
 
     def _alive(self, trials: Sequence[optuna.trial.FrozenTrial]) -> list[Any]:
         """Those whose worker lives; of the others the work is free again."""
