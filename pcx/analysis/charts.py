@@ -38,12 +38,15 @@ class Chart:
         name: of its files, without a suffix.
         title: in a few words, with the source's number where it has one.
         note: what a reader must know; may be empty.
+        x, y: names of the axes.
     """
 
     kind: ClassVar[str]
     name: str
     title: str
     note: str = ""
+    x: str = ""
+    y: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """The chart as JSON, which `chart_of` reads."""
@@ -106,6 +109,8 @@ def _saved(chart: Chart, where: Any, **arguments: Any) -> None:
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_facecolor("none")
+        axes.set_xlabel(chart.x)
+        axes.set_ylabel(chart.y)
         chart.draw(axes, figure)
         if arguments["format"] != "svg":
             figure.set_facecolor("white")
@@ -117,15 +122,12 @@ class Lines(Chart):
     """Lines over numbers, with intervals.
 
     Attributes:
-        x, y: names of the axes.
         series: the lines.
         levels: by label, (y, half an interval or None), drawn as dotted horizontal lines.
         log: whether x is logarithmic, from 0 on: "symlog" of matplotlib.
     """
 
     kind = "lines"
-    x: str = ""
-    y: str = ""
     series: tuple[Series, ...] = ()
     levels: Mapping[str, tuple[float, float | None]] = field(default_factory=dict)
     log: bool = False
@@ -149,8 +151,6 @@ class Lines(Chart):
 
     def draw(self, axes: Any, figure: Any) -> None:
         """Draws on matplotlib's axes."""
-        axes.set_xlabel(self.x)
-        axes.set_ylabel(self.y)
         for number, series in enumerate(self.series):
             xs, ys, halves = zip(*series.points, strict=True)
             many = len(xs) > 25
@@ -182,15 +182,12 @@ class Bars(Chart):
     """Groups of bars with deviations.
 
     Attributes:
-        x, y: names of the axes.
         groups: names of the places on x.
         bars: by label, for each group (height, deviation or None).
         spread: what the deviations are, such as "sd".
     """
 
     kind = "bars"
-    x: str = ""
-    y: str = ""
     groups: tuple[str, ...] = ()
     bars: Mapping[str, Sequence[tuple[float, float | None]]] = field(default_factory=dict)
     spread: str = "sd"
@@ -218,8 +215,6 @@ class Bars(Chart):
 
     def draw(self, axes: Any, figure: Any) -> None:
         """Draws on matplotlib's axes."""
-        axes.set_xlabel(self.x)
-        axes.set_ylabel(self.y)
         width = 0.8 / len(self.bars)
         for number, (label, heights) in enumerate(self.bars.items()):
             places = [i + (number - (len(self.bars) - 1) / 2) * width for i in range(len(heights))]
@@ -244,15 +239,12 @@ class HeatMap(Chart):
     """A table of numbers as colours.
 
     Attributes:
-        x, y: names of the axes.
         columns, lines: names of the columns and of the rows.
         values: by row; None where there is none.
         unit: of the values.
     """
 
     kind = "heat"
-    x: str = ""
-    y: str = ""
     columns: tuple[str, ...] = ()
     lines: tuple[str, ...] = ()
     values: tuple[tuple[float | None, ...], ...] = ()
@@ -273,8 +265,6 @@ class HeatMap(Chart):
 
     def draw(self, axes: Any, figure: Any) -> None:
         """Draws on matplotlib's axes."""
-        axes.set_xlabel(self.x)
-        axes.set_ylabel(self.y)
         values = [[math.nan if v is None else v for v in row] for row in self.values]
         drawn = axes.imshow(values, aspect="auto", cmap="cividis", interpolation="nearest")
         figure.colorbar(drawn, label=self.unit)
@@ -288,15 +278,12 @@ class Points(Chart):
     """Points in the order of their values, coloured by a whole number.
 
     Attributes:
-        x, y: names of the axes.
         points: (value, number) from the highest on.
         colour: what the number is.
         cut: the place on x up to which points are kept; None for none.
     """
 
     kind = "points"
-    x: str = ""
-    y: str = ""
     points: tuple[tuple[float, int], ...] = ()
     colour: str = ""
     cut: float | None = None
@@ -316,8 +303,6 @@ class Points(Chart):
 
     def draw(self, axes: Any, figure: Any) -> None:
         """Draws on matplotlib's axes."""
-        axes.set_xlabel(self.x)
-        axes.set_ylabel(self.y)
         values, numbers = zip(*self.points, strict=True)
         places = range(len(values))
         drawn = axes.scatter(places, values, c=numbers, s=10, cmap="viridis")

@@ -16,11 +16,10 @@ from pcx.experiments.grids import Cell, Changes, grid_of
 from pcx.experiments.ledger import Ledger
 from pcx.experiments.methods import Method, parse_method
 from pcx.experiments.protocol import Chosen, Protocol, check_splits
-from pcx.experiments.study import Study
+from pcx.experiments.study import Study, check_alone
 from pcx.experiments.trials import Recipe, Setup, Trial, shared_settings
 from pcx.extras import need
 from pcx.tasks import Task
-from pcx.training.evaluation import accelerator_for
 from pcx.training.execution import check_execution
 from pcx.training.objectives import Segmentation
 
@@ -157,7 +156,7 @@ def compare(
         ImportError: scipy is not installed; nothing has run.
     """
     need("scipy", "a comparison")
-    _check_alone()
+    check_alone("comparison")
     recipe, changes = recipe or Recipe(), changes or Changes()
     seeds, processes = whole_number("seeds", seeds, 1), whole_number("processes", processes, 1)
     read = _read(methods)
@@ -180,17 +179,6 @@ def compare(
     rows = [_row(*found) for found in zip(choices, chosen, tested, strict=True)]
     of_pixels = tuple(name for name, task in tasks.items() if task.objective == Segmentation.name)
     return Comparison(tuple(tasks), tuple(cells), tuple(rows), settings, of_pixels)
-
-
-def _check_alone() -> None:
-    """Raises a ValueError in one of several processes that a launcher has started."""
-    with accelerator_for() as accelerator:
-        count = accelerator.num_processes
-    if count > 1:
-        raise ValueError(
-            f"processes: a comparison was launched in {count} processes, which would each run all "
-            "of it; start it without a launcher, and give processes= (--processes)"
-        )
 
 
 def _read(methods: Sequence[str]) -> list[Method]:

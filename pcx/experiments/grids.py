@@ -109,14 +109,18 @@ def grid_of(name: str, changes: Changes = Changes()) -> Grid:  # noqa: B008 (it 
         name: of the method.
         changes: rates among them are rates themselves, whatever the batch.
     """
-    default = GRIDS.get(name, SMALL_ADAMW)
+    return changed(GRIDS.get(name, SMALL_ADAMW), changes)
+
+
+def changed(grid: Grid, changes: Changes) -> Grid:
+    """A grid with a user's changes, whose rates are rates themselves."""
     given: dict[str, Any] = {
         field: tuple(value) if isinstance(value, Sequence) and field != "opt" else value
         for field, value in changes._asdict().items()
         if value is not None
     }
-    scaled = default.scaled and changes.lr is None
-    return Grid(**{**_fields(default), **given, "scaled": scaled})
+    scaled = grid.scaled and changes.lr is None
+    return Grid(**{**_fields(grid), **given, "scaled": scaled})
 
 
 def _fields(grid: Grid) -> dict[str, Any]:

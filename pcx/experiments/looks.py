@@ -54,7 +54,7 @@ class Looks:
         Pictures are PNG in base64. Maps are rows of numbers 0..255, each map's highest 255.
         """
         task = self.scored.trial.task
-        rows = [torch.tensor(row) for row in study.result_of(self.scored)[self.method]]
+        rows = self.scored.by(study, self.method)
         model = trained_model(study, self.scored.trial)
         loader = study.setup.loader(task, "test")
         arguments = {"scores": rows, "epochs": 0, **given(study, task)}

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from pcx.analysis.attention_maps import attention_maps, cumulative_eigenvalues
+from pcx.checkpoints.saving import load
 from pcx.condensation.condensing import condense
 from pcx.condensation.scoring import score
 from pcx.experiments.trials import Trial, seed_of
@@ -27,8 +29,6 @@ TIMED_EPOCHS = 3  # of training and fine-tuning, of which the last is timed
 
 def trained_model(study: Study, trial: Trial) -> Any:
     """The model of a trial whose model is kept; where its file is gone it is trained anew."""
-    from pcx.checkpoints.saving import load
-
     file = study.model_file(trial)
     if not file.exists():
         study.setup.run(trial, file)
@@ -74,6 +74,11 @@ class Scored:
             for name, rows in found.items()
         }
 
+    def by(self, study: Study, method: str) -> list[Tensor]:
+        """The scores of a method once they are known, as `pcx.condense` takes them."""
+        rows = study.result_of(self)[method]
+        return [torch.tensor(row, dtype=torch.float64) for row in rows]
+
     def said(self, result: Mapping[str, Any]) -> str:
         """How many prompts were scored."""
         return f"{sum(map(len, result[self.methods[0]]))} prompts scored"
@@ -109,14 +114,13 @@ class Condensed:
     def run(self, study: Study) -> dict[str, Any]:
         """{"diverged", "accuracy", "loss", "counts"}."""
         trial, cell = self.scored.trial, self.scored.trial.cell
-        rows = study.result_of(self.scored)[self.method]
         model = trained_model(study, trial)
         try:
             small = condense(
                 model,
                 study.setup.loader(trial.task, "trainval"),
                 self.keep,
-                scores=[torch.tensor(row, dtype=torch.float64) for row in rows],
+                scores=self.scored.by(study, self.method),
                 scope=self.scope,
                 epochs=self.epochs,
                 lr=SLOWER * cell.lr,

@@ -6,7 +6,6 @@ import base64
 import csv
 import html
 import io
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pcx.experiments.ledger import CONFIG, ENVIRONMENT
 from pcx.experiments.report_style import ON_DARK, SCRIPT, STYLE
 from pcx.experiments.results import ROWS, Finding, Results, Table
 from pcx.experiments.run_results import results_in
+from pcx.training.run_folder import read_json
 
 ORANGE, GREY, MOST_OPAQUE = (255, 110, 0), (110, 115, 135), 200
 _NUMBER = re.compile(r"^[+-]?[\d,.]+(e[+-]?\d+)?( ± [\d.]+)?%?$")
@@ -65,17 +65,8 @@ def _read(folder: Path) -> Run:
     if (folder / ROWS).exists():
         with open(folder / ROWS, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
-    found = [_json(folder / name) for name in (CONFIG, ENVIRONMENT)]
+    found = [read_json(folder / name) for name in (CONFIG, ENVIRONMENT)]
     return Run(folder, results_in(folder), rows, *found)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """A file's JSON; {} where there is none that can be read."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def write_report(runs: Sequence[Run], failures: Sequence[tuple[str, str]], file: Path) -> None:

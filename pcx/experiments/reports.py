@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from pcx.analysis import figures
 from pcx.checkpoints.files import written_whole
 from pcx.experiments import averages
 from pcx.experiments.compare import Comparison, Row
+from pcx.experiments.results import write_rows
 
 CSV, MARKDOWN, FIGURE = "compare.csv", "compare.md", "compare.png"
 ON_CPU = "Peak memory is a GPU's; a CPU has no such figure, and its column is empty."
@@ -23,11 +23,7 @@ EMPTY = "-"
 
 def write_reports(found: Comparison, folder: Path) -> None:
     """Writes compare.csv, compare.md and compare.png."""
-    with written_whole(folder / CSV) as part, open(part, "w", newline="") as file:
-        rows = [csv_row(row) for row in found.rows]
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows([csv_row(row) for row in found.rows], folder / CSV)
     with written_whole(folder / MARKDOWN) as part:
         part.write_text(markdown(found), encoding="utf-8")
     points = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,9 @@ from torch import nn
 
 from pcx.experiments.grids import Changes
 from pcx.experiments.ledger import Ledger
-from pcx.experiments.study import Study
+from pcx.experiments.study import Study, check_alone
 from pcx.experiments.trials import Recipe, Setup, shared_settings
 from pcx.tasks import Task
-from pcx.training.evaluation import accelerator_for
 
 
 @dataclass(frozen=True)
@@ -73,14 +72,7 @@ class Request:
         Raises:
             ValueError: several processes were launched, or the folder is of other settings.
         """
-        with accelerator_for() as accelerator:
-            count = accelerator.num_processes
-        if count > 1:
-            raise ValueError(
-                f"processes: a study was launched in {count} processes by a launcher; start it as "
-                "often as you like without one, where all share --out or --storage, or give "
-                "--processes"
-            )
+        check_alone("study")
         setup = Setup(tasks, self.new_backbone, recipe)
         settings = {**shared_settings(setup), **plan}
         ledger = Ledger(self.out, settings, str(setup.device), self.storage)
@@ -88,9 +80,9 @@ class Request:
 
 
 def replaced(default: Any, changes: Mapping[str, Any]) -> Any:
-    """A dataclass's object with the fields that are given, but those that are None."""
+    """`dataclasses.replace` with the fields that are given, but those that are None."""
     known = {each.name for each in fields(default)}
     given = {name: value for name, value in changes.items() if value is not None}
     if not set(given) <= known:
         raise ValueError(f"plan: got {sorted(set(given) - known)}, expected some of {known}")
-    return type(default)(**{**{name: getattr(default, name) for name in known}, **given})
+    return replace(default, **given)

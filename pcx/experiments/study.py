@@ -16,10 +16,23 @@ import torch
 
 from pcx.experiments.ledger import Ledger, Result, text_of
 from pcx.experiments.trials import Setup, seed_of
+from pcx.training.evaluation import accelerator_for
 
 MODELS = "models"
 POLL = 0.2  # seconds between looks at what others are at
 KILLS = 5  # of workers in one stage, after which the study ends
+
+
+def check_alone(what: str) -> None:
+    """Raises a ValueError in one of several processes that a launcher has started."""
+    with accelerator_for() as accelerator:
+        count = accelerator.num_processes
+    if count > 1:
+        raise ValueError(
+            f"processes: a {what} was launched in {count} processes, which would each run all of "
+            "it; start it without a launcher, and give processes= (--processes), or start it "
+            "several times on one storage= (--storage)"
+        )
 
 
 class Unit(Protocol):
@@ -107,21 +120,20 @@ class Study:
     def drain(self, units: Sequence[Unit], *, alone: bool = False) -> None:
         """Works in this process until all units are finished, by whomever."""
         news = _News(self, units)
-        by_text = {text_of(unit.as_json()): unit for unit in units}
         while news.tell():
-            works = [u.as_json() for u in units if text_of(u.as_json()) not in self.failed]
+            works = [unit.as_json() for unit in news.left.values()]
             claim = self.ledger.claim(works, alone=alone)
             if claim is None:
                 time.sleep(POLL)
                 continue
-            unit, result = by_text[text_of(claim.work)], None
+            text, result = text_of(claim.work), None
             with claim.held():
                 try:
-                    result = unit.run(self)
+                    result = news.left[text].run(self)
                 except Exception as error:
                     if not self.keep_going:
                         raise
-                    self.failed[text_of(claim.work)] = _one_line(error)
+                    self.failed[text] = _one_line(error)
             if result is None:
                 claim.give_up()
             else:

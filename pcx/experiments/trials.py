@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from pcx.backbones.setr import SETR
 from pcx.checkpoints.fingerprint import backbone_name, fingerprint
 from pcx.checkpoints.saving import save
 from pcx.experiments.grids import Cell
+from pcx.experiments.ledger import text_of
 from pcx.experiments.methods import build_method
 from pcx.models import HEAD_INITS
 from pcx.models.base import TunedModel
@@ -85,8 +85,7 @@ class Trial(NamedTuple):
 
 def seed_of(work: Mapping[str, Any]) -> int:
     """The seed of a piece of work's random numbers, which its JSON decides."""
-    text = json.dumps(work, sort_keys=True)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+    return int.from_bytes(hashlib.sha256(text_of(work).encode()).digest()[:4], "big") >> 1
 
 
 @dataclass(frozen=True)

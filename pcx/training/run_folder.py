@@ -63,7 +63,7 @@ class RunFolder:
     def _environment(self, device: str, resumed: bool) -> dict[str, Any]:
         """The environment of the first start, which lists those of later starts under "resumed"."""
         now = environment_of(device)
-        first = _read_json(self.path / ENVIRONMENT) if resumed else {}
+        first = read_json(self.path / ENVIRONMENT) if resumed else {}
         return {**first, "resumed": [*first.get("resumed", []), now]} if first else now
 
     def add_epoch(self, history: Sequence[dict]) -> None:
@@ -143,7 +143,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         part.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     """A JSON file's content; {} where it is missing or not JSON."""
     try:
         content = json.loads(path.read_text())

@@ -171,7 +171,7 @@ def test_a_comparison_goes_on_where_it_ended(tmp_path, trained):
 
 def test_a_comparison_in_several_processes_is_refused(tmp_path, monkeypatch):
     two = contextlib.nullcontext(SimpleNamespace(num_processes=2))
-    monkeypatch.setattr("pcx.experiments.compare.accelerator_for", lambda: two)
+    monkeypatch.setattr("pcx.experiments.study.accelerator_for", lambda: two)
     with pytest.raises(ValueError, match=r"^processes: a comparison was launched in 2 processes"):
         compare({}, [], None, tmp_path)
     assert not any(tmp_path.iterdir())

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pcx.arguments import real_number, whole_number
 from pcx.backbones.spec import find_spec
 from pcx.condensation import SCORES
-from pcx.experiments.grids import Cell, Changes, Grid
+from pcx.experiments.grids import Cell, Grid, changed
 from pcx.experiments.looks import Looks
 from pcx.experiments.prompt_work import Condensed, Scored, Spectrum, StageTimes, WithoutLayers
 from pcx.experiments.protocol import Chosen, Protocol, Rung
@@ -23,7 +23,7 @@ from pcx.experiments.suites.prompt_results import written_up
 from pcx.experiments.trials import Recipe, Trial
 from pcx.tasks.listed import VTAB_CLASSES
 
-DEEP, SHALLOW = "deep", "shallow"
+KINDS = DEEP, SHALLOW = "deep", "shallow"
 FIRST = "taylor"  # the score that the paper proposes, at every keep and scope
 LINEAR = "linear"
 # One pass gives all of these. "exact" is a pass for every prompt, and work of its own.
@@ -90,18 +90,18 @@ class Plan:
         """All shares at which a kind is trained, the whole first."""
         return (1.0, *(self.keeps if kind == DEEP else self.shallow_keeps))
 
-    def kinds(self) -> tuple[str, ...]:
-        """Deep, and shallow where it has a share."""
-        return (DEEP, SHALLOW)
-
     def texts(self) -> list[str]:
         """The texts of all methods that are trained, each once."""
-        found = [self.text(kind, s) for kind in self.kinds() for s in self.shares(kind)]
+        found = [self.text(kind, s) for kind in KINDS for s in self.shares(kind)]
         return list(dict.fromkeys([LINEAR, *found]))
 
     def described(self) -> dict[str, Any]:
         """What makes results comparable; further keeps, scores and seeds may be added."""
-        return {"prompts": self.prompts, "shallow": self.shallow, "rungs": _plain(self.rungs)}
+        return {
+            "prompts": self.prompts,
+            "shallow": self.shallow,
+            "rungs": list(map(list, self.rungs)),
+        }
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class PromptSuite:
                 study.
         """
         plan = replaced(self.quick_plan if request.quick else self.plan, request.plan)
-        plan = replaced(plan, {"seeds": request.seeds, "grid": _changed(plan, request.changes)})
+        plan = replaced(plan, {"seeds": request.seeds, "grid": changed(plan.grid, request.changes)})
         recipe = replaced(self.quick_recipe if request.quick else self.recipe, request.recipe)
         tasks, failures = request.loaded(self.tasks)
         spec = find_spec(request.new_backbone(0))
@@ -147,21 +147,6 @@ class PromptSuite:
         return results
 
 
-def _changed(plan: Plan, changes: Changes) -> Grid | None:
-    given = {k: v for k, v in changes._asdict().items() if v is not None}
-    if not given:
-        return None
-    return Grid(**{**asdict(plan.grid), **{k: _listed(v) for k, v in given.items()}})
-
-
-def _listed(value: Any) -> Any:
-    return value if isinstance(value, str) else tuple(value)
-
-
-def _plain(rungs: Sequence[Rung]) -> list[list[float]]:
-    return [list(rung) for rung in rungs]
-
-
 class _Run:
     """One run of the study, from its searches to its last unit."""
 
@@ -174,11 +159,11 @@ class _Run:
     def run(self) -> Gathered:
         """Does all work, stage by stage; a task in which something failed is left out."""
         self._search()
-        self._stage(lambda task: self._trials(task))
-        self._stage(lambda task: [scored for each in self._scored(task) for scored in each])
-        self._stage(lambda task: list(self._condensed(task)))
-        self._stage(lambda task: self._looks(task))
-        self._stage(lambda task: self._times(task)[:1], alone=True)
+        self._stage(self._trials)
+        self._stage(self._scored)
+        self._stage(self._condensed)
+        self._stage(self._looks)
+        self._stage(lambda task: [self._times(task)], alone=True)
         return self._gathered()
 
     def tasks(self) -> list[str]:
@@ -196,7 +181,7 @@ class _Run:
             if each is not None
         }
 
-    def _stage(self, units_of: Any, *, alone: bool = False) -> None:
+    def _stage(self, units_of: Callable[[str], Iterable[Unit]], *, alone: bool = False) -> None:
         """Does the units of all tasks that are left; a failed one takes its task out."""
         units: dict[str, list[Unit]] = {task: list(units_of(task)) for task in self.tasks()}
         self.study.finish([unit for each in units.values() for unit in each], alone=alone)
@@ -217,7 +202,7 @@ class _Run:
         Only models of all prompts are kept. Those of fewer train as long as they and their
         fine-tuning together, so that neither has more epochs.
         """
-        whole = text in [self.plan.text(kind, 1.0) for kind in self.plan.kinds()]
+        whole = text in [self.plan.text(kind, 1.0) for kind in KINDS]
         more = 0 if whole or text == LINEAR else self.plan.tune_epochs
         epochs = self.study.setup.recipe.epochs + more if more else None
         cell: Cell = self.chosen[task, text].cell
@@ -226,7 +211,7 @@ class _Run:
     def _trained(self) -> Iterator[tuple[str, str, float | None, str]]:
         """(method, kind, share, text) of all that is trained; shares may have a text in common."""
         yield "linear", "", None, LINEAR
-        for kind in self.plan.kinds():
+        for kind in KINDS:
             for share in self.plan.shares(kind):
                 yield "vpt", kind, share, self.plan.text(kind, share)
 
@@ -246,10 +231,11 @@ class _Run:
         """The scores that are compared."""
         return [*self.plan.scores, *([EXACT] if self.plan.exact else [])]
 
-    def _scored(self, task: str) -> Iterator[list[Scored]]:
+    def _scored(self, task: str) -> Iterator[Scored]:
         for seed in self.seeds:
-            yield [self.scored(task, DEEP, seed, m) for m in (FIRST, *self.methods()[-1:])]
-            yield [self.scored(task, SHALLOW, seed, FIRST)]
+            for method in self.methods():  # several come of the same work
+                yield self.scored(task, DEEP, seed, method)
+            yield self.scored(task, SHALLOW, seed, FIRST)
 
     def _condensed(self, task: str) -> Iterator[Condensed]:
         for seed, (kind, case) in itertools.product(self.seeds, self.cases()):
@@ -288,8 +274,8 @@ class _Run:
         scored = self.scored(task, DEEP, 0, FIRST)
         return [Looks(scored, FIRST, self.plan.score_keeps[-1])] if self.is_square else []
 
-    def _times(self, task: str) -> list[Unit]:
-        return [StageTimes(self.whole(task, DEEP, 0), min(self.plan.keeps))]
+    def _times(self, task: str) -> StageTimes:
+        return StageTimes(self.whole(task, DEEP, 0), min(self.plan.keeps))
 
     def _gathered(self) -> Gathered:
         study, tasks = self.study, self.tasks()
@@ -310,7 +296,7 @@ class _Run:
                 found.spectra[task, seed] = study.result_of(Spectrum(trial))
         for task in tasks:
             found.looks += [study.result_of(each) for each in self._pictures(task)]
-            found.times[task] = study.result_of(self._times(task)[0])
+            found.times[task] = study.result_of(self._times(task))
         found.failures = [
             (task, why) for task, why in study.failed.items() if task in study.setup.tasks
         ]
